@@ -1,0 +1,79 @@
+/**
+ * What a long load tells its caller: the event, and the meter that the parts of
+ * this folder report through.
+ */
+
+/** One report of a running pull, build or load. */
+export interface Progress {
+  /** What is going on. */
+  stage: "download" | "unpack" | "verify" | "build" | "load";
+  /** How much is done, in bytes; within one stage it never goes back. */
+  loaded: number;
+  /** What `loaded` ends at, in bytes; null when that is not known. */
+  total: number | null;
+  /** What is being worked on, such as a file's name. */
+  label: string;
+  /** A sentence worth keeping on the screen, present only when there is one. */
+  note?: string;
+}
+
+/** Milliseconds between two reports of one stage. */
+const INTERVAL = 50;
+
+/**
+ * Turns counts into {@linkcode Progress} reports: upwards only, not too often,
+ * and with the total at the end.
+ */
+export class Meter {
+  readonly #onProgress: ((progress: Progress) => void) | undefined;
+  readonly #stage: Progress["stage"];
+  readonly #label: string;
+  readonly #total: number | null;
+  #loaded = -1;
+  #next = 0;
+
+  /**
+   * A meter of one stage of the work on `label`, which ends at `total` bytes.
+   */
+  constructor(
+    onProgress: ((progress: Progress) => void) | undefined,
+    stage: Progress["stage"],
+    label: string,
+    total: number | null,
+  ) {
+    this.#onProgress = onProgress;
+    this.#stage = stage;
+    this.#label = label;
+    this.#total = total;
+  }
+
+  /** Reports that `loaded` bytes are done, unless that is old or too soon. */
+  at(loaded: number): void {
+    const value = Math.min(loaded, this.#total ?? loaded);
+    const now = performance.now();
+    if (value <= this.#loaded || now < this.#next) return;
+    this.#next = now + INTERVAL;
+    this.#report(value);
+  }
+
+  /** Reports something worth saying without any headway. */
+  say(note: string): void {
+    this.#report(Math.max(this.#loaded, 0), note);
+  }
+
+  /** Reports the end of the stage, at `loaded` bytes when no total is known. */
+  done(loaded: number, note?: string): void {
+    this.#report(this.#total ?? loaded, note);
+  }
+
+  #report(loaded: number, note?: string): void {
+    this.#loaded = loaded;
+    this.#onProgress?.({
+      stage: this.#stage,
+      loaded,
+      total: this.#total,
+      label: this.#label,
+      ...(note === undefined ? {} : { note }),
+    });
+  }
+}

@@ -1,0 +1,28 @@
+/**
+ * Where the user's cache lies; asked by everything that keeps files between two
+ * runs.
+ */
+
+/**
+ * This project's folder in the user's cache: `$XDG_CACHE_HOME/weightedkv`, or
+ * `~/.cache/weightedkv` when that is unset, empty or (as its specification
+ * demands) not absolute. Nothing is created.
+ *
+ * @throws {Error} If `HOME` is needed and unset.
+ */
+export function cacheDir(): string {
+  const xdg = Deno.env.get("XDG_CACHE_HOME") ?? "";
+  if (xdg.startsWith("/")) return `${xdg.replace(/\/+$/, "")}/weightedkv`;
+  const home = Deno.env.get("HOME") ?? "";
+  if (!home.startsWith("/")) {
+    throw new Error(
+      "No folder for pulled models: set XDG_CACHE_HOME or HOME to an absolute path",
+    );
+  }
+  return `${home.replace(/\/+$/, "")}/.cache/weightedkv`;
+}
+
+/** The folder of pulled models inside a cache folder. */
+export function modelsDir(cache: string = cacheDir()): string {
+  return `${cache}/models`;
+}
