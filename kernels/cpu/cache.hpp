@@ -1,0 +1,79 @@
+/** cache.hpp: the cache of the CPU library and steps 3 to 6 of a decode step, shared by wkv_attend, wkv_insert and wkv_prefill. */
+#pragma once
+#include "../policy.h"
+#include "common.hpp"
+
+namespace wkv {
+
+/**
+ * The tokens of one head in rank order. `slot` says where a token's K and V lie (they never move); a negative slot -1 - t is row t of
+ * the incoming tokens, which have no slot yet. `gap` is |V_j - V_r|^2 with the right neighbour, kept for rules that ask for it.
+ */
+struct Ranked {
+  float* score;
+  int32_t* birth;  // the step that fed the token, from 1: its place in the text + 1
+  int32_t* slot;
+  float* gap;
+  int32_t count;
+
+  /** Takes a rank out. */
+  void remove(int32_t rank, bool gaps);
+  /** Adds incoming row t at the end. */
+  void add(int32_t t, int32_t birth_step);
+};
+
+/** Counters of one head. */
+struct Counts {
+  int32_t kept = 0, steps = 0, merged = 0, evicted = 0;
+  float event[4] = {-1.0f, -1.0f, 0.0f, 0.0f};
+};
+
+struct Cache : Object {
+  RopeRef rope;
+  int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge, positions, dtype;
+  Memory<uint8_t> keys, values;                 // [layers, B, N, slots, D] in `dtype`, keys in the library's order of dimensions
+  Memory<float> scores, gaps;                   // [layers, B, N, slots + 1]
+  Memory<int32_t> births, places;               // the same
+  std::vector<Counts> counts;                   // [layers, B, N]
+  Cache() : Object(Kind::Cache) {}
+
+  size_t bytes() const override;
+  int32_t group() const { return heads / kv_heads; }
+  int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
+  int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
+  uint8_t* keys_of(int64_t head) { return keys.data() + head * slots * row_bytes(); }
+  uint8_t* values_of(int64_t head) { return values.data() + head * slots * row_bytes(); }
+  Ranked ranked(int64_t head);
+  bool gapped() const { return wkv_select_uses_gap(select); }
+  /** The rotation that attention applies to stored rows from rank `rank` on. */
+  Rotation rotation(int32_t rank) const;
+  void check_layer(int32_t layer) const;
+};
+using CacheRef = std::shared_ptr<Cache>;
+
+/** Incoming keys and values of one head, in the cache's dtype, row_bytes apart. */
+struct Incoming {
+  uint8_t* keys;
+  uint8_t* values;
+};
+
+/**
+ * Steps 4 to 6 for one head: `ranked` holds the cached tokens and the incoming ones behind them, scores already added. While more than
+ * `slots` are left the policy's victim (or rank `forced`, -1: none) leaves, merged into its right neighbour or dropped; the incoming
+ * tokens that are left are then copied into free slots.
+ */
+void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& ranked, const Incoming& incoming, int32_t forced);
+
+/** Turns a new key into what is stored: the library's order, rotated (`at` its place in the text) when positions are the text's, in the
+ *  cache's dtype; `key` is changed. */
+void store_key(const Loops& loops, const Cache& cache, float* key, const Rotation& at, uint8_t* out);
+
+/** Rotates a head that is in the library's order. */
+void rotate(float* head, const Rotation& by);
+
+CacheRef find_cache(int32_t context, int32_t handle, int32_t layer);
+
+/** The ranks that must leave, per sequence and KV head. */
+TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache);
+
+}  // namespace wkv

@@ -1,0 +1,608 @@
+/** loops.cpp: the loops of loops.hpp in 8-wide vectors; compiled once for each instruction set, with WKV_ISA as its name. */
+#include "loops.hpp"
+
+#include <cmath>
+#include <cstring>
+
+#include "../policy.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef WKV_ISA
+#define WKV_ISA portable
+#endif
+#define WKV_TEXT2(x) #x
+#define WKV_TEXT(x) WKV_TEXT2(x)
+
+namespace wkv {
+namespace WKV_ISA {
+namespace {
+
+typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+
+inline f8 load(const float* p) {
+  f8 v;
+  std::memcpy(&v, p, 32);
+  return v;
+}
+inline void store(float* p, f8 v) { std::memcpy(p, &v, 32); }
+inline f8 spread(float x) { return f8{x, x, x, x, x, x, x, x}; }
+inline float sum(f8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+inline float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t rest = h & 0x7fff;
+  float value;
+  uint32_t bits;
+  if (rest >= 0x7c00) bits = 0x7f800000 | (rest & 0x3ff) << 13;
+  else if (rest >= 0x400) bits = (rest << 13) + (112u << 23);
+  else {
+    value = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+inline uint16_t float_to_half(float value) {
+#if defined(__F16C__)
+  return _cvtss_sh(value, 0);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;
+  if (bits < 0x38800000) {
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    // Adding 0.5 rounds the last bit of a subnormal half to even.
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return sign | static_cast<uint16_t>(bits - 0x3f000000);
+  }
+  bits += 0xfff + (bits >> 13 & 1);
+  return sign | static_cast<uint16_t>((bits - (112u << 23)) >> 13);
+#endif
+}
+
+inline float bf16_to_float(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline f8 load_halves(const uint8_t* p) {
+#if defined(__F16C__)
+  return (f8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  uint16_t h[8];
+  std::memcpy(h, p, 16);
+  f8 v;
+  for (int i = 0; i < 8; i++) v[i] = half_to_float(h[i]);
+  return v;
+#endif
+}
+
+inline f8 load_bf16(const uint8_t* p) {
+  uint16_t h[8];
+  std::memcpy(h, p, 16);
+  i8 bits;
+  for (int i = 0; i < 8; i++) bits[i] = static_cast<int32_t>(static_cast<uint32_t>(h[i]) << 16);
+  return (f8)bits;
+}
+
+template <int32_t kType>
+inline f8 load8(const uint8_t* p) {
+  if (kType == WKV_F32) return load(reinterpret_cast<const float*>(p));
+  return kType == WKV_F16 ? load_halves(p) : load_bf16(p);
+}
+
+template <int32_t kType>
+inline float load1(const uint8_t* row, int32_t i) {
+  if (kType == WKV_F32) {
+    float value;
+    std::memcpy(&value, row + 4 * i, 4);
+    return value;
+  }
+  uint16_t h;
+  std::memcpy(&h, row + 2 * i, 2);
+  return kType == WKV_F16 ? half_to_float(h) : bf16_to_float(h);
+}
+
+template <int32_t kType>
+inline void store1(uint8_t* row, int32_t i, float value) {
+  if (kType == WKV_F32) {
+    std::memcpy(row + 4 * i, &value, 4);
+    return;
+  }
+  const uint16_t h = kType == WKV_F16 ? float_to_half(value) : float_to_bf16(value);
+  std::memcpy(row + 2 * i, &h, 2);
+}
+
+constexpr int32_t size_of(int32_t dtype) { return dtype == WKV_F32 ? 4 : 2; }
+
+/** Calls body with the cache type as a constant. */
+#define WKV_BY_TYPE(dtype, body)          \
+  switch (dtype) {                        \
+    case WKV_F32: body(WKV_F32); break;   \
+    case WKV_F16: body(WKV_F16); break;   \
+    default: body(WKV_BF16); break;       \
+  }
+
+/** exp to about 1e-7 relative (range reduction by ln 2 in two parts, a polynomial of degree 6); 0 below -87. */
+inline f8 exponential(f8 x) {
+  const f8 low = spread(-87.0f), high = spread(88.0f);
+  const i8 under = x < low;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const f8 magic = spread(12582912.0f);
+  const f8 shifted = x * spread(1.44269504f) + magic;
+  const f8 n = shifted - magic;
+  const f8 r = x - n * spread(0.693359375f) - n * spread(-2.12194440e-4f);
+  f8 p = spread(1.9875691500e-4f);
+  p = p * r + spread(1.3981999507e-3f);
+  p = p * r + spread(8.3334519073e-3f);
+  p = p * r + spread(4.1665795894e-2f);
+  p = p * r + spread(1.6666665459e-1f);
+  p = p * r + spread(5.0000001201e-1f);
+  p = p * r * r + r + spread(1.0f);
+  const i8 power = ((i8)shifted + 127) << 23;
+  const f8 value = p * (f8)power;
+  return (f8)((i8)value & ~under);
+}
+
+// ---- weights ----
+
+constexpr int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 272 : dtype == WKV_Q4_0 ? 144 : 160; }
+
+/** Columns [0, n) of a group as floats, n <= 32: out[c] holds column `column + c` of the 8 rows. */
+inline void dequantise(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, int32_t column, int32_t n, f8* out) {
+  switch (dtype) {
+    case WKV_F32: {
+      const float* w = reinterpret_cast<const float*>(weight) + group * 8 * columns + column;
+      const int32_t have = rows - group * 8 < 8 ? static_cast<int32_t>(rows - group * 8) : 8;
+      for (int32_t c = 0; c < n; c++) out[c] = spread(0.0f);
+      for (int32_t r = 0; r < have; r++) {
+        for (int32_t c = 0; c < n; c++) out[c][r] = w[static_cast<int64_t>(r) * columns + c];
+      }
+      return;
+    }
+    case WKV_F16:
+    case WKV_BF16: {
+      const uint8_t* w = weight + (group * columns + column) * 16;
+      for (int32_t c = 0; c < n; c++) out[c] = dtype == WKV_F16 ? load_halves(w + c * 16) : load_bf16(w + c * 16);
+      return;
+    }
+    default: break;
+  }
+  const uint8_t* block = weight + (group * (columns / 32) + column / 32) * block_bytes(dtype);
+  const f8 scale = load_halves(block);
+  const f8 least = dtype == WKV_Q4_1 ? load_halves(block + 16) : spread(0.0f);
+  const uint8_t* q = block + (dtype == WKV_Q4_1 ? 32 : 16);
+  if (dtype == WKV_Q8_0) {
+    for (int32_t v = 0; v < 8; v++) {
+      i8 packed;
+      std::memcpy(&packed, q + v * 32, 32);
+      for (int32_t c = 0; c < 4; c++) out[4 * v + c] = __builtin_convertvector(packed << (24 - 8 * c) >> 24, f8) * scale;
+    }
+    return;
+  }
+  const int32_t middle = dtype == WKV_Q4_0 ? 8 : 0;
+  for (int32_t v = 0; v < 4; v++) {
+    i8 packed;
+    std::memcpy(&packed, q + v * 32, 32);
+    for (int32_t c = 0; c < 4; c++) {
+      const i8 byte = packed >> (8 * c);
+      out[4 * v + c] = __builtin_convertvector((byte & 15) - middle, f8) * scale + least;
+      out[16 + 4 * v + c] = __builtin_convertvector((byte >> 4 & 15) - middle, f8) * scale + least;
+    }
+  }
+}
+
+void weight_row(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t row, float* out) {
+  f8 block[32];
+  for (int32_t c = 0; c < columns; c += 32) {
+    const int32_t n = columns - c < 32 ? columns - c : 32;
+    dequantise(dtype, weight, columns, 0, row / 8, c, n, block);
+    for (int32_t i = 0; i < n; i++) out[c + i] = block[i][row % 8];
+  }
+}
+
+template <int32_t kRows>
+inline void add_products(const f8* block, int32_t n, const float* x, int32_t columns, float* tile) {
+  f8 total[kRows];
+  for (int32_t t = 0; t < kRows; t++) total[t] = load(tile + t * 8);
+  for (int32_t c = 0; c < n; c++) {
+    for (int32_t t = 0; t < kRows; t++) total[t] += block[c] * spread(x[static_cast<int64_t>(t) * columns + c]);
+  }
+  for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
+}
+
+void group_f32(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, const float* x, int32_t count, float* tile) {
+  std::memset(tile, 0, static_cast<size_t>(count) * 32);
+  f8 block[32];
+  for (int32_t c = 0; c < columns; c += 32) {
+    const int32_t n = columns - c < 32 ? columns - c : 32;
+    dequantise(dtype, weight, columns, rows, group, c, n, block);
+    int32_t t = 0;
+    for (; t + 4 <= count; t += 4) add_products<4>(block, n, x + static_cast<int64_t>(t) * columns + c, columns, tile + t * 8);
+    for (; t < count; t++) add_products<1>(block, n, x + static_cast<int64_t>(t) * columns + c, columns, tile + t * 8);
+  }
+}
+
+void round_row(const float* x, int32_t columns, int8_t* rounded, float* scales, float* sums) {
+  for (int32_t b = 0; b < columns / 32; b++, x += 32, rounded += 32) {
+    float most = 0.0f;
+    for (int32_t i = 0; i < 32; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+    const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    int32_t total = 0;
+    for (int32_t i = 0; i < 32; i++) {
+      const int32_t q = static_cast<int32_t>(__builtin_rintf(x[i] * inverse));
+      rounded[i] = static_cast<int8_t>(q);
+      total += q;
+    }
+    scales[b] = scale;
+    sums[b] = scale * static_cast<float>(total);
+  }
+}
+
+#if defined(__AVX2__)
+inline __m256i spread4(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+#endif
+
+/** Sums over 32 columns of weight (0..15 or int8) times x, for each of the 8 rows; Q4 values are taken as stored. */
+template <int32_t kType, int32_t kRows>
+inline void integer_products(const uint8_t* q, const int8_t* x, int64_t x_stride, i8* totals) {
+#if defined(__AVX2__)
+  __m256i total[kRows];
+  for (int32_t t = 0; t < kRows; t++) total[t] = _mm256_setzero_si256();
+  if (kType == WKV_Q8_0) {
+    for (int32_t v = 0; v < 8; v++) {
+      const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + v * 32));
+      const __m256i magnitude = _mm256_abs_epi8(w);
+      for (int32_t t = 0; t < kRows; t++) {
+        // |w| <= 128 and |x| <= 127, so a pair of products fits 16 bits.
+        const __m256i signed_x = _mm256_sign_epi8(spread4(x + t * x_stride + v * 4), w);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+        total[t] = _mm256_dpbusd_epi32(total[t], magnitude, signed_x);
+#else
+        total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed_x), _mm256_set1_epi16(1)));
+#endif
+      }
+    }
+  } else {
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int32_t v = 0; v < 4; v++) {
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + v * 32));
+      const __m256i first = _mm256_and_si256(packed, low), second = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+      for (int32_t t = 0; t < kRows; t++) {
+        const __m256i x_first = spread4(x + t * x_stride + v * 4), x_second = spread4(x + t * x_stride + 16 + v * 4);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+        total[t] = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(total[t], first, x_first), second, x_second);
+#else
+        // 16 products of at most 15 * 127 stay below 2^15.
+        total[t] = _mm256_add_epi16(total[t], _mm256_add_epi16(_mm256_maddubs_epi16(first, x_first), _mm256_maddubs_epi16(second, x_second)));
+#endif
+      }
+    }
+#if !(defined(__AVX512VNNI__) && defined(__AVX512VL__))
+    for (int32_t t = 0; t < kRows; t++) total[t] = _mm256_madd_epi16(total[t], _mm256_set1_epi16(1));
+#endif
+  }
+  for (int32_t t = 0; t < kRows; t++) totals[t] = (i8)total[t];
+#else
+  for (int32_t t = 0; t < kRows; t++) {
+    int32_t total[8] = {};
+    const int8_t* row = x + t * x_stride;
+    for (int32_t v = 0; v < (kType == WKV_Q8_0 ? 8 : 4); v++) {
+      for (int32_t r = 0; r < 8; r++) {
+        for (int32_t c = 0; c < 4; c++) {
+          const uint8_t byte = q[v * 32 + r * 4 + c];
+          if (kType == WKV_Q8_0) total[r] += static_cast<int8_t>(byte) * row[v * 4 + c];
+          else total[r] += (byte & 15) * row[v * 4 + c] + (byte >> 4) * row[16 + v * 4 + c];
+        }
+      }
+    }
+    std::memcpy(&totals[t], total, 32);
+  }
+#endif
+}
+
+template <int32_t kType, int32_t kRows>
+inline void group_rows(const uint8_t* block, int32_t blocks, const int8_t* x, const float* scales, const float* sums, float* tile) {
+  f8 total[kRows];
+  for (int32_t t = 0; t < kRows; t++) total[t] = spread(0.0f);
+  const int64_t stride = int64_t{blocks} * 32;
+  for (int32_t b = 0; b < blocks; b++, block += block_bytes(kType)) {
+    const f8 scale = load_halves(block);
+    i8 products[kRows];
+    integer_products<kType, kRows>(block + (kType == WKV_Q4_1 ? 32 : 16), x + b * 32, stride, products);
+    for (int32_t t = 0; t < kRows; t++) {
+      const int64_t at = static_cast<int64_t>(t) * blocks + b;
+      total[t] += __builtin_convertvector(products[t], f8) * (scale * spread(scales[at]));
+      if (kType == WKV_Q4_1) total[t] += load_halves(block + 16) * spread(sums[at]);
+      if (kType == WKV_Q4_0) total[t] -= scale * spread(8.0f * sums[at]);
+    }
+  }
+  for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
+}
+
+template <int32_t kType>
+inline void group_typed(const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
+  const int32_t blocks = columns / 32;
+  const uint8_t* block = weight + group * blocks * block_bytes(kType);
+  int32_t t = 0;
+  for (; t + 4 <= count; t += 4) group_rows<kType, 4>(block, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+  for (; t < count; t++) group_rows<kType, 1>(block, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+}
+
+void group_int8(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
+  switch (dtype) {
+    case WKV_Q8_0: return group_typed<WKV_Q8_0>(weight, columns, group, x, scales, sums, count, tile);
+    case WKV_Q4_0: return group_typed<WKV_Q4_0>(weight, columns, group, x, scales, sums, count, tile);
+    default: return group_typed<WKV_Q4_1>(weight, columns, group, x, scales, sums, count, tile);
+  }
+}
+
+void rmsnorm(const float* x, const float* weight, int32_t columns, float epsilon, float* out) {
+  double total = 0.0;
+  for (int32_t c = 0; c < columns; c++) total += static_cast<double>(x[c]) * x[c];
+  const float scale = 1.0f / std::sqrt(static_cast<float>(total / columns) + epsilon);
+  for (int32_t c = 0; c < columns; c++) out[c] = x[c] * scale * weight[c];
+}
+
+void silu_times(float* gate, const float* up, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const f8 g = load(gate + i);
+    store(gate + i, g / (spread(1.0f) + exponential(-g)) * load(up + i));
+  }
+  for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+// ---- attention ----
+
+void read_row(int32_t dtype, const uint8_t* row, int32_t count, float* out) {
+#define WKV_BODY(type) for (int32_t i = 0; i < count; i++) out[i] = load1<type>(row, i)
+  WKV_BY_TYPE(dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+void write_row(int32_t dtype, const float* values, int32_t count, uint8_t* row) {
+#define WKV_BODY(type) for (int32_t i = 0; i < count; i++) store1<type>(row, i, values[i])
+  WKV_BY_TYPE(dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+/** One row as floats, rotated. head_dim a multiple of 8; pairs a multiple of 8 goes by vectors. */
+template <int32_t kType>
+inline void read_key(const uint8_t* row, int32_t head_dim, const float* cosines, const float* sines, int32_t pairs, float* out) {
+  const int32_t size = size_of(kType);
+  int32_t i = 0;
+  for (; i + 8 <= pairs && pairs % 8 == 0; i += 8) {
+    const f8 x = load8<kType>(row + i * size), y = load8<kType>(row + (i + pairs) * size), c = load(cosines + i), s = load(sines + i);
+    store(out + i, x * c - y * s);
+    store(out + i + pairs, x * s + y * c);
+  }
+  for (; i < pairs; i++) {
+    const float x = load1<kType>(row, i), y = load1<kType>(row, i + pairs);
+    out[i] = x * cosines[i] - y * sines[i];
+    out[i + pairs] = x * sines[i] + y * cosines[i];
+  }
+  for (i = 2 * pairs; i + 8 <= head_dim && pairs % 4 == 0; i += 8) store(out + i, load8<kType>(row + i * size));
+  for (; i < head_dim; i++) out[i] = load1<kType>(row, i);
+}
+
+inline float dot(const float* a, const float* b, int32_t count) {
+  f8 total = spread(0.0f);
+  int32_t i = 0;
+  for (; i + 8 <= count; i += 8) total += load(a + i) * load(b + i);
+  float rest = sum(total);
+  for (; i < count; i++) rest += a[i] * b[i];
+  return rest;
+}
+
+template <int32_t kType>
+void typed_scores(const StoredRows& keys, const Rotation& rotation, const float* q, int32_t heads, float scale, float* scores, int64_t stride) {
+  float key[512];
+  const int64_t bytes = int64_t{keys.head_dim} * size_of(kType);
+  for (int32_t i = 0; i < keys.count; i++) {
+    const int64_t at = int64_t{i} * rotation.pairs;
+    read_key<kType>(keys.data + keys.slots[i] * bytes, keys.head_dim, rotation.cosines + at, rotation.sines + at, rotation.pairs, key);
+    for (int32_t g = 0; g < heads; g++) scores[g * stride + i] = scale * dot(q + g * keys.head_dim, key, keys.head_dim);
+  }
+}
+
+void scores(const StoredRows& keys, const Rotation& rotation, const float* q, int32_t heads, float scale, float* out, int64_t stride) {
+#define WKV_BODY(type) typed_scores<type>(keys, rotation, q, heads, scale, out, stride)
+  WKV_BY_TYPE(keys.dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+/** 16 dimensions of kHeads outputs stay in registers over all rows. */
+template <int32_t kType, int32_t kHeads>
+void typed_values(const StoredRows& values, const float* weights, int64_t stride, float* out) {
+  const int32_t size = size_of(kType), head_dim = values.head_dim;
+  const int64_t bytes = int64_t{head_dim} * size;
+  int32_t d = 0;
+  for (; d + 16 <= head_dim; d += 16) {
+    f8 low[kHeads], high[kHeads];
+    for (int32_t g = 0; g < kHeads; g++) low[g] = load(out + g * head_dim + d), high[g] = load(out + g * head_dim + d + 8);
+    for (int32_t i = 0; i < values.count; i++) {
+      const uint8_t* row = values.data + values.slots[i] * bytes + d * size;
+      const f8 a = load8<kType>(row), b = load8<kType>(row + 8 * size);
+      for (int32_t g = 0; g < kHeads; g++) {
+        const f8 w = spread(weights[g * stride + i]);
+        low[g] += w * a;
+        high[g] += w * b;
+      }
+    }
+    for (int32_t g = 0; g < kHeads; g++) store(out + g * head_dim + d, low[g]), store(out + g * head_dim + d + 8, high[g]);
+  }
+  for (; d < head_dim; d++) {
+    for (int32_t g = 0; g < kHeads; g++) {
+      float total = out[g * head_dim + d];
+      for (int32_t i = 0; i < values.count; i++) total += weights[g * stride + i] * load1<kType>(values.data + values.slots[i] * bytes, d);
+      out[g * head_dim + d] = total;
+    }
+  }
+}
+
+template <int32_t kType>
+void typed_values(const StoredRows& values, const float* weights, int64_t stride, int32_t heads, float* out) {
+  const int64_t step = values.head_dim;
+  int32_t g = 0;
+  for (; g + 4 <= heads; g += 4) typed_values<kType, 4>(values, weights + g * stride, stride, out + g * step);
+  if (heads - g == 3) typed_values<kType, 3>(values, weights + g * stride, stride, out + g * step);
+  if (heads - g == 2) typed_values<kType, 2>(values, weights + g * stride, stride, out + g * step);
+  if (heads - g == 1) typed_values<kType, 1>(values, weights + g * stride, stride, out + g * step);
+}
+
+void weighted_values(const StoredRows& values, const float* weights, int64_t stride, int32_t heads, float* out) {
+#define WKV_BODY(type) typed_values<type>(values, weights, stride, heads, out)
+  WKV_BY_TYPE(values.dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+float highest(const float* x, int64_t count) {
+  float most = -INFINITY;
+  int64_t i = 0;
+  if (count >= 8) {
+    f8 best = load(x);
+    for (i = 8; i + 8 <= count; i += 8) {
+      const f8 v = load(x + i);
+      best = v > best ? v : best;
+    }
+    for (int32_t j = 0; j < 8; j++) most = best[j] > most ? best[j] : most;
+  }
+  for (; i < count; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+float exponentials(float* x, int64_t count, float most) {
+  f8 total = spread(0.0f);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const f8 e = exponential(load(x + i) - spread(most));
+    store(x + i, e);
+    total += e;
+  }
+  float rest = sum(total);
+  if (i < count) {
+    f8 tail = spread(-INFINITY);
+    for (int64_t j = i; j < count; j++) tail[j - i] = x[j] - most;
+    tail = exponential(tail);
+    for (int64_t j = i; j < count; j++) rest += x[j] = tail[j - i];
+  }
+  return rest;
+}
+
+void add_scaled(float* into, const float* x, float factor, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store(into + i, load(into + i) + spread(factor) * load(x + i));
+  for (; i < count; i++) into[i] += factor * x[i];
+}
+
+void merge(int32_t dtype, float w_v, const uint8_t* v, float w_r, uint8_t* r, int32_t count) {
+#define WKV_BODY(type) for (int32_t i = 0; i < count; i++) store1<type>(r, i, wkv_merged(w_v, load1<type>(v, i), w_r, load1<type>(r, i)))
+  WKV_BY_TYPE(dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+float gap(int32_t dtype, const uint8_t* a, const uint8_t* b, int32_t count) {
+  float total = 0.0f;
+#define WKV_BODY(type)                                          \
+  for (int32_t i = 0; i < count; i++) {                         \
+    const float d = load1<type>(a, i) - load1<type>(b, i);      \
+    total += d * d;                                             \
+  }
+  WKV_BY_TYPE(dtype, WKV_BODY)
+#undef WKV_BODY
+  return total;
+}
+
+template <int32_t kRows>
+inline void score_rows(const float* q, int32_t head_dim, const float* keys, int64_t key_stride, int32_t count, float scale, float* out, int64_t stride) {
+  for (int32_t i = 0; i < count; i += 16) {
+    f8 low[kRows], high[kRows];
+    for (int32_t t = 0; t < kRows; t++) low[t] = high[t] = spread(0.0f);
+    for (int32_t d = 0; d < head_dim; d++) {
+      const f8 a = load(keys + d * key_stride + i), b = load(keys + d * key_stride + i + 8);
+      for (int32_t t = 0; t < kRows; t++) {
+        const f8 w = spread(q[t * head_dim + d]);
+        low[t] += w * a;
+        high[t] += w * b;
+      }
+    }
+    for (int32_t t = 0; t < kRows; t++) store(out + t * stride + i, low[t] * spread(scale)), store(out + t * stride + i + 8, high[t] * spread(scale));
+  }
+}
+
+void block_scores(const float* q, int32_t rows, int32_t head_dim, const float* keys, int64_t key_stride, int32_t count, float scale, float* out, int64_t stride) {
+  int32_t t = 0;
+  for (; t + 4 <= rows; t += 4) score_rows<4>(q + t * head_dim, head_dim, keys, key_stride, count, scale, out + t * stride, stride);
+  for (; t < rows; t++) score_rows<1>(q + t * head_dim, head_dim, keys, key_stride, count, scale, out + t * stride, stride);
+}
+
+template <int32_t kRows>
+inline void value_rows(const float* weights, int64_t stride, int32_t count, const float* values, int32_t head_dim, float* out, int64_t out_stride) {
+  int32_t d = 0;
+  for (; d + 16 <= head_dim; d += 16) {
+    f8 low[kRows], high[kRows];
+    for (int32_t t = 0; t < kRows; t++) low[t] = high[t] = spread(0.0f);
+    for (int32_t i = 0; i < count; i++) {
+      const f8 a = load(values + int64_t{i} * head_dim + d), b = load(values + int64_t{i} * head_dim + d + 8);
+      for (int32_t t = 0; t < kRows; t++) {
+        const f8 w = spread(weights[t * stride + i]);
+        low[t] += w * a;
+        high[t] += w * b;
+      }
+    }
+    for (int32_t t = 0; t < kRows; t++) store(out + t * out_stride + d, low[t]), store(out + t * out_stride + d + 8, high[t]);
+  }
+  for (; d < head_dim; d++) {
+    for (int32_t t = 0; t < kRows; t++) {
+      float total = 0.0f;
+      for (int32_t i = 0; i < count; i++) total += weights[t * stride + i] * values[int64_t{i} * head_dim + d];
+      out[t * out_stride + d] = total;
+    }
+  }
+}
+
+void block_values(const float* weights, int64_t stride, int32_t rows, int32_t count, const float* values, int32_t head_dim, float* out, int64_t out_stride) {
+  int32_t t = 0;
+  for (; t + 4 <= rows; t += 4) value_rows<4>(weights + t * stride, stride, count, values, head_dim, out + t * out_stride, out_stride);
+  for (; t < rows; t++) value_rows<1>(weights + t * stride, stride, count, values, head_dim, out + t * out_stride, out_stride);
+}
+
+}  // namespace
+
+const Loops loops = {
+    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, silu_times, read_row, write_row, scores, weighted_values,
+    highest, exponentials, add_scaled, merge, gap, block_scores, block_values,
+};
+
+}  // namespace WKV_ISA
+}  // namespace wkv

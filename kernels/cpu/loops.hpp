@@ -1,0 +1,87 @@
+/**
+ * loops.hpp: the CPU library's loops over numbers, compiled once for each instruction set (loops.cpp) and picked at run time.
+ *
+ * Weights other than F32 lie in groups of 8 rows, so that one vector holds one column of 8 rows:
+ * - F16, BF16: [group][column][8 rows].
+ * - quantised: [group][block of 32 columns]: 8 f16 scales, (Q4_1) 8 f16 minima, then vectors of 32 bytes; a vector holds, row by
+ *   row, 4 neighbouring columns: Q8_0 columns 4 v .. 4 v + 3 in vector v; Q4 those in its low, columns 16 + 4 v .. in its high halves.
+ */
+#pragma once
+#include <cstdint>
+
+namespace wkv {
+
+/** Stored rows of a head that attention reads: row i lies at data + slots[i] * head_dim elements. */
+struct StoredRows {
+  const uint8_t* data;
+  int32_t dtype, head_dim;
+  const int32_t* slots;
+  int32_t count;
+};
+
+/** Tables of a rotation from some rank on, [ranks, pairs]; pairs 0: the rows are read as they are. */
+struct Rotation {
+  const float* cosines;
+  const float* sines;
+  int32_t pairs;
+};
+
+struct Loops {
+  const char* name;
+
+  /** out[columns] = one row of a weight that is not F32. */
+  void (*weight_row)(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t row, float* out);
+  /** x[columns] in 8 bits: per block of 32, scale = max |x| / 127 and sum = scale * sum of the rounded. */
+  void (*round_row)(const float* x, int32_t columns, int8_t* rounded, float* scales, float* sums);
+  void (*rmsnorm)(const float* x, const float* weight, int32_t columns, float epsilon, float* out);
+  /** tile[t][8] = x[t] . the 8 rows of group `group`. */
+  void (*group_f32)(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, const float* x, int32_t count, float* tile);
+  /** The same from 8-bit rows; scales and sums are [count, columns / 32]. */
+  void (*group_int8)(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile);
+  /** gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. */
+  void (*silu_times)(float* gate, const float* up, int64_t count);
+
+  void (*read_row)(int32_t dtype, const uint8_t* row, int32_t count, float* out);
+  void (*write_row)(int32_t dtype, const float* values, int32_t count, uint8_t* row);
+  /** scores[g * stride + i] = scale * q[g] . rotated row i, for `heads` query heads. */
+  void (*scores)(const StoredRows& keys, const Rotation& rotation, const float* q, int32_t heads, float scale, float* scores, int64_t stride);
+  /** out[g] += sum over i of weights[g * stride + i] * row i. */
+  void (*weighted_values)(const StoredRows& values, const float* weights, int64_t stride, int32_t heads, float* out);
+  float (*highest)(const float* x, int64_t count);
+  /** x = exp(x - highest); gives the sum. */
+  float (*exponentials)(float* x, int64_t count, float highest);
+  /** into += factor * x. */
+  void (*add_scaled)(float* into, const float* x, float factor, int64_t count);
+  /** r = the merge of v into r, weighted w_v and w_r (policy.h), rounded once. */
+  void (*merge)(int32_t dtype, float w_v, const uint8_t* v, float w_r, uint8_t* r, int32_t count);
+  /** |a - b|^2 of two stored rows. */
+  float (*gap)(int32_t dtype, const uint8_t* a, const uint8_t* b, int32_t count);
+
+  /** scores[t][i] = scale * q[t] . column i of keys, for keys transposed [head_dim, key_stride]. */
+  void (*block_scores)(const float* q, int32_t rows, int32_t head_dim, const float* keys, int64_t key_stride, int32_t count, float scale, float* scores, int64_t stride);
+  /** out[t] = sum over i of weights[t][i] * values[i], rows of `out` out_stride apart. */
+  void (*block_values)(const float* weights, int64_t stride, int32_t rows, int32_t count, const float* values, int32_t head_dim, float* out, int64_t out_stride);
+};
+
+#if defined(__x86_64__)
+namespace x86_64_v1 { extern const Loops loops; }
+namespace x86_64_v3 { extern const Loops loops; }
+namespace x86_64_v4_vnni { extern const Loops loops; }
+#else
+namespace portable { extern const Loops loops; }
+#endif
+
+/** The fastest set that this processor runs. */
+inline const Loops* pick_loops() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (v3 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) return &x86_64_v4_vnni::loops;
+  if (v3) return &x86_64_v3::loops;
+  return &x86_64_v1::loops;
+#else
+  return &portable::loops;
+#endif
+}
+
+}  // namespace wkv

@@ -1,0 +1,346 @@
+/** runtime.cpp: contexts, handles, tensors and graphs of the CPU library. */
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "common.hpp"
+
+namespace wkv {
+
+namespace {
+constexpr size_t kLarge = size_t{1} << 20;
+}
+
+void* zeroed(size_t bytes) {
+  if (bytes >= kLarge) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    return memory;
+  }
+  const size_t size = (bytes + 64) / 64 * 64;
+  void* memory = std::aligned_alloc(64, size);
+  if (!memory) throw std::bad_alloc();
+  std::memset(memory, 0, size);
+  return memory;
+}
+
+void release(void* memory, size_t bytes) {
+  if (bytes >= kLarge) munmap(memory, bytes);
+  else std::free(memory);
+}
+
+// ---- handles: 20 bits of place, 11 of generation, so that a closed handle is not taken for a new one ----
+
+namespace {
+struct Place {
+  std::shared_ptr<Object> object;
+  int32_t generation = 1;
+};
+std::mutex handles_mutex;
+std::vector<Place> places;
+std::vector<int32_t> free_places;
+int32_t live = 0;
+std::string open_text;
+
+constexpr int32_t kPlaceBits = 20;
+constexpr int32_t kPlaceMask = (1 << kPlaceBits) - 1;
+
+Place* locate(int32_t handle) {
+  const int32_t place = handle & kPlaceMask;
+  if (handle <= 0 || place >= static_cast<int32_t>(places.size())) return nullptr;
+  Place& p = places[place];
+  return p.object && p.generation == handle >> kPlaceBits ? &p : nullptr;
+}
+
+void release(Place& place, int32_t handle) {
+  place.object.reset();
+  place.generation = place.generation % 2047 + 1;
+  free_places.push_back(handle & kPlaceMask);
+  live--;
+}
+
+const char* name(Kind kind) {
+  switch (kind) {
+    case Kind::Context: return "context";
+    case Kind::Tensor: return "tensor";
+    case Kind::Rope: return "rotation";
+    case Kind::Cache: return "cache";
+    default: return "graph";
+  }
+}
+}  // namespace
+
+int32_t add_handle(int32_t context, std::shared_ptr<Object> object) {
+  std::lock_guard<std::mutex> lock(handles_mutex);
+  object->context = context;
+  if (free_places.empty()) {
+    if (places.size() > static_cast<size_t>(kPlaceMask)) fail(WKV_MEMORY, "Too many open handles");
+    free_places.push_back(static_cast<int32_t>(places.size()));
+    places.emplace_back();
+  }
+  const int32_t place = free_places.back();
+  free_places.pop_back();
+  places[place].object = std::move(object);
+  live++;
+  return places[place].generation << kPlaceBits | place;
+}
+
+std::shared_ptr<Object> find_handle(int32_t context, int32_t handle, Kind kind, const char* what) {
+  std::lock_guard<std::mutex> lock(handles_mutex);
+  Place* place = locate(handle);
+  if (!place) fail(WKV_HANDLE, std::string(what) + ": handle " + std::to_string(handle) + " is closed or was never open");
+  if (place->object->kind != kind) fail(WKV_HANDLE, std::string(what) + " is a " + name(place->object->kind) + ", expected a " + name(kind));
+  if (kind != Kind::Context && place->object->context != context) fail(WKV_HANDLE, std::string(what) + " belongs to another context");
+  return place->object;
+}
+
+std::shared_ptr<Context> find_context(int32_t context) {
+  return std::static_pointer_cast<Context>(find_handle(0, context, Kind::Context, "Context"));
+}
+
+int32_t report(const std::shared_ptr<Context>& context, int32_t status, const std::string& text) {
+  std::mutex& mutex = context ? context->text_mutex : handles_mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  (context ? context->text : open_text) = text;
+  return status;
+}
+
+TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns) {
+  TensorRef tensor = find_tensor(context, handle, what);
+  require(tensor->dtype == dtype, std::string(what) + " is of another dtype (" + std::to_string(tensor->dtype) + ", expected " + std::to_string(dtype) + ")");
+  require(rows >= 0 && tensor->rows >= rows, std::string(what) + " has " + std::to_string(tensor->rows) + " rows, expected at least " + std::to_string(rows));
+  require(columns < 0 || tensor->columns == columns, std::string(what) + " has " + std::to_string(tensor->columns) + " columns, expected " + std::to_string(columns));
+  return tensor;
+}
+
+void give(int32_t* out, int32_t out_bytes, int32_t handle) {
+  (void)out_bytes;
+  *out = handle;
+}
+
+Context::Context(int32_t count) : Object(Kind::Context), loops(pick_loops()), threads(count) {}
+
+// ---- tensors ----
+
+namespace {
+bool quantised(int32_t dtype) { return dtype == WKV_Q8_0 || dtype == WKV_Q4_0 || dtype == WKV_Q4_1; }
+int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 34 : dtype == WKV_Q4_0 ? 18 : 20; }
+int64_t row_bytes(int32_t dtype, int32_t columns) {
+  if (quantised(dtype)) return int64_t{columns} / 32 * block_bytes(dtype);
+  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
+}
+/** F32 and I32 lie row by row, weights of every other type in groups of 8 rows. */
+bool grouped(int32_t dtype) { return dtype != WKV_F32 && dtype != WKV_I32; }
+
+/** Puts one row in file order into its place within its group of 8. */
+void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const uint8_t* row) {
+  if (!quantised(dtype)) {
+    for (int32_t c = 0; c < columns; c++) std::memcpy(group + (c * 8 + lane) * 2, row + c * 2, 2);
+    return;
+  }
+  const int32_t bytes = block_bytes(dtype), heads = dtype == WKV_Q4_1 ? 2 : 1, vectors = dtype == WKV_Q8_0 ? 8 : 4;
+  for (int32_t b = 0; b < columns / 32; b++, row += bytes, group += bytes * 8) {
+    for (int32_t h = 0; h < heads; h++) {
+      std::memcpy(group + h * 16 + lane * 2, row + h * 2, 2);
+      uint16_t half;
+      std::memcpy(&half, row + h * 2, 2);
+      if ((half & 0x7c00) == 0x7c00) fail(WKV_DATA, "The scale of block " + std::to_string(b) + " is not finite");
+    }
+    for (int32_t v = 0; v < vectors; v++) std::memcpy(group + heads * 16 + v * 32 + lane * 4, row + heads * 2 + v * 4, 4);
+  }
+}
+}  // namespace
+
+Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
+  const int64_t stored = grouped(dtype) ? (int64_t{rows} + 7) / 8 * 8 : rows;
+  memory.resize(static_cast<size_t>(stored * row_bytes(dtype, columns)));
+}
+
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_abi_version(void) { return WKV_ABI_VERSION; }
+
+int32_t wkv_source_hash(char* out, int32_t out_bytes) {
+#ifndef WKV_SOURCE_HASH
+#define WKV_SOURCE_HASH "unknown"
+#endif
+  const std::string text = WKV_SOURCE_HASH;
+  if (!out || out_bytes < static_cast<int32_t>(text.size()) + 1) return WKV_INVALID;
+  std::memcpy(out, text.c_str(), text.size() + 1);
+  return WKV_OK;
+}
+
+int32_t wkv_live_handles(void) {
+  std::lock_guard<std::mutex> lock(handles_mutex);
+  return live;
+}
+
+int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
+  try {
+    require(out != nullptr && out_bytes >= 4, "out must hold 4 bytes");
+    require(threads >= 0 && threads <= 1024, "threads must be between 0 and 1024: " + std::to_string(threads));
+    if (threads == 0) {
+      cpu_set_t set;
+      CPU_ZERO(&set);
+      threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    }
+    *out = add_handle(0, std::make_shared<Context>(threads));
+    return WKV_OK;
+  } catch (const Failure& failure) {
+    return report(nullptr, failure.status, failure.what());
+  } catch (const std::exception& error) {
+    return report(nullptr, WKV_MEMORY, error.what());
+  }
+}
+
+int32_t wkv_error(int32_t context, char* out, int32_t out_bytes) {
+  if (!out || out_bytes < 1) return WKV_INVALID;
+  std::string text;
+  try {
+    const auto found = find_context(context);
+    std::lock_guard<std::mutex> lock(found->text_mutex);
+    text = found->text;
+  } catch (const std::exception&) {
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    text = open_text;
+  }
+  const size_t length = std::min(text.size(), static_cast<size_t>(out_bytes) - 1);
+  std::memcpy(out, text.data(), length);
+  out[length] = 0;
+  return WKV_OK;
+}
+
+int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require(out != nullptr && out_bytes >= 1, "out must hold a text");
+    const int32_t threads = ctx.threads.count();
+    const std::string text = std::string("CPU, ") + ctx.loops->name + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
+    const size_t length = std::min(text.size(), static_cast<size_t>(out_bytes) - 1);
+    std::memcpy(out, text.data(), length);
+    out[length] = 0;
+  });
+}
+
+int32_t wkv_close(int32_t context, int32_t handle) {
+  std::vector<std::shared_ptr<Object>> gone;  // destroyed outside both locks
+  std::shared_ptr<Context> closed;
+  const int32_t status = entry(context, [&](Context&) {
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    Place* place = locate(handle);
+    if (!place || (handle != context && place->object->context != context)) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
+    if (handle == context) {
+      for (size_t i = 0; i < places.size(); i++) {
+        if (!places[i].object || places[i].object->context != context) continue;
+        gone.push_back(places[i].object);
+        release(places[i], static_cast<int32_t>(i));
+      }
+    }
+    gone.push_back(place->object);
+    release(*place, handle);
+  });
+  return status;
+}
+
+int32_t wkv_bytes(int32_t context, int32_t handle, double* out, int32_t out_bytes) {
+  return entry(context, [&](Context&) {
+    require_buffer(out, out_bytes, 8, "out");
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    Place* place = locate(handle);
+    if (!place || place->object->context != context) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
+    *out = static_cast<double>(place->object->bytes());
+  });
+}
+
+int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context&) {
+    require_buffer(out, out_bytes, 4, "out");
+    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
+    require(!quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    *out = add_handle(context, std::make_shared<Tensor>(dtype, rows, columns));
+  });
+}
+
+namespace {
+void check_rows(const Tensor& tensor, int32_t row, int32_t rows) {
+  require(row >= 0 && rows >= 1 && row <= tensor.rows - rows, "rows " + std::to_string(row) + " to " + std::to_string(int64_t{row} + rows) + " of " + std::to_string(tensor.rows) + " asked for");
+}
+}  // namespace
+
+int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t rows, const void* data, int32_t data_bytes) {
+  return entry(context, [&](Context&) {
+    const TensorRef tensor = find_tensor(context, handle, "tensor");
+    check_rows(*tensor, row, rows);
+    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    require_buffer(data, data_bytes, rows * bytes, "data");
+    if (!grouped(tensor->dtype)) {
+      std::memcpy(tensor->memory.data() + row * bytes, data, static_cast<size_t>(rows * bytes));
+      return;
+    }
+    for (int64_t r = row; r < int64_t{row} + rows; r++) {
+      try {
+        scatter(tensor->dtype, tensor->columns, tensor->memory.data() + r / 8 * 8 * bytes, static_cast<int32_t>(r % 8), static_cast<const uint8_t*>(data) + (r - row) * bytes);
+      } catch (const Failure& failure) {
+        fail(failure.status, "Row " + std::to_string(r) + ": " + failure.what());
+      }
+    }
+  });
+}
+
+int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t rows, void* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef tensor = find_tensor(context, handle, "tensor");
+    check_rows(*tensor, row, rows);
+    const bool as_floats = quantised(tensor->dtype);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    require_buffer(out, out_bytes, rows * bytes, "out");
+    auto* to = static_cast<uint8_t*>(out);
+    for (int64_t r = row; r < int64_t{row} + rows; r++, to += bytes) {
+      if (!grouped(tensor->dtype)) {
+        std::memcpy(to, tensor->memory.data() + r * bytes, static_cast<size_t>(bytes));
+      } else if (as_floats) {
+        ctx.loops->weight_row(tensor->dtype, tensor->memory.data(), tensor->columns, r, reinterpret_cast<float*>(to));
+      } else {
+        const uint8_t* group = tensor->memory.data() + r / 8 * 8 * bytes;
+        for (int32_t c = 0; c < tensor->columns; c++) std::memcpy(to + c * 2, group + (c * 8 + r % 8) * 2, 2);
+      }
+    }
+  });
+}
+
+// ---- graphs ----
+
+int32_t wkv_graph_begin(int32_t context) {
+  return entry(context, [&](Context& ctx) {
+    if (ctx.recording) fail(WKV_INVALID, "A graph is being recorded already");
+    ctx.recording = std::make_shared<Graph>();
+    ctx.recording_failed = false;
+  });
+}
+
+int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require(ctx.recording != nullptr, "No graph is being recorded");
+    const std::shared_ptr<Graph> graph = std::move(ctx.recording);
+    ctx.recording.reset();
+    require(!ctx.recording_failed, "An op of the graph failed when it was recorded");
+    require_buffer(out, out_bytes, 4, "out");
+    *out = add_handle(context, graph);
+  });
+}
+
+int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
+  return entry(context, [&](Context& ctx) {
+    require(!ctx.recording, "A graph cannot run while another is being recorded");
+    require(times >= 0, "times must not be negative: " + std::to_string(times));
+    const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
+    for (int32_t i = 0; i < times; i++) {
+      for (const Op& op : graph->ops) op();
+    }
+  });
+}
