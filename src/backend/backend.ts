@@ -1,0 +1,274 @@
+/**
+ * The native library as an object: opens it, checks each call's status, owns
+ * every handle. Model, caches and tests reach C through it and ops.ts.
+ */
+
+import { WkvError } from "./error.ts";
+import { findCpuLibrary, type FindOptions } from "./library.ts";
+import { ABI_VERSION, symbols } from "./symbols.ts";
+
+/** The devices that a backend can be asked for. */
+export type Device = "auto" | "cpu" | "cuda";
+
+/** How a backend is opened. */
+export interface BackendOptions extends FindOptions {
+  /** The device. @default `"auto"` */
+  device?: Device | undefined;
+  /** Threads; 0 is one for each core this process may use. @default `0` */
+  threads?: number | undefined;
+  /** A library to open as it is; then no file or variable is looked at. */
+  library?: string | undefined;
+}
+
+type Library = Deno.DynamicLibrary<typeof symbols>;
+
+/** Functions that return a status and take the context first. */
+export type ContextFunction = {
+  [K in keyof typeof symbols]: (typeof symbols)[K] extends
+    { nonblocking: true } ? never
+    : (typeof symbols)[K]["parameters"] extends readonly ["i32", ...infer _]
+      ? K
+    : never;
+}[keyof typeof symbols];
+
+type Rest<T> = T extends (context: number, ...rest: infer R) => unknown ? R
+  : never;
+
+const decoder = new TextDecoder();
+
+/** An open native library with one context. */
+export class Backend implements Disposable {
+  /** The library's file. */
+  readonly path: string;
+  /** The device in words, such as `CPU, x86_64_v3, 2 threads`. */
+  readonly description: string;
+  /** The kind of device. */
+  readonly device: "cpu" | "cuda";
+  readonly #library: Library;
+  readonly #context: number;
+  #running = 0;
+  #closed = false;
+
+  private constructor(path: string, library: Library, context: number) {
+    this.path = path;
+    this.device = "cpu";
+    this.#library = library;
+    this.#context = context;
+    this.description = this.#text("wkv_device");
+  }
+
+  /**
+   * Opens the library, building it when there is none.
+   *
+   * @throws {LibraryError} No library was found and none could be built.
+   * @throws {WkvError} The library has another ABI, or opens no context.
+   */
+  static async open(options: BackendOptions = {}): Promise<Backend> {
+    const { device = "auto", threads = 0 } = options;
+    if (device === "cuda") {
+      throw new Error(
+        "There is no CUDA library yet: use the device cpu or auto",
+      );
+    }
+    if (device !== "cpu" && device !== "auto") {
+      throw new RangeError(
+        `The device must be auto, cpu or cuda: current value is "${device}"`,
+      );
+    }
+    if (!Number.isInteger(threads) || threads < 0 || threads > 1024) {
+      throw new RangeError(
+        `The threads must be between 0 and 1024: current value is ${threads}`,
+      );
+    }
+    if (Deno.build.os !== "linux") throw new Error("Linux only so far");
+    const path = options.library ?? (await findCpuLibrary(options)).path;
+    let library: Library;
+    try {
+      library = Deno.dlopen(path, symbols);
+    } catch (cause) {
+      if (cause instanceof Deno.errors.NotCapable) {
+        throw new Deno.errors.NotCapable(
+          `The library may not be opened: run with --allow-ffi=${path}`,
+          { cause },
+        );
+      }
+      throw new Error(
+        `${path} cannot be opened: ${
+          cause instanceof Error ? cause.message : cause
+        }`,
+        { cause },
+      );
+    }
+    try {
+      const version = library.symbols.wkv_abi_version();
+      if (version !== ABI_VERSION) {
+        throw new WkvError(
+          "wkv_abi_version",
+          1,
+          `${path} has ABI ${version}, expected ${ABI_VERSION}: build it anew`,
+        );
+      }
+      const out = new Int32Array(1);
+      const status = library.symbols.wkv_context_open(threads, out, 4);
+      if (status !== 0) {
+        throw new WkvError("wkv_context_open", status, lastError(library, 0));
+      }
+      return new Backend(path, library, out[0]!);
+    } catch (error) {
+      library.close();
+      throw error;
+    }
+  }
+
+  /** Calls a function of wkv.h with this context and checks its status. */
+  call<K extends ContextFunction>(
+    name: K,
+    ...rest: Rest<Library["symbols"][K]>
+  ): void {
+    this.#check();
+    const entry = this.#library.symbols[name] as (
+      context: number,
+      ...rest: unknown[]
+    ) => number;
+    const status = entry(this.#context, ...rest);
+    if (status !== 0) throw this.#error(name, status);
+  }
+
+  /** Calls a function that writes a new handle out. */
+  open(open: (out: Int32Array<ArrayBuffer>) => void): number {
+    const out = new Int32Array(1);
+    open(out);
+    return out[0]!;
+  }
+
+  /** Closes a handle; does nothing once the backend itself is closed. */
+  closeHandle(handle: number): void {
+    if (!this.#closed) this.call("wkv_close", handle);
+  }
+
+  /** Bytes that a handle's object holds. */
+  bytes(handle: number): number {
+    const out = new Float64Array(1);
+    this.call("wkv_bytes", handle, out, 8);
+    return out[0]!;
+  }
+
+  /**
+   * Records what `ops` calls as a graph.
+   *
+   * @throws {WkvError} One of the ops was refused.
+   */
+  record(ops: () => void): Graph {
+    this.call("wkv_graph_begin");
+    const out = new Int32Array(1);
+    let failure: unknown;
+    try {
+      ops();
+    } catch (error) {
+      failure = error;
+    }
+    try {
+      this.call("wkv_graph_end", out, 4);
+    } catch (error) {
+      throw failure ?? error;
+    }
+    const graph = new Graph(this, out[0]!);
+    if (failure === undefined) return graph;
+    graph.close();
+    throw failure;
+  }
+
+  /** Runs a graph off the main thread. Used by {@linkcode Graph.run}. */
+  async runGraph(graph: number, times: number): Promise<void> {
+    this.#check();
+    this.#running++;
+    try {
+      const status = await this.#library.symbols.wkv_graph_run(
+        this.#context,
+        graph,
+        times,
+      );
+      if (status !== 0) throw this.#error("wkv_graph_run", status);
+    } finally {
+      this.#running--;
+      if (this.#closed && this.#running === 0) this.#unload();
+    }
+  }
+
+  /** Handles that are open in the library, over all backends. */
+  get liveHandles(): number {
+    this.#check();
+    return this.#library.symbols.wkv_live_handles();
+  }
+
+  /** Closes the context with all that it opened; calls in flight end first. */
+  close(): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    if (this.#running === 0) this.#unload();
+  }
+
+  /** Same as {@linkcode Backend.close}. */
+  [Symbol.dispose](): void {
+    this.close();
+  }
+
+  #unload(): void {
+    this.#library.symbols.wkv_close(this.#context, this.#context);
+    this.#library.close();
+  }
+
+  #check(): void {
+    if (this.#closed) throw new Error("The backend is closed");
+  }
+
+  #error(name: string, status: number): WkvError {
+    return new WkvError(name, status, lastError(this.#library, this.#context));
+  }
+
+  #text(name: "wkv_device"): string {
+    const out = new Uint8Array(256);
+    this.call(name, out, out.length);
+    return decoder.decode(out.subarray(0, out.indexOf(0)));
+  }
+}
+
+/** Ops that were recorded once and run as often as wanted. */
+export class Graph implements Disposable {
+  readonly #backend: Backend;
+  readonly #handle: number;
+  #closed = false;
+
+  /** Made by {@linkcode Backend.record}. */
+  constructor(backend: Backend, handle: number) {
+    this.#backend = backend;
+    this.#handle = handle;
+  }
+
+  /**
+   * Runs all its ops in order, `times` times over, off the main thread.
+   *
+   * @throws {WkvError} An op failed; the caches it wrote are undefined then.
+   */
+  run(times = 1): Promise<void> {
+    return this.#backend.runGraph(this.#handle, times);
+  }
+
+  /** Gives the graph up. */
+  close(): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#backend.closeHandle(this.#handle);
+  }
+
+  /** Same as {@linkcode Graph.close}. */
+  [Symbol.dispose](): void {
+    this.close();
+  }
+}
+
+function lastError(library: Library, context: number): string {
+  const out = new Uint8Array(1024);
+  library.symbols.wkv_error(context, out, out.length);
+  return decoder.decode(out.subarray(0, out.indexOf(0)));
+}

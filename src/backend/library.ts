@@ -1,0 +1,126 @@
+/**
+ * Finds the native library, or builds it: an override, the checkout's build
+ * folder, the user's cache, the compiler. Called by Backend.open.
+ */
+
+import { cacheDir } from "../user_cache.ts";
+import { buildCpuLibrary, libraryPrefix } from "./build.ts";
+import { LibraryError } from "./error.ts";
+
+/** How the library is found. */
+export interface FindOptions {
+  /** Called with one line before a build starts. */
+  onBuild?: ((line: string) => void) | undefined;
+  /** Ends a build. */
+  signal?: AbortSignal | undefined;
+  /** Whether a missing library may be built. @default `true` */
+  build?: boolean;
+}
+
+/** A library that was found, and the places that had none. */
+export interface FoundLibrary {
+  /** Its full path. */
+  path: string;
+  /** What was tried before, each with why it did not serve. */
+  tried: string[];
+}
+
+/** The environment variable that names a CPU library to use as it is. */
+export const LIBRARY_VARIABLE = "WKV_LIB_CPU";
+
+/** The folders that hold built libraries, the one that builds go to first. */
+export function buildFolders(): string[] {
+  const folders: string[] = [];
+  if (import.meta.url.startsWith("file:")) {
+    folders.push(
+      decodeURIComponent(new URL("../../build", import.meta.url).pathname),
+    );
+  }
+  return [...folders, `${cacheDir()}/lib`];
+}
+
+/**
+ * Finds the CPU library and builds it when there is none.
+ *
+ * @throws {LibraryError} If none was found and none could be built; it lists
+ * what was tried.
+ */
+export async function findCpuLibrary(
+  options: FindOptions = {},
+): Promise<FoundLibrary> {
+  const tried: string[] = [];
+  const named = Deno.env.get(LIBRARY_VARIABLE);
+  if (named) {
+    try {
+      return { path: await Deno.realPath(named), tried };
+    } catch (cause) {
+      throw new LibraryError(
+        `No CPU library where ${LIBRARY_VARIABLE} says`,
+        [`${named}: ${text(cause)}`],
+        { cause },
+      );
+    }
+  }
+  tried.push(`${LIBRARY_VARIABLE}: not set`);
+  const prefix = await libraryPrefix();
+  const folders = buildFolders();
+  for (const folder of folders) {
+    const newest = await newestIn(folder, prefix);
+    if (newest !== null) return { path: newest, tried };
+    tried.push(`${folder}: no ${prefix}*.so`);
+  }
+  if (options.build === false) {
+    throw new LibraryError("No CPU library is built yet", tried);
+  }
+  for (const folder of folders) {
+    try {
+      const path = await buildCpuLibrary({
+        folder,
+        ...(options.onBuild ? { onStart: options.onBuild } : {}),
+        ...(options.signal ? { signal: options.signal } : {}),
+      });
+      return { path, tried };
+    } catch (cause) {
+      options.signal?.throwIfAborted();
+      tried.push(`building into ${folder}: ${text(cause)}`);
+      if (!isUnwritable(cause)) {
+        throw new LibraryError("No CPU library could be built", tried, {
+          cause,
+        });
+      }
+    }
+  }
+  throw new LibraryError("No folder takes the CPU library", tried);
+}
+
+async function newestIn(
+  folder: string,
+  prefix: string,
+): Promise<string | null> {
+  let newest: string | null = null;
+  let newestTime = -1;
+  try {
+    for await (const { name } of Deno.readDir(folder)) {
+      if (!name.startsWith(prefix) || !name.endsWith(".so")) continue;
+      const { mtime } = await Deno.stat(`${folder}/${name}`);
+      const time = mtime?.getTime() ?? 0;
+      if (time > newestTime) [newest, newestTime] = [`${folder}/${name}`, time];
+    }
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return null;
+    if (error instanceof Deno.errors.NotADirectory) return null;
+    throw error;
+  }
+  return newest;
+}
+
+function isUnwritable(error: unknown): boolean {
+  return error instanceof Deno.errors.PermissionDenied ||
+    error instanceof Deno.errors.NotADirectory ||
+    error instanceof Deno.errors.NotFound ||
+    (error instanceof Error && "code" in error && error.code === "EROFS");
+}
+
+function text(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}

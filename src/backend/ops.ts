@@ -1,0 +1,155 @@
+/**
+ * One function a kernel, with names for what wkv.h counts by position; the
+ * architectures in src/models compose them.
+ */
+
+import type { Backend } from "./backend.ts";
+import {
+  wkv_activation,
+  wkv_precision,
+} from "./symbols.ts";
+import type { Tensor } from "./tensor.ts";
+
+/** How linear ops hold their input; see wkv.h. */
+export type Precision = "f32" | "int8";
+
+/** A norm before a projection: weight `[1, C]` and epsilon. */
+export interface Norm {
+  /** Its weight, `[1, C]`. */
+  weight: Tensor;
+  /** What is added to the mean square. */
+  epsilon: number;
+}
+
+/** What a projection may do beside `x W^T`. */
+export interface LinearOptions {
+  /** Rows of `x` that are used. */
+  rows: number;
+  /** Applied to `x` first. */
+  norm?: Norm;
+  /** Added to the result, `[1, J]`. */
+  bias?: Tensor | undefined;
+  /** Adds the result to what `out` holds. @default `false` */
+  add?: boolean;
+  /** The first of the rows of `x`. @default `0` */
+  xRow?: number;
+  /** The first column of `out` that is written. @default `0` */
+  outColumn?: number;
+  /** How `x` is held where `w` is quantised. */
+  precision: Precision;
+}
+
+const precisions: Record<Precision, number> = {
+  f32: wkv_precision.WKV_PRECISION_F32,
+  int8: wkv_precision.WKV_PRECISION_INT8,
+};
+
+/** `out[i] = table[tokens[i]]` for the first `rows` tokens. */
+export function embed(
+  backend: Backend,
+  out: Tensor,
+  table: Tensor,
+  tokens: Tensor,
+  rows: number,
+): void {
+  backend.call("wkv_embed", out.handle, table.handle, tokens.handle, rows);
+}
+
+/** `out[i] = norm(x[i])` for the first `rows` rows. */
+export function rmsnorm(
+  backend: Backend,
+  out: Tensor,
+  x: Tensor,
+  norm: Norm,
+  rows: number,
+): void {
+  backend.call(
+    "wkv_rmsnorm",
+    out.handle,
+    x.handle,
+    rows,
+    norm.weight.handle,
+    norm.epsilon,
+  );
+}
+
+/** `out = norm(x) w^T + bias`, `w` being `[J, C]`. */
+export function linear(
+  backend: Backend,
+  out: Tensor,
+  x: Tensor,
+  w: Tensor,
+  options: LinearOptions,
+): void {
+  backend.call(
+    "wkv_linear",
+    out.handle,
+    options.outColumn ?? 0,
+    x.handle,
+    options.xRow ?? 0,
+    options.rows,
+    options.norm?.weight.handle ?? 0,
+    options.norm?.epsilon ?? 0,
+    w.handle,
+    options.bias?.handle ?? 0,
+    options.add ? 1 : 0,
+    precisions[options.precision],
+  );
+}
+
+/** `out = silu(norm(x) gate^T) * (norm(x) up^T)`. */
+export function gated(
+  backend: Backend,
+  out: Tensor,
+  x: Tensor,
+  gate: Tensor,
+  up: Tensor,
+  options: { rows: number; norm: Norm; precision: Precision },
+): void {
+  backend.call(
+    "wkv_gated",
+    out.handle,
+    x.handle,
+    options.rows,
+    options.norm.weight.handle,
+    options.norm.epsilon,
+    gate.handle,
+    up.handle,
+    wkv_activation.WKV_SILU,
+    precisions[options.precision],
+  );
+}
+
+/** The next token of each row of `logits`; see wkv.h for the settings. */
+export function sample(
+  backend: Backend,
+  tokens: Tensor,
+  logits: Tensor,
+  settings: Tensor,
+  rng: Tensor,
+): void {
+  backend.call(
+    "wkv_sample",
+    tokens.handle,
+    logits.handle,
+    settings.handle,
+    rng.handle,
+  );
+}
+
+/** `out[i]` = log of the probability of `targets[i]` under `logits[i]`. */
+export function logProb(
+  backend: Backend,
+  out: Tensor,
+  logits: Tensor,
+  targets: Tensor,
+  rows: number,
+): void {
+  backend.call(
+    "wkv_log_prob",
+    out.handle,
+    logits.handle,
+    targets.handle,
+    rows,
+  );
+}

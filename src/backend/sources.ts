@@ -1,0 +1,2713 @@
+/** The sources of the native libraries, by path below kernels/. Made by `deno task bind`. */
+export const sources: Record<string, string> = {
+  "cpu/attend.cpp": `/**
+ * attend.cpp: wkv_attend, one decode step of one layer: attend, accumulate scores, select, merge, insert.
+ *
+ *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], i)     i = 0..len, the new token being i = len
+ *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (cache.cpp)
+ *
+ * A task owns one KV head and a stretch of ranks, for all its query heads, so K and V are read once; the stretches depend on the number
+ * of slots alone and are joined in rank order by one task a head. Bytes moved: K and V of the cached tokens once, the scores twice.
+ */
+#include <cmath>
+#include <cstring>
+
+#include "cache.hpp"
+
+namespace wkv {
+namespace {
+
+/** One KV head's share of the scratch memory, in the order of its fields. */
+struct Work {
+  float* q;         // [G, D], rotated
+  float* weights;   // [G, stride]: exp(s - the stretch's highest)
+  float* highest;   // [stretches, G]
+  float* sums;      // [stretches, G]
+  float* outputs;   // [stretches, G, D]
+  uint8_t* key;     // the new token, as stored
+  uint8_t* value;
+};
+
+/** How the scratch memory is cut. */
+struct Plan {
+  int32_t group, head_dim, stretch, stretches;
+  int64_t stride, floats, bytes;
+
+  explicit Plan(const Cache& cache) : group(cache.group()), head_dim(cache.head_dim) {
+    const int32_t entries = cache.slots + 1;
+    stretch = 128;
+    while (entries / stretch > 64) stretch *= 2;
+    stretches = (entries + stretch - 1) / stretch;
+    stride = (int64_t{entries} + 15) / 16 * 16;
+    floats = group * head_dim + group * stride + int64_t{stretches} * group * (2 + head_dim);
+    bytes = (floats * 4 + 2 * cache.row_bytes() + 63) / 64 * 64;
+  }
+
+  Work work(uint8_t* scratch, int64_t unit, int64_t row_bytes) const {
+    Work w;
+    w.q = reinterpret_cast<float*>(scratch + unit * bytes);
+    w.weights = w.q + group * head_dim;
+    w.highest = w.weights + group * stride;
+    w.sums = w.highest + int64_t{stretches} * group;
+    w.outputs = w.sums + int64_t{stretches} * group;
+    w.key = reinterpret_cast<uint8_t*>(w.outputs + int64_t{stretches} * group * head_dim);
+    w.value = w.key + row_bytes;
+    return w;
+  }
+};
+
+/** Rotates q at the new token's rank, and rounds k and v to what will be stored. */
+void prepare(const Loops& loops, const Cache& cache, const float* qkv, int32_t n, int64_t head, const Work& w) {
+  const Counts& counts = cache.counts[head];
+  const int32_t group = cache.group(), dim = cache.head_dim;
+  float own[512], key[512];
+  const bool text = cache.positions == WKV_POSITIONS_TEXT;
+  const Rotation at = cache.rope->at(text ? counts.steps : counts.kept, own);
+  for (int32_t g = 0; g < group; g++) {
+    float* q = w.q + g * dim;
+    std::memcpy(q, qkv + (int64_t{n} * group + g) * dim, size_t(dim) * 4);
+    cache.rope->to_half(q);
+    rotate(q, at);
+  }
+  std::memcpy(key, qkv + (int64_t{cache.heads} + n) * dim, size_t(dim) * 4);
+  store_key(loops, cache, key, at, w.key);
+  loops.write_row(cache.dtype, qkv + (int64_t{cache.heads} + cache.kv_heads + n) * dim, dim, w.value);
+}
+
+/** Ranks [first, last) of one head: weights, their highest score and sum, and the weighted values. */
+void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, int32_t s, float scale) {
+  const Ranked r = cache.ranked(head);
+  const int32_t first = s * plan.stretch, total = r.count + 1;
+  const int32_t last = first + plan.stretch < total ? first + plan.stretch : total;
+  if (first >= last) return;
+  const int32_t stored = (last < r.count ? last : r.count) - first, none = 0;
+  const StoredRows keys{cache.keys_of(head), cache.dtype, plan.head_dim, r.slot + first, stored};
+  const StoredRows values{cache.values_of(head), cache.dtype, plan.head_dim, r.slot + first, stored};
+  const StoredRows new_key{w.key, cache.dtype, plan.head_dim, &none, 1}, new_value{w.value, cache.dtype, plan.head_dim, &none, 1};
+  if (stored > 0) loops.scores(keys, cache.rotation(first), w.q, plan.group, scale, w.weights + first, plan.stride);
+  if (last == total) loops.scores(new_key, cache.rotation(r.count), w.q, plan.group, scale, w.weights + r.count, plan.stride);
+  float* out = w.outputs + int64_t{s} * plan.group * plan.head_dim;
+  std::memset(out, 0, size_t(plan.group) * plan.head_dim * 4);
+  for (int32_t g = 0; g < plan.group; g++) {
+    float* weights = w.weights + g * plan.stride + first;
+    const float most = loops.highest(weights, last - first);
+    w.highest[s * plan.group + g] = most;
+    w.sums[s * plan.group + g] = loops.exponentials(weights, last - first, most);
+  }
+  if (stored > 0) loops.weighted_values(values, w.weights + first, plan.stride, plan.group, out);
+  if (last == total) loops.weighted_values(new_value, w.weights + r.count, plan.stride, plan.group, out);
+}
+
+/** Joins the stretches of one head in order, adds the weights to the scores, and settles the new token. */
+void join(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, float* out, int32_t forced) {
+  Ranked r = cache.ranked(head);
+  const int32_t total = r.count + 1, used = (total + plan.stretch - 1) / plan.stretch;
+  const int32_t step = ++cache.counts[head].steps;
+  r.add(0, step);
+  for (int32_t g = 0; g < plan.group; g++) {
+    float most = -INFINITY, sum = 0.0f;
+    for (int32_t s = 0; s < used; s++) most = std::fmax(most, w.highest[s * plan.group + g]);
+    for (int32_t s = 0; s < used; s++) sum += std::exp(w.highest[s * plan.group + g] - most) * w.sums[s * plan.group + g];
+    std::memset(out + g * plan.head_dim, 0, size_t(plan.head_dim) * 4);
+    for (int32_t s = 0; s < used; s++) {
+      const float factor = std::exp(w.highest[s * plan.group + g] - most) / sum;
+      const int32_t first = s * plan.stretch, count = total - first < plan.stretch ? total - first : plan.stretch;
+      loops.add_scaled(out + g * plan.head_dim, w.outputs + (int64_t{s} * plan.group + g) * plan.head_dim, factor, plan.head_dim);
+      loops.add_scaled(r.score + first, w.weights + g * plan.stride + first, factor / static_cast<float>(plan.group), count);
+    }
+  }
+  settle(loops, cache, head, r, Incoming{w.key, w.value}, forced);
+}
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, int32_t victims) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
+    const TensorRef forced = find_victims(context, victims, *cache);
+    const Plan plan(*cache);
+    const int64_t units = int64_t{cache->sequences} * cache->kv_heads;
+    ctx.scratch.reserve(size_t(units * plan.bytes));
+    ctx.submit([=, &ctx] {
+      const Loops& loops = *ctx.loops;
+      const int64_t first = cache->head(layer, 0, 0);
+      const auto work = [&](int64_t unit) { return plan.work(ctx.scratch.data(), unit, cache->row_bytes()); };
+      int32_t used = 1;  // stretches of the longest head
+      for (int64_t u = 0; u < units; u++) used = std::max(used, cache->counts[first + u].kept / plan.stretch + 1);
+      ctx.threads.loop(units, 8, [&](int64_t begin, int64_t end, int) {
+        for (int64_t u = begin; u < end; u++) {
+          const int64_t b = u / cache->kv_heads;
+          prepare(loops, *cache, from->row(b), static_cast<int32_t>(u % cache->kv_heads), first + u, work(u));
+        }
+      });
+      ctx.threads.loop(units * used, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; i++) attend_stretch(loops, *cache, first + i / used, plan, work(i / used), static_cast<int32_t>(i % used), scale);
+      });
+      ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t u = begin; u < end; u++) {
+          float* row = to->row(u / cache->kv_heads) + u % cache->kv_heads * plan.group * plan.head_dim;
+          join(loops, *cache, first + u, plan, work(u), row, forced ? forced->i32()[u] : -1);
+        }
+      });
+    });
+  });
+}
+`,
+  "cpu/cache.cpp": `/** cache.cpp: rotations and caches, select, merge and insert, and wkv_insert. The rules themselves are in policy.h. */
+#include "cache.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace wkv {
+
+// ---- rotation ----
+
+void Rope::to_half(float* head) const {
+  if (pairs == WKV_PAIRS_HALF) return;
+  float turned[512];
+  for (int32_t i = 0; i < count; i++) turned[i] = head[2 * i], turned[i + count] = head[2 * i + 1];
+  std::memcpy(head, turned, size_t(count) * 8);
+}
+
+void Rope::from_half(float* head) const {
+  if (pairs == WKV_PAIRS_HALF) return;
+  float turned[512];
+  for (int32_t i = 0; i < count; i++) turned[2 * i] = head[i], turned[2 * i + 1] = head[i + count];
+  std::memcpy(head, turned, size_t(count) * 8);
+}
+
+Rotation Rope::at(int64_t position, float* own) const {
+  if (position < positions) return {cosines.data() + position * count, sines.data() + position * count, count};
+  for (int32_t i = 0; i < count; i++) {
+    const double angle = frequencies[i] * static_cast<double>(position);
+    own[i] = static_cast<float>(std::cos(angle));
+    own[i + count] = static_cast<float>(std::sin(angle));
+  }
+  return {own, own + count, count};
+}
+
+void rotate(float* head, const Rotation& by) {
+  for (int32_t i = 0; i < by.pairs; i++) {
+    const float x = head[i], y = head[i + by.pairs];
+    head[i] = x * by.cosines[i] - y * by.sines[i];
+    head[i + by.pairs] = x * by.sines[i] + y * by.cosines[i];
+  }
+}
+
+// ---- state ----
+
+size_t Cache::bytes() const {
+  return keys.bytes() + values.bytes() + scores.bytes() + gaps.bytes() + births.bytes() + places.bytes() + counts.size() * sizeof(Counts);
+}
+
+Ranked Cache::ranked(int64_t head) {
+  const int64_t at = head * (slots + 1);
+  return {scores.data() + at, births.data() + at, places.data() + at, gapped() ? gaps.data() + at : nullptr, counts[head].kept};
+}
+
+Rotation Cache::rotation(int32_t rank) const {
+  if (positions == WKV_POSITIONS_TEXT) return {nullptr, nullptr, 0};
+  const int64_t at = int64_t{rank} * rope->count;
+  return {rope->cosines.data() + at, rope->sines.data() + at, rope->count};
+}
+
+void Cache::check_layer(int32_t layer) const {
+  require(layer >= 0 && layer < layers, "layer must be between 0 and " + std::to_string(layers - 1) + ": " + std::to_string(layer));
+}
+
+void Ranked::remove(int32_t rank, bool gaps) {
+  const size_t after = size_t(count - rank - 1) * 4;
+  std::memmove(score + rank, score + rank + 1, after);
+  std::memmove(birth + rank, birth + rank + 1, after);
+  std::memmove(slot + rank, slot + rank + 1, after);
+  if (gaps) std::memmove(gap + rank, gap + rank + 1, after);
+  count--;
+}
+
+void Ranked::add(int32_t t, int32_t birth_step) {
+  score[count] = 0.0f;
+  birth[count] = birth_step;
+  slot[count] = -1 - t;
+  count++;
+}
+
+// ---- select, merge, insert ----
+
+namespace {
+
+struct Rows {
+  const Cache& cache;
+  uint8_t* values;
+  const Incoming& incoming;
+  uint8_t* value(int32_t slot) const {
+    return slot >= 0 ? values + slot * cache.row_bytes() : incoming.values + (-1 - slot) * cache.row_bytes();
+  }
+};
+
+void update_gap(const Loops& loops, const Rows& rows, Ranked& r, int32_t rank) {
+  if (rank < 0 || rank + 1 >= r.count) return;
+  r.gap[rank] = loops.gap(rows.cache.dtype, rows.value(r.slot[rank]), rows.value(r.slot[rank + 1]), rows.cache.head_dim);
+}
+
+/** The rank that minimises the policy's value; the lowest rank of equals. */
+int32_t pick(const Cache& cache, const Ranked& r, int32_t step) {
+  int32_t best = -1;
+  float least = 0.0f;
+  const bool gapped = cache.gapped();
+  for (int32_t rank = cache.sinks; rank < r.count - cache.recent; rank++) {
+    const float w = wkv_average(r.score[rank], step - r.birth[rank] + 1);
+    float value = INFINITY;  // the newest has no right neighbour to be merged with
+    if (!gapped) value = wkv_select_value(cache.select, rank, w, 0.0f, 0.0f);
+    else if (rank + 1 < r.count) value = wkv_select_value(cache.select, rank, w, wkv_average(r.score[rank + 1], step - r.birth[rank + 1] + 1), r.gap[rank]);
+    if (std::isnan(value)) fail(WKV_DATA, "The attention of rank " + std::to_string(rank) + " is not a number");
+    if (best < 0 || value < least) best = rank, least = value;
+  }
+  return best;
+}
+
+}  // namespace
+
+void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Incoming& incoming, int32_t forced) {
+  Counts& counts = cache.counts[head];
+  const Rows rows{cache, cache.values_of(head), incoming};
+  const int32_t step = counts.steps;
+  const int32_t arrived = r.count - counts.kept;
+  if (cache.gapped()) {
+    for (int32_t rank = counts.kept - 1; rank + 1 < r.count; rank++) update_gap(loops, rows, r, rank);
+  }
+  if (r.count > cache.slots && cache.select == WKV_SELECT_NONE) fail(WKV_INVALID, "The cache is full: its policy keeps every token, and it has " + std::to_string(cache.slots) + " slots");
+  // A thread's own list, so that a step allocates nothing once it has grown.
+  static thread_local std::vector<int32_t> freed;
+  freed.clear();
+  while (r.count > cache.slots) {
+    const int32_t j = forced >= 0 ? forced : pick(cache, r, step);
+    if (j < 0 || !wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
+    const bool neighbour = j + 1 < r.count;
+    const float w_v = wkv_average(r.score[j], step - r.birth[j] + 1);
+    const float w_r = neighbour ? wkv_average(r.score[j + 1], step - r.birth[j + 1] + 1) : 0.0f;
+    const bool merges = cache.merge == WKV_MERGE_RIGHT && neighbour;
+    if (merges && w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, rows.value(r.slot[j]), w_r, rows.value(r.slot[j + 1]), cache.head_dim);
+    counts.event[0] = static_cast<float>(r.birth[j] - 1);
+    counts.event[1] = merges ? static_cast<float>(r.birth[j + 1] - 1) : -1.0f;
+    counts.event[2] = w_v;
+    counts.event[3] = w_r;
+    ++(merges ? counts.merged : counts.evicted);
+    if (r.slot[j] >= 0) freed.push_back(r.slot[j]);
+    r.remove(j, cache.gapped());
+    if (cache.gapped()) update_gap(loops, rows, r, j - 1), update_gap(loops, rows, r, j);
+  }
+  size_t next_freed = 0;
+  int32_t unused = counts.kept;
+  for (int32_t rank = std::max(0, r.count - arrived); rank < r.count; rank++) {
+    if (r.slot[rank] >= 0) continue;
+    const int64_t from = (-1 - r.slot[rank]) * cache.row_bytes();
+    const int32_t slot = next_freed < freed.size() ? freed[next_freed++] : unused++;
+    std::memcpy(cache.keys_of(head) + slot * cache.row_bytes(), incoming.keys + from, size_t(cache.row_bytes()));
+    std::memcpy(rows.values + slot * cache.row_bytes(), incoming.values + from, size_t(cache.row_bytes()));
+    r.slot[rank] = slot;
+  }
+  counts.kept = r.count;
+}
+
+void store_key(const Loops& loops, const Cache& cache, float* key, const Rotation& at, uint8_t* out) {
+  cache.rope->to_half(key);
+  if (cache.positions == WKV_POSITIONS_TEXT) rotate(key, at);
+  loops.write_row(cache.dtype, key, cache.head_dim, out);
+}
+
+CacheRef find_cache(int32_t context, int32_t handle, int32_t layer) {
+  const CacheRef cache = find<Cache>(context, handle, Kind::Cache, "cache");
+  cache->check_layer(layer);
+  return cache;
+}
+
+TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache) {
+  return handle ? find_tensor(context, handle, "victims", WKV_I32, cache.sequences, cache.kv_heads) : TensorRef();
+}
+
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const float* frequencies, int32_t frequencies_bytes, int32_t positions, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context&) {
+    require_buffer(out, out_bytes, 4, "out");
+    require(head_dim >= 2 && head_dim <= 512, "head_dim must be between 2 and 512: " + std::to_string(head_dim));
+    require(pairs == WKV_PAIRS_HALF || pairs == WKV_PAIRS_INTERLEAVED, "pairs " + std::to_string(pairs) + " is unknown");
+    require(positions >= 0, "positions must not be negative: " + std::to_string(positions));
+    require(frequencies != nullptr && frequencies_bytes > 0 && frequencies_bytes % 4 == 0 && frequencies_bytes / 4 * 2 <= head_dim, "frequencies must hold between 1 and head_dim / 2 floats");
+    auto rope = std::make_shared<Rope>();
+    rope->head_dim = head_dim;
+    rope->pairs = pairs;
+    rope->count = frequencies_bytes / 4;
+    rope->positions = positions;
+    for (int32_t i = 0; i < rope->count; i++) {
+      require(std::isfinite(frequencies[i]), "frequency " + std::to_string(i) + " is not finite");
+      rope->frequencies.push_back(frequencies[i]);
+    }
+    rope->cosines.resize(size_t(positions) * rope->count);
+    rope->sines.resize(size_t(positions) * rope->count);
+    for (int64_t p = 0; p < positions; p++) {
+      for (int32_t i = 0; i < rope->count; i++) {
+        rope->cosines.data()[p * rope->count + i] = static_cast<float>(std::cos(rope->frequencies[i] * static_cast<double>(p)));
+        rope->sines.data()[p * rope->count + i] = static_cast<float>(std::sin(rope->frequencies[i] * static_cast<double>(p)));
+      }
+    }
+    *out = add_handle(context, rope);
+  });
+}
+
+int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context&) {
+    require_buffer(out, out_bytes, 4, "out");
+    auto cache = std::make_shared<Cache>();
+    cache->rope = find<Rope>(context, rope, Kind::Rope, "rope");
+    require(layers >= 1 && layers <= 1024 && sequences >= 1 && sequences <= 4096, "layers must be between 1 and 1024, sequences between 1 and 4096");
+    require(kv_heads >= 1 && kv_heads <= 1024 && heads >= kv_heads && heads % kv_heads == 0, "heads must be a multiple of kv_heads: " + std::to_string(heads) + ", " + std::to_string(kv_heads));
+    require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
+    require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
+    require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
+    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_MERGE_COST_LINEAR, "select " + std::to_string(select) + " is unknown");
+    require(merge == WKV_MERGE_NONE || merge == WKV_MERGE_RIGHT, "merge " + std::to_string(merge) + " is unknown");
+    require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
+    require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
+    require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
+    cache->layers = layers;
+    cache->sequences = sequences;
+    cache->heads = heads;
+    cache->kv_heads = kv_heads;
+    cache->head_dim = head_dim;
+    cache->slots = slots;
+    cache->sinks = sinks;
+    cache->recent = recent;
+    cache->select = select;
+    cache->merge = merge;
+    cache->positions = positions;
+    cache->dtype = dtype;
+    const size_t all = size_t(layers) * sequences * kv_heads;
+    const size_t entries = all * (size_t(slots) + 1);
+    cache->keys.resize(all * slots * cache->row_bytes());
+    cache->values.resize(all * slots * cache->row_bytes());
+    cache->scores.resize(entries);
+    cache->births.resize(entries);
+    cache->places.resize(entries);
+    if (cache->gapped()) cache->gaps.resize(entries);
+    cache->counts.resize(all);
+    *out = add_handle(context, cache);
+  });
+}
+
+int32_t wkv_cache_reset(int32_t context, int32_t handle, int32_t sequence) {
+  return entry(context, [&](Context&) {
+    const CacheRef cache = find_cache(context, handle, 0);
+    require(sequence >= -1 && sequence < cache->sequences, "sequence must be between -1 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
+    for (int32_t layer = 0; layer < cache->layers; layer++) {
+      for (int32_t b = 0; b < cache->sequences; b++) {
+        if (sequence >= 0 && b != sequence) continue;
+        for (int32_t n = 0; n < cache->kv_heads; n++) cache->counts[cache->head(layer, b, n)] = Counts();
+      }
+    }
+  });
+}
+
+int32_t wkv_cache_read(int32_t context, int32_t handle, int32_t field, int32_t layer, int32_t sequence, int32_t kv_head, void* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
+    require(kv_head >= 0 && kv_head < cache->kv_heads, "kv_head must be between 0 and " + std::to_string(cache->kv_heads - 1) + ": " + std::to_string(kv_head));
+    const int64_t head = cache->head(layer, sequence, kv_head);
+    const Counts& counts = cache->counts[head];
+    const Ranked r = cache->ranked(head);
+    const bool rows = field == WKV_CACHE_KEYS || field == WKV_CACHE_VALUES;
+    const int64_t want = field == WKV_CACHE_COUNTS || field == WKV_CACHE_EVENT ? 16 : int64_t{r.count} * (rows ? cache->head_dim : 1) * 4;
+    require(out_bytes == want, "out has " + std::to_string(out_bytes) + " bytes, expected " + std::to_string(want));
+    if (want == 0) return;
+    require(out != nullptr, "out is null");
+    auto* ints = static_cast<int32_t*>(out);
+    auto* floats = static_cast<float*>(out);
+    switch (field) {
+      case WKV_CACHE_COUNTS: ints[0] = counts.kept, ints[1] = counts.steps, ints[2] = counts.merged, ints[3] = counts.evicted; return;
+      case WKV_CACHE_EVENT: std::memcpy(out, counts.event, 16); return;
+      case WKV_CACHE_SCORES: std::memcpy(out, r.score, size_t(want)); return;
+      case WKV_CACHE_SLOTS: std::memcpy(out, r.slot, size_t(want)); return;
+      case WKV_CACHE_POSITIONS:
+        for (int32_t i = 0; i < r.count; i++) ints[i] = r.birth[i] - 1;
+        return;
+      case WKV_CACHE_STEPS:
+        for (int32_t i = 0; i < r.count; i++) ints[i] = counts.steps - r.birth[i] + 1;
+        return;
+      default: break;
+    }
+    require(rows, "field " + std::to_string(field) + " is unknown");
+    const uint8_t* from = field == WKV_CACHE_KEYS ? cache->keys_of(head) : cache->values_of(head);
+    for (int32_t i = 0; i < r.count; i++, floats += cache->head_dim) {
+      ctx.loops->read_row(cache->dtype, from + r.slot[i] * cache->row_bytes(), cache->head_dim, floats);
+      if (field == WKV_CACHE_KEYS) cache->rope->from_half(floats);
+    }
+  });
+}
+
+int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, int32_t weights, int32_t victims) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    const int32_t n_heads = cache->kv_heads, dim = cache->head_dim;
+    const TensorRef rows = find_tensor(context, kv, "kv", WKV_F32, cache->sequences, 2 * n_heads * dim);
+    const TensorRef given = find_tensor(context, weights, "weights", WKV_F32, cache->sequences, n_heads * (cache->slots + 1));
+    const TensorRef forced = find_victims(context, victims, *cache);
+    ctx.scratch.reserve(size_t(cache->row_bytes()) * 2);
+    ctx.submit([=, &ctx] {
+      std::vector<float> key(dim), angles(dim);
+      const Incoming incoming{ctx.scratch.data(), ctx.scratch.data() + cache->row_bytes()};
+      for (int32_t b = 0; b < cache->sequences; b++) {
+        for (int32_t n = 0; n < n_heads; n++) {
+          const int64_t head = cache->head(layer, b, n);
+          Counts& counts = cache->counts[head];
+          Ranked r = cache->ranked(head);
+          const int32_t step = ++counts.steps;
+          std::memcpy(key.data(), rows->row(b) + n * dim, size_t(dim) * 4);
+          store_key(*ctx.loops, *cache, key.data(), cache->rope->at(step - 1, angles.data()), incoming.keys);
+          ctx.loops->write_row(cache->dtype, rows->row(b) + (n_heads + n) * dim, dim, incoming.values);
+          r.add(0, step);
+          ctx.loops->add_scaled(r.score, given->row(b) + int64_t{n} * (cache->slots + 1), 1.0f, r.count);
+          settle(*ctx.loops, *cache, head, r, incoming, forced ? forced->i32()[b * n_heads + n] : -1);
+        }
+      }
+    });
+  });
+}
+`,
+  "cpu/cache.hpp": `/** cache.hpp: the cache of the CPU library and steps 3 to 6 of a decode step, shared by wkv_attend, wkv_insert and wkv_prefill. */
+#pragma once
+#include "../policy.h"
+#include "common.hpp"
+
+namespace wkv {
+
+/**
+ * The tokens of one head in rank order. \`slot\` says where a token's K and V lie (they never move); a negative slot -1 - t is row t of
+ * the incoming tokens, which have no slot yet. \`gap\` is |V_j - V_r|^2 with the right neighbour, kept for rules that ask for it.
+ */
+struct Ranked {
+  float* score;
+  int32_t* birth;  // the step that fed the token, from 1: its place in the text + 1
+  int32_t* slot;
+  float* gap;
+  int32_t count;
+
+  /** Takes a rank out. */
+  void remove(int32_t rank, bool gaps);
+  /** Adds incoming row t at the end. */
+  void add(int32_t t, int32_t birth_step);
+};
+
+/** Counters of one head. */
+struct Counts {
+  int32_t kept = 0, steps = 0, merged = 0, evicted = 0;
+  float event[4] = {-1.0f, -1.0f, 0.0f, 0.0f};
+};
+
+struct Cache : Object {
+  RopeRef rope;
+  int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge, positions, dtype;
+  Memory<uint8_t> keys, values;                 // [layers, B, N, slots, D] in \`dtype\`, keys in the library's order of dimensions
+  Memory<float> scores, gaps;                   // [layers, B, N, slots + 1]
+  Memory<int32_t> births, places;               // the same
+  std::vector<Counts> counts;                   // [layers, B, N]
+  Cache() : Object(Kind::Cache) {}
+
+  size_t bytes() const override;
+  int32_t group() const { return heads / kv_heads; }
+  int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
+  int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
+  uint8_t* keys_of(int64_t head) { return keys.data() + head * slots * row_bytes(); }
+  uint8_t* values_of(int64_t head) { return values.data() + head * slots * row_bytes(); }
+  Ranked ranked(int64_t head);
+  bool gapped() const { return wkv_select_uses_gap(select); }
+  /** The rotation that attention applies to stored rows from rank \`rank\` on. */
+  Rotation rotation(int32_t rank) const;
+  void check_layer(int32_t layer) const;
+};
+using CacheRef = std::shared_ptr<Cache>;
+
+/** Incoming keys and values of one head, in the cache's dtype, row_bytes apart. */
+struct Incoming {
+  uint8_t* keys;
+  uint8_t* values;
+};
+
+/**
+ * Steps 4 to 6 for one head: \`ranked\` holds the cached tokens and the incoming ones behind them, scores already added. While more than
+ * \`slots\` are left the policy's victim (or rank \`forced\`, -1: none) leaves, merged into its right neighbour or dropped; the incoming
+ * tokens that are left are then copied into free slots.
+ */
+void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& ranked, const Incoming& incoming, int32_t forced);
+
+/** Turns a new key into what is stored: the library's order, rotated (\`at\` its place in the text) when positions are the text's, in the
+ *  cache's dtype; \`key\` is changed. */
+void store_key(const Loops& loops, const Cache& cache, float* key, const Rotation& at, uint8_t* out);
+
+/** Rotates a head that is in the library's order. */
+void rotate(float* head, const Rotation& by);
+
+CacheRef find_cache(int32_t context, int32_t handle, int32_t layer);
+
+/** The ranks that must leave, per sequence and KV head. */
+TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache);
+
+}  // namespace wkv
+`,
+  "cpu/common.hpp": `/** common.hpp: what every file of the CPU library shares: handles, errors, the context with its threads, tensors, recorded ops. */
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../wkv.h"
+#include "loops.hpp"
+#include "threads.hpp"
+
+namespace wkv {
+
+/** A failure on its way to the C boundary: a status and what wkv_error will say. */
+struct Failure : std::runtime_error {
+  int32_t status;
+  Failure(int32_t status, const std::string& text) : std::runtime_error(text), status(status) {}
+};
+
+[[noreturn]] inline void fail(int32_t status, const std::string& text) { throw Failure(status, text); }
+
+inline void require(bool holds, const std::string& text) {
+  if (!holds) fail(WKV_INVALID, text);
+}
+
+void* zeroed(size_t bytes);
+void release(void* memory, size_t bytes);
+
+/** Zeroed memory on a cache line's boundary; large blocks take up room only where they are written. */
+template <typename T>
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t count) { resize(count); }
+  /** Replaces the memory by \`count\` zeros; what it held is gone. */
+  void resize(size_t count);
+  /** Makes room for at least \`count\`; what it held is gone when it grows. */
+  void reserve(size_t count) {
+    if (count > count_) resize(count);
+  }
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  size_t count() const { return count_; }
+  size_t bytes() const { return count_ * sizeof(T); }
+
+ private:
+  struct Free {
+    size_t bytes = 0;
+    void operator()(T* p) const { release(p, bytes); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t count_ = 0;
+};
+
+template <typename T>
+void Memory<T>::resize(size_t count) {
+  data_.reset();
+  count_ = 0;
+  if (count > SIZE_MAX / sizeof(T)) throw std::bad_alloc();
+  const size_t bytes = count * sizeof(T);
+  data_ = std::unique_ptr<T, Free>(static_cast<T*>(zeroed(bytes)), Free{bytes});
+  count_ = count;
+}
+
+enum class Kind { Context, Tensor, Rope, Cache, Graph };
+
+/** What a handle stands for. */
+struct Object {
+  Kind kind;
+  int32_t context = 0;
+  explicit Object(Kind kind) : kind(kind) {}
+  virtual ~Object() = default;
+  virtual size_t bytes() const { return 0; }
+};
+
+/** Rows of numbers; weights lie in groups of 8 rows (see loops.hpp), activations and I32 row by row. */
+struct Tensor : Object {
+  int32_t dtype, rows, columns;
+  Memory<uint8_t> memory;
+  Tensor(int32_t dtype, int32_t rows, int32_t columns);
+  size_t bytes() const override { return memory.bytes(); }
+  float* f32() { return reinterpret_cast<float*>(memory.data()); }
+  int32_t* i32() { return reinterpret_cast<int32_t*>(memory.data()); }
+  float* row(int64_t r) { return f32() + r * columns; }
+};
+using TensorRef = std::shared_ptr<Tensor>;
+
+/** Frequencies of a rotation and its tables [positions, count]. */
+struct Rope : Object {
+  int32_t head_dim, pairs, count, positions;
+  std::vector<double> frequencies;
+  Memory<float> cosines, sines;
+  Rope() : Object(Kind::Rope) {}
+  size_t bytes() const override { return cosines.bytes() + sines.bytes(); }
+  /** Puts a head into the library's own order, in which the rotated pairs are (i, i + count). */
+  void to_half(float* head) const;
+  /** Puts a head back into the model's order. */
+  void from_half(float* head) const;
+  /** The rotation of one position, from the tables or, beyond them, computed into \`own\` [2 * count]. */
+  Rotation at(int64_t position, float* own) const;
+};
+using RopeRef = std::shared_ptr<Rope>;
+
+/** A recorded op. */
+using Op = std::function<void()>;
+
+struct Graph : Object {
+  std::vector<Op> ops;
+  Graph() : Object(Kind::Graph) {}
+};
+
+/** A device with its threads, its scratch memory and the text of its last failure. Every entry holds \`mutex\`. */
+struct Context : Object {
+  std::mutex mutex, text_mutex;
+  std::string text;
+  const Loops* loops;
+  Threads threads;
+  std::shared_ptr<Graph> recording;
+  bool recording_failed = false;
+  Memory<float> normed;     // [rows, columns] of a linear op's input after its norm
+  Memory<int8_t> rounded;   // the same in 8 bits
+  Memory<float> rounding;   // its scales, then its sums, a block each
+  Memory<uint8_t> scratch;  // attention
+  Context(int32_t threads);
+  /** Runs an op now, or keeps it while a graph is recorded. */
+  void submit(Op op) {
+    if (recording) recording->ops.push_back(std::move(op));
+    else op();
+  }
+};
+
+int32_t add_handle(int32_t context, std::shared_ptr<Object> object);
+std::shared_ptr<Object> find_handle(int32_t context, int32_t handle, Kind kind, const char* what);
+std::shared_ptr<Context> find_context(int32_t context);
+
+template <typename T>
+std::shared_ptr<T> find(int32_t context, int32_t handle, Kind kind, const char* what) {
+  return std::static_pointer_cast<T>(find_handle(context, handle, kind, what));
+}
+inline TensorRef find_tensor(int32_t context, int32_t handle, const char* what) {
+  return find<Tensor>(context, handle, Kind::Tensor, what);
+}
+/** A tensor of this dtype with at least these rows and exactly these columns (-1: any). */
+TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns);
+
+int32_t report(const std::shared_ptr<Context>& context, int32_t status, const std::string& text);
+
+/** Wraps the body of a C entry: looks the context up, takes its lock, turns every exception into a status. */
+template <typename Body>
+int32_t entry(int32_t handle, Body body) {
+  std::shared_ptr<Context> context;
+  try {
+    context = find_context(handle);
+    std::lock_guard<std::mutex> lock(context->mutex);
+    try {
+      body(*context);
+      return WKV_OK;
+    } catch (...) {
+      if (context->recording) context->recording_failed = true;
+      throw;
+    }
+  } catch (const Failure& failure) {
+    return report(context, failure.status, failure.what());
+  } catch (const std::bad_alloc&) {
+    return report(context, WKV_MEMORY, "Out of memory");
+  } catch (const std::exception& error) {
+    return report(context, WKV_INTERNAL, error.what());
+  } catch (...) {
+    return report(context, WKV_INTERNAL, "Unknown failure");
+  }
+}
+
+inline void require_buffer(const void* data, int64_t have, int64_t want, const char* what) {
+  require(data != nullptr, std::string(what) + " is null");
+  require(have == want, std::string(what) + " has " + std::to_string(have) + " bytes, expected " + std::to_string(want));
+}
+
+/** Writes an opened handle out. */
+void give(int32_t* out, int32_t out_bytes, int32_t handle);
+
+}  // namespace wkv
+`,
+  "cpu/embed.cpp": `/** embed.cpp: wkv_embed and wkv_rmsnorm, the ops at both ends of a forward pass. */
+#include <cstring>
+
+#include "common.hpp"
+
+using namespace wkv;
+
+int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef from = find_tensor(context, table, "table");
+    require(from->dtype != WKV_I32, "table is of dtype I32");
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, from->columns);
+    const TensorRef ids = find_tensor(context, tokens, "tokens", WKV_I32, 1, -1);
+    require(ids->columns >= rows, "tokens has fewer columns than rows");
+    ctx.submit([=, loops = ctx.loops] {
+      for (int32_t i = 0; i < rows; i++) {
+        const int32_t id = ids->i32()[i];
+        if (id < 0 || id >= from->rows) fail(WKV_DATA, "Token " + std::to_string(id) + " is outside the table of " + std::to_string(from->rows));
+        if (from->dtype == WKV_F32) std::memcpy(to->row(i), from->row(id), size_t(from->columns) * 4);
+        else loops->weight_row(from->dtype, from->memory.data(), from->columns, id, to->row(i));
+      }
+    });
+  });
+}
+
+int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef w = find_tensor(context, weight, "weight", WKV_F32, 1, -1);
+    const TensorRef from = find_tensor(context, x, "x", WKV_F32, rows, w->columns);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w->columns);
+    ctx.submit([=, loops = ctx.loops] {
+      for (int32_t i = 0; i < rows; i++) loops->rmsnorm(from->row(i), w->f32(), w->columns, epsilon, to->row(i));
+    });
+  });
+}
+`,
+  "cpu/linear.cpp": `/**
+ * linear.cpp: wkv_linear and wkv_gated, the projections of prefill and decode: out = norm(x) W^T.
+ *
+ * Weights stay in their blocks. With int8 precision the input is rounded once a row (8 bits, a scale per block of 32) and products
+ * are integers; with f32 the blocks are widened in registers. A thread owns whole groups of 8 output columns, for all input rows,
+ * so weights are read once and no result depends on the number of threads. Bytes moved: W once, x once a group from cache.
+ */
+#include "common.hpp"
+
+namespace wkv {
+namespace {
+
+/** An op's input rows after norm and rounding, in the context's scratch. */
+struct Input {
+  TensorRef x, norm;
+  int32_t x_row, rows, precision;
+  float epsilon;
+
+  Input(Context& ctx, int32_t context, int32_t x_handle, int32_t x_row, int32_t rows, int32_t norm_handle, float epsilon, int32_t columns, bool quantised, int32_t precision)
+      : x_row(x_row), rows(rows), precision(quantised ? precision : static_cast<int32_t>(WKV_PRECISION_F32)), epsilon(epsilon) {
+    require(rows >= 1 && x_row >= 0, "rows must be at least 1 and x_row at least 0: " + std::to_string(rows) + ", " + std::to_string(x_row));
+    require(x_row <= INT32_MAX - rows, "x_row is too large");
+    require(precision == WKV_PRECISION_F32 || precision == WKV_PRECISION_INT8, "precision " + std::to_string(precision) + " is unknown");
+    x = find_tensor(context, x_handle, "x", WKV_F32, x_row + rows, columns);
+    if (norm_handle) norm = find_tensor(context, norm_handle, "norm", WKV_F32, 1, columns);
+    const size_t count = static_cast<size_t>(rows) * columns;
+    if (norm) ctx.normed.reserve(count);
+    if (this->precision == WKV_PRECISION_INT8) {
+      ctx.rounded.reserve(count);
+      ctx.rounding.reserve(count / 32 * 2);
+    }
+  }
+
+  void prepare(Context& ctx) const {
+    const int32_t columns = x->columns;
+    ctx.threads.loop(rows, 8, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = begin; t < end; t++) {
+        const float* row = x->row(x_row + t);
+        if (norm) {
+          float* out = ctx.normed.data() + t * columns;
+          ctx.loops->rmsnorm(row, norm->f32(), columns, epsilon, out);
+          row = out;
+        }
+        if (precision == WKV_PRECISION_INT8) ctx.loops->round_row(row, columns, ctx.rounded.data() + t * columns, scales(ctx) + t * (columns / 32), sums(ctx) + t * (columns / 32));
+      }
+    });
+  }
+
+  /** tile[t][8] for input rows [t, t + count). */
+  void group(const Context& ctx, const Tensor& w, int64_t group, int32_t t, int32_t count, float* tile) const {
+    const int64_t columns = x->columns;
+    if (precision == WKV_PRECISION_INT8) {
+      ctx.loops->group_int8(w.dtype, w.memory.data(), w.columns, group, ctx.rounded.data() + t * columns, scales(ctx) + t * (columns / 32), sums(ctx) + t * (columns / 32), count, tile);
+    } else {
+      const float* from = norm ? ctx.normed.data() + t * columns : x->row(x_row + t);
+      ctx.loops->group_f32(w.dtype, w.memory.data(), w.columns, w.rows, group, from, count, tile);
+    }
+  }
+
+ private:
+  float* scales(const Context& ctx) const { return const_cast<float*>(ctx.rounding.data()); }
+  float* sums(const Context& ctx) const { return scales(ctx) + static_cast<int64_t>(rows) * (x->columns / 32); }
+};
+
+constexpr int32_t kTile = 64;  // input rows a tile: 2 KB of sums stay in the first-level cache
+
+bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
+
+TensorRef find_weight(int32_t context, int32_t handle, const char* what) {
+  const TensorRef w = find_tensor(context, handle, what);
+  require(w->dtype != WKV_I32, std::string(what) + " is of dtype I32");
+  return w;
+}
+
+int64_t grain(const Context& ctx, int64_t groups) {
+  const int64_t pieces = int64_t{ctx.threads.count()} * 4;
+  return (groups + pieces - 1) / pieces;
+}
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_linear(int32_t context, int32_t out, int32_t out_column, int32_t x, int32_t x_row, int32_t rows, int32_t norm, float epsilon, int32_t w, int32_t bias, int32_t add, int32_t precision) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef weight = find_weight(context, w, "w");
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, -1);
+    require(out_column >= 0 && out_column <= to->columns - weight->rows, "out has " + std::to_string(to->columns) + " columns, expected " + std::to_string(weight->rows) + " from column " + std::to_string(out_column));
+    require(add == 0 || add == 1, "add must be 0 or 1: " + std::to_string(add));
+    TensorRef plus;
+    if (bias) plus = find_tensor(context, bias, "bias", WKV_F32, 1, weight->rows);
+    const Input input(ctx, context, x, x_row, rows, norm, epsilon, weight->columns, is_quantised(weight->dtype), precision);
+    require(to != input.x || input.norm || input.precision == WKV_PRECISION_INT8, "out must not be x unless x is normed or rounded first");
+    ctx.submit([=, &ctx] {
+      input.prepare(ctx);
+      const int64_t groups = (weight->rows + 7) / 8;
+      ctx.threads.loop(groups, grain(ctx, groups), [&](int64_t begin, int64_t end, int) {
+        float tile[kTile * 8];
+        for (int32_t t0 = 0; t0 < rows; t0 += kTile) {
+          const int32_t count = rows - t0 < kTile ? rows - t0 : kTile;
+          for (int64_t g = begin; g < end; g++) {
+            input.group(ctx, *weight, g, t0, count, tile);
+            const int32_t lanes = weight->rows - g * 8 < 8 ? static_cast<int32_t>(weight->rows - g * 8) : 8;
+            for (int32_t t = 0; t < count; t++) {
+              float* row = to->row(t0 + t) + out_column + g * 8;
+              for (int32_t j = 0; j < lanes; j++) {
+                const float value = tile[t * 8 + j] + (plus ? plus->f32()[g * 8 + j] : 0.0f);
+                row[j] = add ? row[j] + value : value;
+              }
+            }
+          }
+        }
+      });
+    });
+  });
+}
+
+int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t norm, float epsilon, int32_t gate, int32_t up, int32_t activation, int32_t precision) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef w_gate = find_weight(context, gate, "gate"), w_up = find_weight(context, up, "up");
+    require(w_gate->rows == w_up->rows && w_gate->columns == w_up->columns, "gate and up are of different shapes");
+    require(activation == WKV_SILU, "activation " + std::to_string(activation) + " is unknown");
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w_gate->rows);
+    const bool both = is_quantised(w_gate->dtype) && is_quantised(w_up->dtype);
+    const Input input(ctx, context, x, 0, rows, norm, epsilon, w_gate->columns, both, precision);
+    require(to != input.x, "out must not be x");
+    ctx.submit([=, &ctx] {
+      input.prepare(ctx);
+      const int64_t groups = (w_gate->rows + 7) / 8;
+      ctx.threads.loop(groups, grain(ctx, groups), [&](int64_t begin, int64_t end, int) {
+        float gates[kTile * 8], ups[kTile * 8];
+        for (int32_t t0 = 0; t0 < rows; t0 += kTile) {
+          const int32_t count = rows - t0 < kTile ? rows - t0 : kTile;
+          for (int64_t g = begin; g < end; g++) {
+            input.group(ctx, *w_gate, g, t0, count, gates);
+            input.group(ctx, *w_up, g, t0, count, ups);
+            ctx.loops->silu_times(gates, ups, int64_t{count} * 8);
+            const int32_t lanes = w_gate->rows - g * 8 < 8 ? static_cast<int32_t>(w_gate->rows - g * 8) : 8;
+            for (int32_t t = 0; t < count; t++) {
+              for (int32_t j = 0; j < lanes; j++) to->row(t0 + t)[g * 8 + j] = gates[t * 8 + j];
+            }
+          }
+        }
+      });
+    });
+  });
+}
+`,
+  "cpu/loops.cpp": `/** loops.cpp: the loops of loops.hpp in 8-wide vectors; compiled once for each instruction set, with WKV_ISA as its name. */
+#include "loops.hpp"
+
+#include <cmath>
+#include <cstring>
+
+#include "../policy.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef WKV_ISA
+#define WKV_ISA portable
+#endif
+#define WKV_TEXT2(x) #x
+#define WKV_TEXT(x) WKV_TEXT2(x)
+
+namespace wkv {
+namespace WKV_ISA {
+namespace {
+
+typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+
+inline f8 load(const float* p) {
+  f8 v;
+  std::memcpy(&v, p, 32);
+  return v;
+}
+inline void store(float* p, f8 v) { std::memcpy(p, &v, 32); }
+inline f8 spread(float x) { return f8{x, x, x, x, x, x, x, x}; }
+inline float sum(f8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+inline float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t rest = h & 0x7fff;
+  float value;
+  uint32_t bits;
+  if (rest >= 0x7c00) bits = 0x7f800000 | (rest & 0x3ff) << 13;
+  else if (rest >= 0x400) bits = (rest << 13) + (112u << 23);
+  else {
+    value = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+inline uint16_t float_to_half(float value) {
+#if defined(__F16C__)
+  return _cvtss_sh(value, 0);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;
+  if (bits < 0x38800000) {
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    // Adding 0.5 rounds the last bit of a subnormal half to even.
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return sign | static_cast<uint16_t>(bits - 0x3f000000);
+  }
+  bits += 0xfff + (bits >> 13 & 1);
+  return sign | static_cast<uint16_t>((bits - (112u << 23)) >> 13);
+#endif
+}
+
+inline float bf16_to_float(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline f8 load_halves(const uint8_t* p) {
+#if defined(__F16C__)
+  return (f8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  uint16_t h[8];
+  std::memcpy(h, p, 16);
+  f8 v;
+  for (int i = 0; i < 8; i++) v[i] = half_to_float(h[i]);
+  return v;
+#endif
+}
+
+inline f8 load_bf16(const uint8_t* p) {
+  uint16_t h[8];
+  std::memcpy(h, p, 16);
+  i8 bits;
+  for (int i = 0; i < 8; i++) bits[i] = static_cast<int32_t>(static_cast<uint32_t>(h[i]) << 16);
+  return (f8)bits;
+}
+
+template <int32_t kType>
+inline f8 load8(const uint8_t* p) {
+  if (kType == WKV_F32) return load(reinterpret_cast<const float*>(p));
+  return kType == WKV_F16 ? load_halves(p) : load_bf16(p);
+}
+
+template <int32_t kType>
+inline float load1(const uint8_t* row, int32_t i) {
+  if (kType == WKV_F32) {
+    float value;
+    std::memcpy(&value, row + 4 * i, 4);
+    return value;
+  }
+  uint16_t h;
+  std::memcpy(&h, row + 2 * i, 2);
+  return kType == WKV_F16 ? half_to_float(h) : bf16_to_float(h);
+}
+
+template <int32_t kType>
+inline void store1(uint8_t* row, int32_t i, float value) {
+  if (kType == WKV_F32) {
+    std::memcpy(row + 4 * i, &value, 4);
+    return;
+  }
+  const uint16_t h = kType == WKV_F16 ? float_to_half(value) : float_to_bf16(value);
+  std::memcpy(row + 2 * i, &h, 2);
+}
+
+constexpr int32_t size_of(int32_t dtype) { return dtype == WKV_F32 ? 4 : 2; }
+
+/** Calls body with the cache type as a constant. */
+#define WKV_BY_TYPE(dtype, body)          \\
+  switch (dtype) {                        \\
+    case WKV_F32: body(WKV_F32); break;   \\
+    case WKV_F16: body(WKV_F16); break;   \\
+    default: body(WKV_BF16); break;       \\
+  }
+
+/** exp to about 1e-7 relative (range reduction by ln 2 in two parts, a polynomial of degree 6); 0 below -87. */
+inline f8 exponential(f8 x) {
+  const f8 low = spread(-87.0f), high = spread(88.0f);
+  const i8 under = x < low;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const f8 magic = spread(12582912.0f);
+  const f8 shifted = x * spread(1.44269504f) + magic;
+  const f8 n = shifted - magic;
+  const f8 r = x - n * spread(0.693359375f) - n * spread(-2.12194440e-4f);
+  f8 p = spread(1.9875691500e-4f);
+  p = p * r + spread(1.3981999507e-3f);
+  p = p * r + spread(8.3334519073e-3f);
+  p = p * r + spread(4.1665795894e-2f);
+  p = p * r + spread(1.6666665459e-1f);
+  p = p * r + spread(5.0000001201e-1f);
+  p = p * r * r + r + spread(1.0f);
+  const i8 power = ((i8)shifted + 127) << 23;
+  const f8 value = p * (f8)power;
+  return (f8)((i8)value & ~under);
+}
+
+// ---- weights ----
+
+constexpr int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 272 : dtype == WKV_Q4_0 ? 144 : 160; }
+
+/** Columns [0, n) of a group as floats, n <= 32: out[c] holds column \`column + c\` of the 8 rows. */
+inline void dequantise(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, int32_t column, int32_t n, f8* out) {
+  switch (dtype) {
+    case WKV_F32: {
+      const float* w = reinterpret_cast<const float*>(weight) + group * 8 * columns + column;
+      const int32_t have = rows - group * 8 < 8 ? static_cast<int32_t>(rows - group * 8) : 8;
+      for (int32_t c = 0; c < n; c++) out[c] = spread(0.0f);
+      for (int32_t r = 0; r < have; r++) {
+        for (int32_t c = 0; c < n; c++) out[c][r] = w[static_cast<int64_t>(r) * columns + c];
+      }
+      return;
+    }
+    case WKV_F16:
+    case WKV_BF16: {
+      const uint8_t* w = weight + (group * columns + column) * 16;
+      for (int32_t c = 0; c < n; c++) out[c] = dtype == WKV_F16 ? load_halves(w + c * 16) : load_bf16(w + c * 16);
+      return;
+    }
+    default: break;
+  }
+  const uint8_t* block = weight + (group * (columns / 32) + column / 32) * block_bytes(dtype);
+  const f8 scale = load_halves(block);
+  const f8 least = dtype == WKV_Q4_1 ? load_halves(block + 16) : spread(0.0f);
+  const uint8_t* q = block + (dtype == WKV_Q4_1 ? 32 : 16);
+  if (dtype == WKV_Q8_0) {
+    for (int32_t v = 0; v < 8; v++) {
+      i8 packed;
+      std::memcpy(&packed, q + v * 32, 32);
+      for (int32_t c = 0; c < 4; c++) out[4 * v + c] = __builtin_convertvector(packed << (24 - 8 * c) >> 24, f8) * scale;
+    }
+    return;
+  }
+  const int32_t middle = dtype == WKV_Q4_0 ? 8 : 0;
+  for (int32_t v = 0; v < 4; v++) {
+    i8 packed;
+    std::memcpy(&packed, q + v * 32, 32);
+    for (int32_t c = 0; c < 4; c++) {
+      const i8 byte = packed >> (8 * c);
+      out[4 * v + c] = __builtin_convertvector((byte & 15) - middle, f8) * scale + least;
+      out[16 + 4 * v + c] = __builtin_convertvector((byte >> 4 & 15) - middle, f8) * scale + least;
+    }
+  }
+}
+
+void weight_row(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t row, float* out) {
+  f8 block[32];
+  for (int32_t c = 0; c < columns; c += 32) {
+    const int32_t n = columns - c < 32 ? columns - c : 32;
+    dequantise(dtype, weight, columns, 0, row / 8, c, n, block);
+    for (int32_t i = 0; i < n; i++) out[c + i] = block[i][row % 8];
+  }
+}
+
+template <int32_t kRows>
+inline void add_products(const f8* block, int32_t n, const float* x, int32_t columns, float* tile) {
+  f8 total[kRows];
+  for (int32_t t = 0; t < kRows; t++) total[t] = load(tile + t * 8);
+  for (int32_t c = 0; c < n; c++) {
+    for (int32_t t = 0; t < kRows; t++) total[t] += block[c] * spread(x[static_cast<int64_t>(t) * columns + c]);
+  }
+  for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
+}
+
+void group_f32(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, const float* x, int32_t count, float* tile) {
+  std::memset(tile, 0, static_cast<size_t>(count) * 32);
+  f8 block[32];
+  for (int32_t c = 0; c < columns; c += 32) {
+    const int32_t n = columns - c < 32 ? columns - c : 32;
+    dequantise(dtype, weight, columns, rows, group, c, n, block);
+    int32_t t = 0;
+    for (; t + 4 <= count; t += 4) add_products<4>(block, n, x + static_cast<int64_t>(t) * columns + c, columns, tile + t * 8);
+    for (; t < count; t++) add_products<1>(block, n, x + static_cast<int64_t>(t) * columns + c, columns, tile + t * 8);
+  }
+}
+
+void round_row(const float* x, int32_t columns, int8_t* rounded, float* scales, float* sums) {
+  for (int32_t b = 0; b < columns / 32; b++, x += 32, rounded += 32) {
+    float most = 0.0f;
+    for (int32_t i = 0; i < 32; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+    const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    int32_t total = 0;
+    for (int32_t i = 0; i < 32; i++) {
+      const int32_t q = static_cast<int32_t>(__builtin_rintf(x[i] * inverse));
+      rounded[i] = static_cast<int8_t>(q);
+      total += q;
+    }
+    scales[b] = scale;
+    sums[b] = scale * static_cast<float>(total);
+  }
+}
+
+#if defined(__AVX2__)
+inline __m256i spread4(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+#endif
+
+/** Sums over 32 columns of weight (0..15 or int8) times x, for each of the 8 rows; Q4 values are taken as stored. */
+template <int32_t kType, int32_t kRows>
+inline void integer_products(const uint8_t* q, const int8_t* x, int64_t x_stride, i8* totals) {
+#if defined(__AVX2__)
+  __m256i total[kRows];
+  for (int32_t t = 0; t < kRows; t++) total[t] = _mm256_setzero_si256();
+  if (kType == WKV_Q8_0) {
+    for (int32_t v = 0; v < 8; v++) {
+      const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + v * 32));
+      const __m256i magnitude = _mm256_abs_epi8(w);
+      for (int32_t t = 0; t < kRows; t++) {
+        // |w| <= 128 and |x| <= 127, so a pair of products fits 16 bits.
+        const __m256i signed_x = _mm256_sign_epi8(spread4(x + t * x_stride + v * 4), w);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+        total[t] = _mm256_dpbusd_epi32(total[t], magnitude, signed_x);
+#else
+        total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed_x), _mm256_set1_epi16(1)));
+#endif
+      }
+    }
+  } else {
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int32_t v = 0; v < 4; v++) {
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + v * 32));
+      const __m256i first = _mm256_and_si256(packed, low), second = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+      for (int32_t t = 0; t < kRows; t++) {
+        const __m256i x_first = spread4(x + t * x_stride + v * 4), x_second = spread4(x + t * x_stride + 16 + v * 4);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+        total[t] = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(total[t], first, x_first), second, x_second);
+#else
+        // 16 products of at most 15 * 127 stay below 2^15.
+        total[t] = _mm256_add_epi16(total[t], _mm256_add_epi16(_mm256_maddubs_epi16(first, x_first), _mm256_maddubs_epi16(second, x_second)));
+#endif
+      }
+    }
+#if !(defined(__AVX512VNNI__) && defined(__AVX512VL__))
+    for (int32_t t = 0; t < kRows; t++) total[t] = _mm256_madd_epi16(total[t], _mm256_set1_epi16(1));
+#endif
+  }
+  for (int32_t t = 0; t < kRows; t++) totals[t] = (i8)total[t];
+#else
+  for (int32_t t = 0; t < kRows; t++) {
+    int32_t total[8] = {};
+    const int8_t* row = x + t * x_stride;
+    for (int32_t v = 0; v < (kType == WKV_Q8_0 ? 8 : 4); v++) {
+      for (int32_t r = 0; r < 8; r++) {
+        for (int32_t c = 0; c < 4; c++) {
+          const uint8_t byte = q[v * 32 + r * 4 + c];
+          if (kType == WKV_Q8_0) total[r] += static_cast<int8_t>(byte) * row[v * 4 + c];
+          else total[r] += (byte & 15) * row[v * 4 + c] + (byte >> 4) * row[16 + v * 4 + c];
+        }
+      }
+    }
+    std::memcpy(&totals[t], total, 32);
+  }
+#endif
+}
+
+template <int32_t kType, int32_t kRows>
+inline void group_rows(const uint8_t* block, int32_t blocks, const int8_t* x, const float* scales, const float* sums, float* tile) {
+  f8 total[kRows];
+  for (int32_t t = 0; t < kRows; t++) total[t] = spread(0.0f);
+  const int64_t stride = int64_t{blocks} * 32;
+  for (int32_t b = 0; b < blocks; b++, block += block_bytes(kType)) {
+    const f8 scale = load_halves(block);
+    i8 products[kRows];
+    integer_products<kType, kRows>(block + (kType == WKV_Q4_1 ? 32 : 16), x + b * 32, stride, products);
+    for (int32_t t = 0; t < kRows; t++) {
+      const int64_t at = static_cast<int64_t>(t) * blocks + b;
+      total[t] += __builtin_convertvector(products[t], f8) * (scale * spread(scales[at]));
+      if (kType == WKV_Q4_1) total[t] += load_halves(block + 16) * spread(sums[at]);
+      if (kType == WKV_Q4_0) total[t] -= scale * spread(8.0f * sums[at]);
+    }
+  }
+  for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
+}
+
+template <int32_t kType>
+inline void group_typed(const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
+  const int32_t blocks = columns / 32;
+  const uint8_t* block = weight + group * blocks * block_bytes(kType);
+  int32_t t = 0;
+  for (; t + 4 <= count; t += 4) group_rows<kType, 4>(block, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+  for (; t < count; t++) group_rows<kType, 1>(block, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+}
+
+void group_int8(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
+  switch (dtype) {
+    case WKV_Q8_0: return group_typed<WKV_Q8_0>(weight, columns, group, x, scales, sums, count, tile);
+    case WKV_Q4_0: return group_typed<WKV_Q4_0>(weight, columns, group, x, scales, sums, count, tile);
+    default: return group_typed<WKV_Q4_1>(weight, columns, group, x, scales, sums, count, tile);
+  }
+}
+
+void rmsnorm(const float* x, const float* weight, int32_t columns, float epsilon, float* out) {
+  double total = 0.0;
+  for (int32_t c = 0; c < columns; c++) total += static_cast<double>(x[c]) * x[c];
+  const float scale = 1.0f / std::sqrt(static_cast<float>(total / columns) + epsilon);
+  for (int32_t c = 0; c < columns; c++) out[c] = x[c] * scale * weight[c];
+}
+
+void silu_times(float* gate, const float* up, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const f8 g = load(gate + i);
+    store(gate + i, g / (spread(1.0f) + exponential(-g)) * load(up + i));
+  }
+  for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+// ---- attention ----
+
+void read_row(int32_t dtype, const uint8_t* row, int32_t count, float* out) {
+#define WKV_BODY(type) for (int32_t i = 0; i < count; i++) out[i] = load1<type>(row, i)
+  WKV_BY_TYPE(dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+void write_row(int32_t dtype, const float* values, int32_t count, uint8_t* row) {
+#define WKV_BODY(type) for (int32_t i = 0; i < count; i++) store1<type>(row, i, values[i])
+  WKV_BY_TYPE(dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+/** One row as floats, rotated. head_dim a multiple of 8; pairs a multiple of 8 goes by vectors. */
+template <int32_t kType>
+inline void read_key(const uint8_t* row, int32_t head_dim, const float* cosines, const float* sines, int32_t pairs, float* out) {
+  const int32_t size = size_of(kType);
+  int32_t i = 0;
+  for (; i + 8 <= pairs && pairs % 8 == 0; i += 8) {
+    const f8 x = load8<kType>(row + i * size), y = load8<kType>(row + (i + pairs) * size), c = load(cosines + i), s = load(sines + i);
+    store(out + i, x * c - y * s);
+    store(out + i + pairs, x * s + y * c);
+  }
+  for (; i < pairs; i++) {
+    const float x = load1<kType>(row, i), y = load1<kType>(row, i + pairs);
+    out[i] = x * cosines[i] - y * sines[i];
+    out[i + pairs] = x * sines[i] + y * cosines[i];
+  }
+  for (i = 2 * pairs; i + 8 <= head_dim && pairs % 4 == 0; i += 8) store(out + i, load8<kType>(row + i * size));
+  for (; i < head_dim; i++) out[i] = load1<kType>(row, i);
+}
+
+inline float dot(const float* a, const float* b, int32_t count) {
+  f8 total = spread(0.0f);
+  int32_t i = 0;
+  for (; i + 8 <= count; i += 8) total += load(a + i) * load(b + i);
+  float rest = sum(total);
+  for (; i < count; i++) rest += a[i] * b[i];
+  return rest;
+}
+
+template <int32_t kType>
+void typed_scores(const StoredRows& keys, const Rotation& rotation, const float* q, int32_t heads, float scale, float* scores, int64_t stride) {
+  float key[512];
+  const int64_t bytes = int64_t{keys.head_dim} * size_of(kType);
+  for (int32_t i = 0; i < keys.count; i++) {
+    const int64_t at = int64_t{i} * rotation.pairs;
+    read_key<kType>(keys.data + keys.slots[i] * bytes, keys.head_dim, rotation.cosines + at, rotation.sines + at, rotation.pairs, key);
+    for (int32_t g = 0; g < heads; g++) scores[g * stride + i] = scale * dot(q + g * keys.head_dim, key, keys.head_dim);
+  }
+}
+
+void scores(const StoredRows& keys, const Rotation& rotation, const float* q, int32_t heads, float scale, float* out, int64_t stride) {
+#define WKV_BODY(type) typed_scores<type>(keys, rotation, q, heads, scale, out, stride)
+  WKV_BY_TYPE(keys.dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+/** 16 dimensions of kHeads outputs stay in registers over all rows. */
+template <int32_t kType, int32_t kHeads>
+void typed_values(const StoredRows& values, const float* weights, int64_t stride, float* out) {
+  const int32_t size = size_of(kType), head_dim = values.head_dim;
+  const int64_t bytes = int64_t{head_dim} * size;
+  int32_t d = 0;
+  for (; d + 16 <= head_dim; d += 16) {
+    f8 low[kHeads], high[kHeads];
+    for (int32_t g = 0; g < kHeads; g++) low[g] = load(out + g * head_dim + d), high[g] = load(out + g * head_dim + d + 8);
+    for (int32_t i = 0; i < values.count; i++) {
+      const uint8_t* row = values.data + values.slots[i] * bytes + d * size;
+      const f8 a = load8<kType>(row), b = load8<kType>(row + 8 * size);
+      for (int32_t g = 0; g < kHeads; g++) {
+        const f8 w = spread(weights[g * stride + i]);
+        low[g] += w * a;
+        high[g] += w * b;
+      }
+    }
+    for (int32_t g = 0; g < kHeads; g++) store(out + g * head_dim + d, low[g]), store(out + g * head_dim + d + 8, high[g]);
+  }
+  for (; d < head_dim; d++) {
+    for (int32_t g = 0; g < kHeads; g++) {
+      float total = out[g * head_dim + d];
+      for (int32_t i = 0; i < values.count; i++) total += weights[g * stride + i] * load1<kType>(values.data + values.slots[i] * bytes, d);
+      out[g * head_dim + d] = total;
+    }
+  }
+}
+
+template <int32_t kType>
+void typed_values(const StoredRows& values, const float* weights, int64_t stride, int32_t heads, float* out) {
+  const int64_t step = values.head_dim;
+  int32_t g = 0;
+  for (; g + 4 <= heads; g += 4) typed_values<kType, 4>(values, weights + g * stride, stride, out + g * step);
+  if (heads - g == 3) typed_values<kType, 3>(values, weights + g * stride, stride, out + g * step);
+  if (heads - g == 2) typed_values<kType, 2>(values, weights + g * stride, stride, out + g * step);
+  if (heads - g == 1) typed_values<kType, 1>(values, weights + g * stride, stride, out + g * step);
+}
+
+void weighted_values(const StoredRows& values, const float* weights, int64_t stride, int32_t heads, float* out) {
+#define WKV_BODY(type) typed_values<type>(values, weights, stride, heads, out)
+  WKV_BY_TYPE(values.dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+float highest(const float* x, int64_t count) {
+  float most = -INFINITY;
+  int64_t i = 0;
+  if (count >= 8) {
+    f8 best = load(x);
+    for (i = 8; i + 8 <= count; i += 8) {
+      const f8 v = load(x + i);
+      best = v > best ? v : best;
+    }
+    for (int32_t j = 0; j < 8; j++) most = best[j] > most ? best[j] : most;
+  }
+  for (; i < count; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+float exponentials(float* x, int64_t count, float most) {
+  f8 total = spread(0.0f);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const f8 e = exponential(load(x + i) - spread(most));
+    store(x + i, e);
+    total += e;
+  }
+  float rest = sum(total);
+  if (i < count) {
+    f8 tail = spread(-INFINITY);
+    for (int64_t j = i; j < count; j++) tail[j - i] = x[j] - most;
+    tail = exponential(tail);
+    for (int64_t j = i; j < count; j++) rest += x[j] = tail[j - i];
+  }
+  return rest;
+}
+
+void add_scaled(float* into, const float* x, float factor, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store(into + i, load(into + i) + spread(factor) * load(x + i));
+  for (; i < count; i++) into[i] += factor * x[i];
+}
+
+void merge(int32_t dtype, float w_v, const uint8_t* v, float w_r, uint8_t* r, int32_t count) {
+#define WKV_BODY(type) for (int32_t i = 0; i < count; i++) store1<type>(r, i, wkv_merged(w_v, load1<type>(v, i), w_r, load1<type>(r, i)))
+  WKV_BY_TYPE(dtype, WKV_BODY)
+#undef WKV_BODY
+}
+
+float gap(int32_t dtype, const uint8_t* a, const uint8_t* b, int32_t count) {
+  float total = 0.0f;
+#define WKV_BODY(type)                                          \\
+  for (int32_t i = 0; i < count; i++) {                         \\
+    const float d = load1<type>(a, i) - load1<type>(b, i);      \\
+    total += d * d;                                             \\
+  }
+  WKV_BY_TYPE(dtype, WKV_BODY)
+#undef WKV_BODY
+  return total;
+}
+
+template <int32_t kRows>
+inline void score_rows(const float* q, int32_t head_dim, const float* keys, int64_t key_stride, int32_t count, float scale, float* out, int64_t stride) {
+  for (int32_t i = 0; i < count; i += 16) {
+    f8 low[kRows], high[kRows];
+    for (int32_t t = 0; t < kRows; t++) low[t] = high[t] = spread(0.0f);
+    for (int32_t d = 0; d < head_dim; d++) {
+      const f8 a = load(keys + d * key_stride + i), b = load(keys + d * key_stride + i + 8);
+      for (int32_t t = 0; t < kRows; t++) {
+        const f8 w = spread(q[t * head_dim + d]);
+        low[t] += w * a;
+        high[t] += w * b;
+      }
+    }
+    for (int32_t t = 0; t < kRows; t++) store(out + t * stride + i, low[t] * spread(scale)), store(out + t * stride + i + 8, high[t] * spread(scale));
+  }
+}
+
+void block_scores(const float* q, int32_t rows, int32_t head_dim, const float* keys, int64_t key_stride, int32_t count, float scale, float* out, int64_t stride) {
+  int32_t t = 0;
+  for (; t + 4 <= rows; t += 4) score_rows<4>(q + t * head_dim, head_dim, keys, key_stride, count, scale, out + t * stride, stride);
+  for (; t < rows; t++) score_rows<1>(q + t * head_dim, head_dim, keys, key_stride, count, scale, out + t * stride, stride);
+}
+
+template <int32_t kRows>
+inline void value_rows(const float* weights, int64_t stride, int32_t count, const float* values, int32_t head_dim, float* out, int64_t out_stride) {
+  int32_t d = 0;
+  for (; d + 16 <= head_dim; d += 16) {
+    f8 low[kRows], high[kRows];
+    for (int32_t t = 0; t < kRows; t++) low[t] = high[t] = spread(0.0f);
+    for (int32_t i = 0; i < count; i++) {
+      const f8 a = load(values + int64_t{i} * head_dim + d), b = load(values + int64_t{i} * head_dim + d + 8);
+      for (int32_t t = 0; t < kRows; t++) {
+        const f8 w = spread(weights[t * stride + i]);
+        low[t] += w * a;
+        high[t] += w * b;
+      }
+    }
+    for (int32_t t = 0; t < kRows; t++) store(out + t * out_stride + d, low[t]), store(out + t * out_stride + d + 8, high[t]);
+  }
+  for (; d < head_dim; d++) {
+    for (int32_t t = 0; t < kRows; t++) {
+      float total = 0.0f;
+      for (int32_t i = 0; i < count; i++) total += weights[t * stride + i] * values[int64_t{i} * head_dim + d];
+      out[t * out_stride + d] = total;
+    }
+  }
+}
+
+void block_values(const float* weights, int64_t stride, int32_t rows, int32_t count, const float* values, int32_t head_dim, float* out, int64_t out_stride) {
+  int32_t t = 0;
+  for (; t + 4 <= rows; t += 4) value_rows<4>(weights + t * stride, stride, count, values, head_dim, out + t * out_stride, out_stride);
+  for (; t < rows; t++) value_rows<1>(weights + t * stride, stride, count, values, head_dim, out + t * out_stride, out_stride);
+}
+
+}  // namespace
+
+const Loops loops = {
+    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, silu_times, read_row, write_row, scores, weighted_values,
+    highest, exponentials, add_scaled, merge, gap, block_scores, block_values,
+};
+
+}  // namespace WKV_ISA
+}  // namespace wkv
+`,
+  "cpu/loops.hpp": `/**
+ * loops.hpp: the CPU library's loops over numbers, compiled once for each instruction set (loops.cpp) and picked at run time.
+ *
+ * Weights other than F32 lie in groups of 8 rows, so that one vector holds one column of 8 rows:
+ * - F16, BF16: [group][column][8 rows].
+ * - quantised: [group][block of 32 columns]: 8 f16 scales, (Q4_1) 8 f16 minima, then vectors of 32 bytes; a vector holds, row by
+ *   row, 4 neighbouring columns: Q8_0 columns 4 v .. 4 v + 3 in vector v; Q4 those in its low, columns 16 + 4 v .. in its high halves.
+ */
+#pragma once
+#include <cstdint>
+
+namespace wkv {
+
+/** Stored rows of a head that attention reads: row i lies at data + slots[i] * head_dim elements. */
+struct StoredRows {
+  const uint8_t* data;
+  int32_t dtype, head_dim;
+  const int32_t* slots;
+  int32_t count;
+};
+
+/** Tables of a rotation from some rank on, [ranks, pairs]; pairs 0: the rows are read as they are. */
+struct Rotation {
+  const float* cosines;
+  const float* sines;
+  int32_t pairs;
+};
+
+struct Loops {
+  const char* name;
+
+  /** out[columns] = one row of a weight that is not F32. */
+  void (*weight_row)(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t row, float* out);
+  /** x[columns] in 8 bits: per block of 32, scale = max |x| / 127 and sum = scale * sum of the rounded. */
+  void (*round_row)(const float* x, int32_t columns, int8_t* rounded, float* scales, float* sums);
+  void (*rmsnorm)(const float* x, const float* weight, int32_t columns, float epsilon, float* out);
+  /** tile[t][8] = x[t] . the 8 rows of group \`group\`. */
+  void (*group_f32)(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, const float* x, int32_t count, float* tile);
+  /** The same from 8-bit rows; scales and sums are [count, columns / 32]. */
+  void (*group_int8)(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile);
+  /** gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. */
+  void (*silu_times)(float* gate, const float* up, int64_t count);
+
+  void (*read_row)(int32_t dtype, const uint8_t* row, int32_t count, float* out);
+  void (*write_row)(int32_t dtype, const float* values, int32_t count, uint8_t* row);
+  /** scores[g * stride + i] = scale * q[g] . rotated row i, for \`heads\` query heads. */
+  void (*scores)(const StoredRows& keys, const Rotation& rotation, const float* q, int32_t heads, float scale, float* scores, int64_t stride);
+  /** out[g] += sum over i of weights[g * stride + i] * row i. */
+  void (*weighted_values)(const StoredRows& values, const float* weights, int64_t stride, int32_t heads, float* out);
+  float (*highest)(const float* x, int64_t count);
+  /** x = exp(x - highest); gives the sum. */
+  float (*exponentials)(float* x, int64_t count, float highest);
+  /** into += factor * x. */
+  void (*add_scaled)(float* into, const float* x, float factor, int64_t count);
+  /** r = the merge of v into r, weighted w_v and w_r (policy.h), rounded once. */
+  void (*merge)(int32_t dtype, float w_v, const uint8_t* v, float w_r, uint8_t* r, int32_t count);
+  /** |a - b|^2 of two stored rows. */
+  float (*gap)(int32_t dtype, const uint8_t* a, const uint8_t* b, int32_t count);
+
+  /** scores[t][i] = scale * q[t] . column i of keys, for keys transposed [head_dim, key_stride]. */
+  void (*block_scores)(const float* q, int32_t rows, int32_t head_dim, const float* keys, int64_t key_stride, int32_t count, float scale, float* scores, int64_t stride);
+  /** out[t] = sum over i of weights[t][i] * values[i], rows of \`out\` out_stride apart. */
+  void (*block_values)(const float* weights, int64_t stride, int32_t rows, int32_t count, const float* values, int32_t head_dim, float* out, int64_t out_stride);
+};
+
+#if defined(__x86_64__)
+namespace x86_64_v1 { extern const Loops loops; }
+namespace x86_64_v3 { extern const Loops loops; }
+namespace x86_64_v4_vnni { extern const Loops loops; }
+#else
+namespace portable { extern const Loops loops; }
+#endif
+
+/** The fastest set that this processor runs. */
+inline const Loops* pick_loops() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (v3 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) return &x86_64_v4_vnni::loops;
+  if (v3) return &x86_64_v3::loops;
+  return &x86_64_v1::loops;
+#else
+  return &portable::loops;
+#endif
+}
+
+}  // namespace wkv
+`,
+  "cpu/prefill.cpp": `/**
+ * prefill.cpp: wkv_prefill, many tokens of one sequence at once: causal attention whose columns are also summed into the scores.
+ *
+ *   p[t, i] = softmax_i(scale * rotate(q[t], len + t) . rotate(k[i], i)),  i <= len + t;  out[t] = sum_i p[t, i] v[i]
+ *   a[i] += mean_g sum_t p[t, i]
+ *
+ * One KV head at a time: its keys are rotated and transposed once, then a task takes blocks of 16 query rows of one query head; the
+ * blocks of a task, and so the order of every sum, depend on the shapes alone. Only 16 rows of weights a thread are ever in memory.
+ */
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cache.hpp"
+
+namespace wkv {
+namespace {
+
+constexpr int32_t kBlock = 16;   // query rows a block
+constexpr int32_t kStripes = 8;  // tasks a query head
+
+/** Where one KV head's share of the scratch memory lies. */
+struct Work {
+  int64_t length;   // kept + rows
+  int64_t stride;   // length, rounded up to a vector
+  float* keys;      // [D, stride], rotated
+  float* values;    // [stride, D]
+  float* columns;   // [G * kStripes, stride]
+  float* blocks;    // [threads, kBlock, stride]
+  float* q;         // [threads, kBlock, D]
+  float* score;
+  float* gap;
+  int32_t* birth;
+  int32_t* slot;
+  uint8_t* new_keys;    // [rows], as stored
+  uint8_t* new_values;
+};
+
+Work cut(uint8_t* scratch, const Cache& cache, int32_t threads, int64_t kept, int64_t rows, int64_t* bytes) {
+  Work w;
+  w.length = kept + rows;
+  w.stride = (w.length + 15) / 16 * 16;
+  int64_t at = 0;
+  const auto take = [&](int64_t count, int64_t size) {
+    uint8_t* p = scratch + at;
+    at += (count * size + 63) / 64 * 64;
+    return p;
+  };
+  const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count, 4)); };
+  w.keys = floats(cache.head_dim * w.stride);
+  w.values = floats(w.stride * cache.head_dim);
+  w.columns = floats(int64_t{cache.group()} * kStripes * w.stride);
+  w.blocks = floats(int64_t{threads} * kBlock * w.stride);
+  w.q = floats(int64_t{threads} * kBlock * cache.head_dim);
+  w.score = floats(w.length);
+  w.gap = floats(w.length);
+  w.birth = reinterpret_cast<int32_t*>(take(w.length, 4));
+  w.slot = reinterpret_cast<int32_t*>(take(w.length, 4));
+  w.new_keys = take(rows, cache.row_bytes());
+  w.new_values = take(rows, cache.row_bytes());
+  if (bytes) *bytes = at;
+  return w;
+}
+
+struct Job {
+  Context& ctx;
+  Cache& cache;
+  Tensor& qkv;
+  Tensor& out;
+  int32_t rows, kv_head;
+  int64_t head;
+  float scale;
+  const Work& w;
+
+  /** Where row t's query and key are rotated. */
+  int64_t position(int32_t t) const {
+    const Counts& counts = cache.counts[head];
+    return t + (cache.positions == WKV_POSITIONS_TEXT ? counts.steps : counts.kept);
+  }
+
+  /** Rounds the new tokens to what will be stored, and spreads all keys and values out as floats. */
+  void gather() const {
+    const Loops& loops = *ctx.loops;
+    const Ranked r = cache.ranked(head);
+    const int32_t dim = cache.head_dim;
+    const int64_t bytes = cache.row_bytes();
+    ctx.threads.loop(w.stride, 64, [&](int64_t begin, int64_t end, int) {
+      float key[512], own[512];
+      for (int64_t i = begin; i < end; i++) {
+        float* value = w.values + i * dim;
+        if (i >= w.length) {
+          std::memset(value, 0, size_t(dim) * 4);
+          for (int32_t d = 0; d < dim; d++) w.keys[d * w.stride + i] = 0.0f;
+          continue;
+        }
+        const uint8_t *stored_key, *stored_value;
+        if (i < r.count) {
+          stored_key = cache.keys_of(head) + r.slot[i] * bytes;
+          stored_value = cache.values_of(head) + r.slot[i] * bytes;
+        } else {
+          const int32_t t = static_cast<int32_t>(i - r.count);
+          const float* row = qkv.row(t) + (int64_t{cache.heads} + kv_head) * dim;
+          std::memcpy(key, row, size_t(dim) * 4);
+          store_key(loops, cache, key, cache.rope->at(position(t), own), w.new_keys + t * bytes);
+          loops.write_row(cache.dtype, row + int64_t{cache.kv_heads} * dim, dim, w.new_values + t * bytes);
+          stored_key = w.new_keys + t * bytes;
+          stored_value = w.new_values + t * bytes;
+        }
+        loops.read_row(cache.dtype, stored_value, dim, value);
+        loops.read_row(cache.dtype, stored_key, dim, key);
+        if (cache.positions == WKV_POSITIONS_CACHE) rotate(key, cache.rope->at(i, own));
+        for (int32_t d = 0; d < dim; d++) w.keys[d * w.stride + i] = key[d];
+      }
+    });
+  }
+
+  /** Attention of query rows [t0, t0 + n) of one query head; adds their weights to the task's columns. */
+  void block(int32_t g, int32_t t0, int32_t n, float* columns, int thread) const {
+    const Loops& loops = *ctx.loops;
+    const int32_t dim = cache.head_dim;
+    const int64_t kept = w.length - rows, h = int64_t{kv_head} * cache.group() + g;
+    float own[512];
+    float* q = w.q + int64_t{thread} * kBlock * dim;
+    float* weights = w.blocks + int64_t{thread} * kBlock * w.stride;
+    for (int32_t t = 0; t < n; t++) {
+      std::memcpy(q + t * dim, qkv.row(t0 + t) + h * dim, size_t(dim) * 4);
+      cache.rope->to_half(q + t * dim);
+      rotate(q + t * dim, cache.rope->at(position(t0 + t), own));
+    }
+    const int32_t seen = static_cast<int32_t>(kept) + t0 + n, padded = (seen + 15) / 16 * 16;
+    loops.block_scores(q, n, dim, w.keys, w.stride, padded, scale, weights, w.stride);
+    for (int32_t t = 0; t < n; t++) {
+      float* row = weights + t * w.stride;
+      const int32_t count = static_cast<int32_t>(kept) + t0 + t + 1;
+      const float sum = loops.exponentials(row, count, loops.highest(row, count));
+      for (int32_t i = 0; i < count; i++) row[i] /= sum;
+      std::fill(row + count, row + padded, 0.0f);
+      loops.add_scaled(columns, row, 1.0f, count);
+    }
+    loops.block_values(weights, w.stride, n, seen, w.values, dim, out.row(t0) + h * dim, out.columns);
+  }
+
+  void attend() const {
+    const int32_t tasks = cache.group() * kStripes, blocks = (rows + kBlock - 1) / kBlock;
+    ctx.threads.loop(tasks, 1, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t task = begin; task < end; task++) {
+        float* columns = w.columns + task * w.stride;
+        std::memset(columns, 0, size_t(w.stride) * 4);
+        for (int32_t b = static_cast<int32_t>(task % kStripes); b < blocks; b += kStripes) {
+          block(static_cast<int32_t>(task / kStripes), b * kBlock, std::min(kBlock, rows - b * kBlock), columns, thread);
+        }
+      }
+    });
+  }
+
+  /** Adds the column sums to the scores, and brings the head back to its budget. */
+  void settle_rows() const {
+    Counts& counts = cache.counts[head];
+    const Ranked stored = cache.ranked(head);
+    Ranked r{w.score, w.birth, w.slot, w.gap, stored.count};
+    const size_t kept = size_t(stored.count) * 4;
+    std::memcpy(r.score, stored.score, kept);
+    std::memcpy(r.birth, stored.birth, kept);
+    std::memcpy(r.slot, stored.slot, kept);
+    if (cache.gapped()) std::memcpy(r.gap, stored.gap, kept);
+    for (int32_t t = 0; t < rows; t++) r.add(t, counts.steps + 1 + t);
+    const int32_t tasks = cache.group() * kStripes;
+    for (int32_t task = 0; task < tasks; task++) ctx.loops->add_scaled(r.score, w.columns + task * w.stride, 1.0f / static_cast<float>(cache.group()), w.length);
+    counts.steps += rows;
+    settle(*ctx.loops, cache, head, r, Incoming{w.new_keys, w.new_values}, -1);
+    const size_t left = size_t(r.count) * 4;
+    std::memcpy(stored.score, r.score, left);
+    std::memcpy(stored.birth, r.birth, left);
+    std::memcpy(stored.slot, r.slot, left);
+    if (cache.gapped()) std::memcpy(stored.gap, r.gap, left);
+  }
+};
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
+    require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
+    int64_t bytes = 0;
+    cut(nullptr, *cache, ctx.threads.count(), cache->slots, rows, &bytes);
+    ctx.scratch.reserve(size_t(bytes));
+    ctx.submit([=, &ctx] {
+      for (int32_t n = 0; n < cache->kv_heads; n++) {
+        const int64_t head = cache->head(layer, sequence, n);
+        const Work w = cut(ctx.scratch.data(), *cache, ctx.threads.count(), cache->counts[head].kept, rows, nullptr);
+        const Job job{ctx, *cache, *from, *to, rows, n, head, scale, w};
+        job.gather();
+        job.attend();
+        job.settle_rows();
+      }
+    });
+  });
+}
+`,
+  "cpu/runtime.cpp": `/** runtime.cpp: contexts, handles, tensors and graphs of the CPU library. */
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "common.hpp"
+
+namespace wkv {
+
+namespace {
+constexpr size_t kLarge = size_t{1} << 20;
+}
+
+void* zeroed(size_t bytes) {
+  if (bytes >= kLarge) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    return memory;
+  }
+  const size_t size = (bytes + 64) / 64 * 64;
+  void* memory = std::aligned_alloc(64, size);
+  if (!memory) throw std::bad_alloc();
+  std::memset(memory, 0, size);
+  return memory;
+}
+
+void release(void* memory, size_t bytes) {
+  if (bytes >= kLarge) munmap(memory, bytes);
+  else std::free(memory);
+}
+
+// ---- handles: 20 bits of place, 11 of generation, so that a closed handle is not taken for a new one ----
+
+namespace {
+struct Place {
+  std::shared_ptr<Object> object;
+  int32_t generation = 1;
+};
+std::mutex handles_mutex;
+std::vector<Place> places;
+std::vector<int32_t> free_places;
+int32_t live = 0;
+std::string open_text;
+
+constexpr int32_t kPlaceBits = 20;
+constexpr int32_t kPlaceMask = (1 << kPlaceBits) - 1;
+
+Place* locate(int32_t handle) {
+  const int32_t place = handle & kPlaceMask;
+  if (handle <= 0 || place >= static_cast<int32_t>(places.size())) return nullptr;
+  Place& p = places[place];
+  return p.object && p.generation == handle >> kPlaceBits ? &p : nullptr;
+}
+
+void release(Place& place, int32_t handle) {
+  place.object.reset();
+  place.generation = place.generation % 2047 + 1;
+  free_places.push_back(handle & kPlaceMask);
+  live--;
+}
+
+const char* name(Kind kind) {
+  switch (kind) {
+    case Kind::Context: return "context";
+    case Kind::Tensor: return "tensor";
+    case Kind::Rope: return "rotation";
+    case Kind::Cache: return "cache";
+    default: return "graph";
+  }
+}
+}  // namespace
+
+int32_t add_handle(int32_t context, std::shared_ptr<Object> object) {
+  std::lock_guard<std::mutex> lock(handles_mutex);
+  object->context = context;
+  if (free_places.empty()) {
+    if (places.size() > static_cast<size_t>(kPlaceMask)) fail(WKV_MEMORY, "Too many open handles");
+    free_places.push_back(static_cast<int32_t>(places.size()));
+    places.emplace_back();
+  }
+  const int32_t place = free_places.back();
+  free_places.pop_back();
+  places[place].object = std::move(object);
+  live++;
+  return places[place].generation << kPlaceBits | place;
+}
+
+std::shared_ptr<Object> find_handle(int32_t context, int32_t handle, Kind kind, const char* what) {
+  std::lock_guard<std::mutex> lock(handles_mutex);
+  Place* place = locate(handle);
+  if (!place) fail(WKV_HANDLE, std::string(what) + ": handle " + std::to_string(handle) + " is closed or was never open");
+  if (place->object->kind != kind) fail(WKV_HANDLE, std::string(what) + " is a " + name(place->object->kind) + ", expected a " + name(kind));
+  if (kind != Kind::Context && place->object->context != context) fail(WKV_HANDLE, std::string(what) + " belongs to another context");
+  return place->object;
+}
+
+std::shared_ptr<Context> find_context(int32_t context) {
+  return std::static_pointer_cast<Context>(find_handle(0, context, Kind::Context, "Context"));
+}
+
+int32_t report(const std::shared_ptr<Context>& context, int32_t status, const std::string& text) {
+  std::mutex& mutex = context ? context->text_mutex : handles_mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  (context ? context->text : open_text) = text;
+  return status;
+}
+
+TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns) {
+  TensorRef tensor = find_tensor(context, handle, what);
+  require(tensor->dtype == dtype, std::string(what) + " is of another dtype (" + std::to_string(tensor->dtype) + ", expected " + std::to_string(dtype) + ")");
+  require(rows >= 0 && tensor->rows >= rows, std::string(what) + " has " + std::to_string(tensor->rows) + " rows, expected at least " + std::to_string(rows));
+  require(columns < 0 || tensor->columns == columns, std::string(what) + " has " + std::to_string(tensor->columns) + " columns, expected " + std::to_string(columns));
+  return tensor;
+}
+
+void give(int32_t* out, int32_t out_bytes, int32_t handle) {
+  (void)out_bytes;
+  *out = handle;
+}
+
+Context::Context(int32_t count) : Object(Kind::Context), loops(pick_loops()), threads(count) {}
+
+// ---- tensors ----
+
+namespace {
+bool quantised(int32_t dtype) { return dtype == WKV_Q8_0 || dtype == WKV_Q4_0 || dtype == WKV_Q4_1; }
+int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 34 : dtype == WKV_Q4_0 ? 18 : 20; }
+int64_t row_bytes(int32_t dtype, int32_t columns) {
+  if (quantised(dtype)) return int64_t{columns} / 32 * block_bytes(dtype);
+  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
+}
+/** F32 and I32 lie row by row, weights of every other type in groups of 8 rows. */
+bool grouped(int32_t dtype) { return dtype != WKV_F32 && dtype != WKV_I32; }
+
+/** Puts one row in file order into its place within its group of 8. */
+void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const uint8_t* row) {
+  if (!quantised(dtype)) {
+    for (int32_t c = 0; c < columns; c++) std::memcpy(group + (c * 8 + lane) * 2, row + c * 2, 2);
+    return;
+  }
+  const int32_t bytes = block_bytes(dtype), heads = dtype == WKV_Q4_1 ? 2 : 1, vectors = dtype == WKV_Q8_0 ? 8 : 4;
+  for (int32_t b = 0; b < columns / 32; b++, row += bytes, group += bytes * 8) {
+    for (int32_t h = 0; h < heads; h++) {
+      std::memcpy(group + h * 16 + lane * 2, row + h * 2, 2);
+      uint16_t half;
+      std::memcpy(&half, row + h * 2, 2);
+      if ((half & 0x7c00) == 0x7c00) fail(WKV_DATA, "The scale of block " + std::to_string(b) + " is not finite");
+    }
+    for (int32_t v = 0; v < vectors; v++) std::memcpy(group + heads * 16 + v * 32 + lane * 4, row + heads * 2 + v * 4, 4);
+  }
+}
+}  // namespace
+
+Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
+  const int64_t stored = grouped(dtype) ? (int64_t{rows} + 7) / 8 * 8 : rows;
+  memory.resize(static_cast<size_t>(stored * row_bytes(dtype, columns)));
+}
+
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_abi_version(void) { return WKV_ABI_VERSION; }
+
+int32_t wkv_source_hash(char* out, int32_t out_bytes) {
+#ifndef WKV_SOURCE_HASH
+#define WKV_SOURCE_HASH "unknown"
+#endif
+  const std::string text = WKV_SOURCE_HASH;
+  if (!out || out_bytes < static_cast<int32_t>(text.size()) + 1) return WKV_INVALID;
+  std::memcpy(out, text.c_str(), text.size() + 1);
+  return WKV_OK;
+}
+
+int32_t wkv_live_handles(void) {
+  std::lock_guard<std::mutex> lock(handles_mutex);
+  return live;
+}
+
+int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
+  try {
+    require(out != nullptr && out_bytes >= 4, "out must hold 4 bytes");
+    require(threads >= 0 && threads <= 1024, "threads must be between 0 and 1024: " + std::to_string(threads));
+    if (threads == 0) {
+      cpu_set_t set;
+      CPU_ZERO(&set);
+      threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    }
+    *out = add_handle(0, std::make_shared<Context>(threads));
+    return WKV_OK;
+  } catch (const Failure& failure) {
+    return report(nullptr, failure.status, failure.what());
+  } catch (const std::exception& error) {
+    return report(nullptr, WKV_MEMORY, error.what());
+  }
+}
+
+int32_t wkv_error(int32_t context, char* out, int32_t out_bytes) {
+  if (!out || out_bytes < 1) return WKV_INVALID;
+  std::string text;
+  try {
+    const auto found = find_context(context);
+    std::lock_guard<std::mutex> lock(found->text_mutex);
+    text = found->text;
+  } catch (const std::exception&) {
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    text = open_text;
+  }
+  const size_t length = std::min(text.size(), static_cast<size_t>(out_bytes) - 1);
+  std::memcpy(out, text.data(), length);
+  out[length] = 0;
+  return WKV_OK;
+}
+
+int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require(out != nullptr && out_bytes >= 1, "out must hold a text");
+    const int32_t threads = ctx.threads.count();
+    const std::string text = std::string("CPU, ") + ctx.loops->name + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
+    const size_t length = std::min(text.size(), static_cast<size_t>(out_bytes) - 1);
+    std::memcpy(out, text.data(), length);
+    out[length] = 0;
+  });
+}
+
+int32_t wkv_close(int32_t context, int32_t handle) {
+  std::vector<std::shared_ptr<Object>> gone;  // destroyed outside both locks
+  std::shared_ptr<Context> closed;
+  const int32_t status = entry(context, [&](Context&) {
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    Place* place = locate(handle);
+    if (!place || (handle != context && place->object->context != context)) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
+    if (handle == context) {
+      for (size_t i = 0; i < places.size(); i++) {
+        if (!places[i].object || places[i].object->context != context) continue;
+        gone.push_back(places[i].object);
+        release(places[i], static_cast<int32_t>(i));
+      }
+    }
+    gone.push_back(place->object);
+    release(*place, handle);
+  });
+  return status;
+}
+
+int32_t wkv_bytes(int32_t context, int32_t handle, double* out, int32_t out_bytes) {
+  return entry(context, [&](Context&) {
+    require_buffer(out, out_bytes, 8, "out");
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    Place* place = locate(handle);
+    if (!place || place->object->context != context) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
+    *out = static_cast<double>(place->object->bytes());
+  });
+}
+
+int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context&) {
+    require_buffer(out, out_bytes, 4, "out");
+    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
+    require(!quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    *out = add_handle(context, std::make_shared<Tensor>(dtype, rows, columns));
+  });
+}
+
+namespace {
+void check_rows(const Tensor& tensor, int32_t row, int32_t rows) {
+  require(row >= 0 && rows >= 1 && row <= tensor.rows - rows, "rows " + std::to_string(row) + " to " + std::to_string(int64_t{row} + rows) + " of " + std::to_string(tensor.rows) + " asked for");
+}
+}  // namespace
+
+int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t rows, const void* data, int32_t data_bytes) {
+  return entry(context, [&](Context&) {
+    const TensorRef tensor = find_tensor(context, handle, "tensor");
+    check_rows(*tensor, row, rows);
+    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    require_buffer(data, data_bytes, rows * bytes, "data");
+    if (!grouped(tensor->dtype)) {
+      std::memcpy(tensor->memory.data() + row * bytes, data, static_cast<size_t>(rows * bytes));
+      return;
+    }
+    for (int64_t r = row; r < int64_t{row} + rows; r++) {
+      try {
+        scatter(tensor->dtype, tensor->columns, tensor->memory.data() + r / 8 * 8 * bytes, static_cast<int32_t>(r % 8), static_cast<const uint8_t*>(data) + (r - row) * bytes);
+      } catch (const Failure& failure) {
+        fail(failure.status, "Row " + std::to_string(r) + ": " + failure.what());
+      }
+    }
+  });
+}
+
+int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t rows, void* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef tensor = find_tensor(context, handle, "tensor");
+    check_rows(*tensor, row, rows);
+    const bool as_floats = quantised(tensor->dtype);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    require_buffer(out, out_bytes, rows * bytes, "out");
+    auto* to = static_cast<uint8_t*>(out);
+    for (int64_t r = row; r < int64_t{row} + rows; r++, to += bytes) {
+      if (!grouped(tensor->dtype)) {
+        std::memcpy(to, tensor->memory.data() + r * bytes, static_cast<size_t>(bytes));
+      } else if (as_floats) {
+        ctx.loops->weight_row(tensor->dtype, tensor->memory.data(), tensor->columns, r, reinterpret_cast<float*>(to));
+      } else {
+        const uint8_t* group = tensor->memory.data() + r / 8 * 8 * bytes;
+        for (int32_t c = 0; c < tensor->columns; c++) std::memcpy(to + c * 2, group + (c * 8 + r % 8) * 2, 2);
+      }
+    }
+  });
+}
+
+// ---- graphs ----
+
+int32_t wkv_graph_begin(int32_t context) {
+  return entry(context, [&](Context& ctx) {
+    if (ctx.recording) fail(WKV_INVALID, "A graph is being recorded already");
+    ctx.recording = std::make_shared<Graph>();
+    ctx.recording_failed = false;
+  });
+}
+
+int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require(ctx.recording != nullptr, "No graph is being recorded");
+    const std::shared_ptr<Graph> graph = std::move(ctx.recording);
+    ctx.recording.reset();
+    require(!ctx.recording_failed, "An op of the graph failed when it was recorded");
+    require_buffer(out, out_bytes, 4, "out");
+    *out = add_handle(context, graph);
+  });
+}
+
+int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
+  return entry(context, [&](Context& ctx) {
+    require(!ctx.recording, "A graph cannot run while another is being recorded");
+    require(times >= 0, "times must not be negative: " + std::to_string(times));
+    const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
+    for (int32_t i = 0; i < times; i++) {
+      for (const Op& op : graph->ops) op();
+    }
+  });
+}
+`,
+  "cpu/sample.cpp": `/** sample.cpp: wkv_sample and wkv_log_prob, from logits to tokens and to their probabilities. */
+#include <algorithm>
+#include <cmath>
+
+#include "../random.h"
+#include "common.hpp"
+
+namespace wkv {
+namespace {
+
+struct Candidate {
+  float logit;
+  int32_t token;
+};
+
+/** Higher logit first; of equals the lower token. */
+bool before(const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.token < b.token; }
+
+int32_t argmax(const float* logits, int32_t count) {
+  int32_t best = -1;
+  for (int32_t i = 0; i < count; i++) {
+    if (std::isnan(logits[i])) fail(WKV_DATA, "The logit of token " + std::to_string(i) + " is not a number");
+    if (best < 0 || logits[i] > logits[best]) best = i;
+  }
+  return best;
+}
+
+int32_t draw(const Loops& loops, const float* logits, int32_t count, const float* settings, int32_t* rng, std::vector<Candidate>& kept, std::vector<float>& weights) {
+  const float temperature = settings[0], top_p = settings[2], min_p = settings[3];
+  const int32_t top_k = static_cast<int32_t>(settings[1]);
+  const int32_t best = argmax(logits, count);
+  if (!(temperature > 0.0f)) return best;
+  const float most = logits[best];
+  // Tokens of less than e^-30 of the best one's probability cannot be drawn with 24 random bits.
+  const float floor = most + (min_p > 0.0f && (top_p <= 0.0f || top_p >= 1.0f) ? std::log(min_p) : -30.0f * std::max(1.0f, temperature));
+  kept.clear();
+  for (int32_t i = 0; i < count; i++) {
+    if (logits[i] >= floor || i == best) kept.push_back({logits[i], i});
+  }
+  if (top_k > 0 && static_cast<size_t>(top_k) < kept.size()) {
+    std::nth_element(kept.begin(), kept.begin() + top_k, kept.end(), before);
+    kept.resize(top_k);
+  }
+  std::sort(kept.begin(), kept.end(), before);
+  if (top_p > 0.0f && top_p < 1.0f) {
+    weights.clear();
+    for (const Candidate& c : kept) weights.push_back(c.logit);
+    const float sum = loops.exponentials(weights.data(), static_cast<int64_t>(weights.size()), most);
+    float reached = 0.0f;
+    size_t n = 0;
+    while (n < kept.size() && reached < top_p * sum) reached += weights[n++];
+    kept.resize(std::max<size_t>(n, 1));
+  }
+  if (min_p > 0.0f) {
+    const float least = most + std::log(min_p);
+    while (kept.size() > 1 && kept.back().logit < least) kept.pop_back();
+  }
+  weights.clear();
+  for (const Candidate& c : kept) weights.push_back(c.logit / temperature);
+  const float sum = loops.exponentials(weights.data(), static_cast<int64_t>(weights.size()), most / temperature);
+  const uint64_t seed = static_cast<uint32_t>(rng[0]) | static_cast<uint64_t>(static_cast<uint32_t>(rng[1])) << 32;
+  const float goal = wkv_uniform(seed, static_cast<uint32_t>(rng[2])) * sum;
+  rng[2] = static_cast<int32_t>(static_cast<uint32_t>(rng[2]) + 1);
+  float reached = 0.0f;
+  for (size_t i = 0; i < kept.size(); i++) {
+    reached += weights[i];
+    if (reached > goal) return kept[i].token;
+  }
+  return kept.back().token;
+}
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_sample(int32_t context, int32_t tokens, int32_t logits, int32_t settings, int32_t rng) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef from = find_tensor(context, logits, "logits", WKV_F32, 1, -1);
+    const TensorRef rules = find_tensor(context, settings, "settings", WKV_F32, from->rows, 4);
+    const TensorRef state = find_tensor(context, rng, "rng", WKV_I32, from->rows, 4);
+    const TensorRef to = find_tensor(context, tokens, "tokens", WKV_I32, 1, -1);
+    require(to->columns >= from->rows, "tokens has fewer columns than logits has rows");
+    ctx.submit([=, &ctx] {
+      ctx.threads.loop(from->rows, 1, [&](int64_t begin, int64_t end, int) {
+        std::vector<Candidate> kept;
+        std::vector<float> weights;
+        for (int64_t b = begin; b < end; b++) {
+          to->i32()[b] = draw(*ctx.loops, from->row(b), from->columns, rules->row(b), state->i32() + b * 4, kept, weights);
+        }
+      });
+    });
+  });
+}
+
+int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targets, int32_t rows) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef from = find_tensor(context, logits, "logits", WKV_F32, rows, -1);
+    const TensorRef ids = find_tensor(context, targets, "targets", WKV_I32, 1, -1);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, 1, -1);
+    require(rows >= 1 && ids->columns >= rows && to->columns >= rows, "targets and out must have at least \`rows\` columns, and rows be at least 1");
+    ctx.submit([=, &ctx] {
+      ctx.threads.loop(rows, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; i++) {
+          const int32_t id = ids->i32()[i];
+          if (id < 0 || id >= from->columns) fail(WKV_DATA, "Target " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(from->columns));
+          const float* row = from->row(i);
+          const float most = ctx.loops->highest(row, from->columns);
+          double sum = 0.0;
+          for (int32_t j = 0; j < from->columns; j++) sum += std::exp(row[j] - most);
+          to->f32()[i] = row[id] - most - static_cast<float>(std::log(sum));
+        }
+      });
+    });
+  });
+}
+`,
+  "cpu/threads.cpp": `/** threads.cpp: threads that spin shortly between the loops of a step, and sleep between steps. */
+#include "threads.hpp"
+
+namespace wkv {
+
+namespace {
+// About 50 us: longer than the gap between two ops of a step, shorter than a scheduler's slice.
+constexpr int kSpins = 4000;
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+}  // namespace
+
+Threads::Threads(int32_t count) {
+  for (int32_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+}
+
+Threads::~Threads() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+    epoch_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void Threads::run(int64_t total, int64_t grain, Call call, const void* body) {
+  total_ = total;
+  grain_ = grain;
+  call_ = call;
+  body_ = body;
+  error_ = nullptr;
+  next_.store(0, std::memory_order_relaxed);
+  busy_.store(static_cast<int32_t>(workers_.size()), std::memory_order_relaxed);
+  epoch_.fetch_add(1);
+  if (asleep_.load() > 0) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
+  }
+  take(0);
+  for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; spins++) {
+    if (spins < kSpins) pause();
+    else std::this_thread::yield();
+  }
+  if (error_) std::rethrow_exception(error_);
+}
+
+void Threads::take(int thread) {
+  try {
+    for (;;) {
+      const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+      if (begin >= total_) return;
+      const int64_t end = begin + grain_ < total_ ? begin + grain_ : total_;
+      call_(body_, begin, end, thread);
+    }
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!error_) error_ = std::current_exception();
+    next_.store(total_, std::memory_order_relaxed);
+  }
+}
+
+void Threads::work(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    int spins = 0;
+    while (epoch_.load(std::memory_order_acquire) == seen && ++spins < kSpins) pause();
+    if (epoch_.load() == seen) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      asleep_.fetch_add(1);
+      wake_.wait(lock, [&] { return epoch_.load() != seen; });
+      asleep_.fetch_sub(1);
+    }
+    seen = epoch_.load(std::memory_order_acquire);
+    if (stop_) return;
+    take(thread);
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace wkv
+`,
+  "cpu/threads.hpp": `/** threads.hpp: the CPU library's parallel loop, used by every op. */
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace wkv {
+
+/** A fixed set of threads that run one loop at a time; the caller takes part. */
+class Threads {
+ public:
+  explicit Threads(int32_t count);
+  ~Threads();
+  int32_t count() const { return static_cast<int32_t>(workers_.size()) + 1; }
+
+  /** Calls body(begin, end, thread) over [0, total) in pieces of \`grain\`, each once, on any thread; rethrows the first exception. */
+  template <typename Body>
+  void loop(int64_t total, int64_t grain, const Body& body) {
+    if (total <= 0) return;
+    if (grain < 1) grain = 1;
+    if (workers_.empty() || total <= grain) {
+      body(int64_t{0}, total, 0);
+      return;
+    }
+    run(total, grain, [](const void* b, int64_t begin, int64_t end, int thread) { (*static_cast<const Body*>(b))(begin, end, thread); }, &body);
+  }
+
+ private:
+  using Call = void (*)(const void*, int64_t, int64_t, int);
+  void run(int64_t total, int64_t grain, Call call, const void* body);
+  void take(int thread);
+  void work(int thread);
+
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint32_t> epoch_{0};
+  std::atomic<int32_t> busy_{0};
+  std::atomic<int32_t> asleep_{0};
+  bool stop_ = false;
+  std::atomic<int64_t> next_{0};
+  int64_t total_ = 0, grain_ = 1;
+  Call call_ = nullptr;
+  const void* body_ = nullptr;
+  std::exception_ptr error_;
+};
+
+}  // namespace wkv
+`,
+  "policy.h": `/** policy.h: the score, select and merge rules, compiled into both libraries so that they choose alike (DESIGN: the step; paper: Algorithm 1). */
+#ifndef WKV_POLICY_H
+#define WKV_POLICY_H
+#include <stdint.h>
+
+#include "wkv.h"
+
+#ifdef __CUDACC__
+#define WKV_HD __host__ __device__
+#else
+#define WKV_HD
+#endif
+
+/** The average attention a / n of a token: the paper's weight. */
+WKV_HD inline float wkv_average(float score, int32_t steps) { return score / (float)steps; }
+
+/** Whether the token of this rank may leave, of \`total\` tokens with the new one. */
+WKV_HD inline bool wkv_evictable(int32_t rank, int32_t total, int32_t sinks, int32_t recent) {
+  return rank >= sinks && rank < total - recent;
+}
+
+/** Ward's cost of merging a token with its right neighbour: attention as mass, gap = |V_j - V_r|^2. */
+WKV_HD inline float wkv_merge_cost(int32_t select, float w_j, float w_r, float gap) {
+  const float mass = w_j + w_r;
+  if (!(mass > 0.0f)) return 0.0f;
+  if (select == WKV_SELECT_MERGE_COST_LINEAR) gap = __builtin_sqrtf(gap);
+  return w_j * w_r / mass * gap;
+}
+
+/** Whether the rule needs the neighbour's average and the gap between the two values. */
+WKV_HD inline bool wkv_select_uses_gap(int32_t select) {
+  return select == WKV_SELECT_MERGE_COST || select == WKV_SELECT_MERGE_COST_LINEAR;
+}
+
+/** What the victim minimises. w_j, w_r: averages of the token and its right neighbour (0 when there is none). */
+WKV_HD inline float wkv_select_value(int32_t select, int32_t rank, float w_j, float w_r, float gap) {
+  if (select == WKV_SELECT_OLDEST) return (float)rank;
+  if (wkv_select_uses_gap(select)) return wkv_merge_cost(select, w_j, w_r, gap);
+  return w_j;
+}
+
+/** The merged value of one dimension: a convex combination, computed in f32 and rounded once when stored. */
+WKV_HD inline float wkv_merged(float w_v, float v, float w_r, float r) {
+  return (w_v * v + w_r * r) / (w_v + w_r);
+}
+
+#endif
+`,
+  "random.h": `/** random.h: the counter-based random numbers of wkv_sample, the same on both libraries. */
+#ifndef WKV_RANDOM_H
+#define WKV_RANDOM_H
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define WKV_RANDOM_HD __host__ __device__
+#else
+#define WKV_RANDOM_HD
+#endif
+
+/** Uniform in [0, 1) with 24 bits: SplitMix64's output function at place \`draw\` of the stream \`seed\`. */
+WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
+  uint64_t z = seed + 0x9e3779b97f4a7c15ull * ((uint64_t)draw + 1);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  z ^= z >> 31;
+  return (float)(z >> 40) * (1.0f / 16777216.0f);
+}
+
+#endif
+`,
+  "wkv.h": `/**
+ * wkv.h: the C ABI of WeightedKV and its manual. libwkv_cpu.so and libwkv_cuda.so both implement all of it;
+ * src/backend/symbols.ts is made from it by kernels/bind.ts.
+ *
+ * Rules that hold for every function
+ * - Only 32-bit integers, floats and caller-owned buffers cross the boundary, each buffer with its length in bytes.
+ * - Contexts, tensors, rotations, caches and graphs are opaque int32_t handles, never 0; a closed or foreign handle is
+ *   an error, not a crash. A handle is opened by one context and used with that context only.
+ * - A function returns WKV_OK or the status of a failure, whose text wkv_error gives. Nothing exits, aborts or throws.
+ * - Tensors are row-major [rows, columns]; activations are F32. One letter vocabulary: B sequences, H query heads,
+ *   N key/value heads, G = H / N, D head dimension, M slots a head, T tokens of one sequence.
+ * - Between wkv_graph_begin and wkv_graph_end the functions marked "op" are checked and recorded, not run.
+ * - Results do not depend on the number of threads, and the same calls give the same bytes.
+ */
+#ifndef WKV_H
+#define WKV_H
+#include <stdint.h>
+
+#define WKV_ABI_VERSION 1
+
+#ifdef __cplusplus
+#define WKV_API extern "C" __attribute__((visibility("default")))
+#else
+#define WKV_API __attribute__((visibility("default")))
+#endif
+/** Marks a call that may take longer than a millisecond: bindings run it off the main thread. */
+#define WKV_API_SLOW WKV_API
+
+enum wkv_status {
+  WKV_OK = 0,
+  WKV_INVALID = 1,  /* an argument is out of range, or shapes do not match */
+  WKV_HANDLE = 2,   /* a handle is closed, of another kind or of another context */
+  WKV_MEMORY = 3,   /* memory could not be had */
+  WKV_DATA = 4,     /* weights or activations hold what cannot be computed with, such as a NaN */
+  WKV_DEVICE = 5,   /* the device failed */
+  WKV_INTERNAL = 6, /* a fault of the library */
+};
+
+/** Element types; a quantised row is a sequence of GGUF blocks of 32 columns. */
+enum wkv_dtype {
+  WKV_F32 = 0,
+  WKV_F16 = 1,
+  WKV_BF16 = 2,
+  WKV_I32 = 3,
+  WKV_Q8_0 = 4, /* 34 bytes a block: f16 scale, 32 int8 */
+  WKV_Q4_0 = 5, /* 18 bytes a block: f16 scale, 32 4-bit values less 8 */
+  WKV_Q4_1 = 6, /* 20 bytes a block: f16 scale, f16 minimum, 32 4-bit values */
+};
+
+/** Which dimensions a rotation turns together. */
+enum wkv_pairs {
+  WKV_PAIRS_HALF = 0,        /* (i, i + rotary / 2) */
+  WKV_PAIRS_INTERLEAVED = 1, /* (2 i, 2 i + 1) */
+};
+
+/** Where a key is rotated. */
+enum wkv_positions {
+  WKV_POSITIONS_CACHE = 0, /* at its rank among the cached tokens, anew each step */
+  WKV_POSITIONS_TEXT = 1,  /* once, at its place in the text */
+};
+
+/** Which token leaves when the cache is over its budget; ties go to the lowest rank. The rules are in policy.h. */
+enum wkv_select {
+  WKV_SELECT_NONE = 0,              /* nothing ever leaves: a full cache is an error */
+  WKV_SELECT_OLDEST = 1,            /* the lowest evictable rank */
+  WKV_SELECT_LOWEST_AVERAGE = 2,    /* the lowest average a / n */
+  WKV_SELECT_MERGE_COST = 3,        /* the lowest w_j w_r / (w_j + w_r) |V_j - V_r|^2 with its right neighbour r */
+  WKV_SELECT_MERGE_COST_LINEAR = 4, /* the same with |V_j - V_r| */
+};
+
+/** What happens to the value of the token that leaves. */
+enum wkv_merge {
+  WKV_MERGE_NONE = 0,  /* dropped */
+  WKV_MERGE_RIGHT = 1, /* merged into the next rank's value, weighted with both averages */
+};
+
+/** What wkv_cache_read gives, always in rank order, \`kept\` entries for one layer, sequence and KV head. */
+enum wkv_cache_field {
+  WKV_CACHE_COUNTS = 0,    /* int32 [4]: kept, seen, merged, evicted */
+  WKV_CACHE_POSITIONS = 1, /* int32 [kept]: each token's place in the text */
+  WKV_CACHE_STEPS = 2,     /* int32 [kept]: n, the steps that attended to it */
+  WKV_CACHE_SCORES = 3,    /* float [kept]: a, the sum of its attention weights */
+  WKV_CACHE_SLOTS = 4,     /* int32 [kept]: where it lies */
+  WKV_CACHE_KEYS = 5,      /* float [kept, D]: as stored, in the model's own dimension order */
+  WKV_CACHE_VALUES = 6,    /* float [kept, D]: as stored */
+  WKV_CACHE_EVENT = 7,     /* float [4]: the last step's victim and right neighbour (places in the text, -1: none), both averages */
+};
+
+enum wkv_activation { WKV_SILU = 0 };
+
+/** How a linear op holds its input: as it is, or rounded to 8 bits in blocks of 32 (quantised weights only). */
+enum wkv_precision { WKV_PRECISION_F32 = 0, WKV_PRECISION_INT8 = 1 };
+
+/* ---- library, context, handles ---- */
+
+/** WKV_ABI_VERSION of the library. */
+WKV_API int32_t wkv_abi_version(void);
+
+/** Copies the hash of the sources that the library was built from (64 hexadecimal digits and a zero). */
+WKV_API int32_t wkv_source_hash(char* out, int32_t out_bytes);
+
+/** Number of handles that are open in this process. */
+WKV_API int32_t wkv_live_handles(void);
+
+/** Opens a context. threads: 0 for one a core that this process may use. */
+WKV_API int32_t wkv_context_open(int32_t threads, int32_t* out /* [1] */, int32_t out_bytes);
+
+/** Copies the text of the context's last failure, cut to out_bytes and ended by a zero; context 0: of wkv_context_open. */
+WKV_API int32_t wkv_error(int32_t context, char* out, int32_t out_bytes);
+
+/** Copies a line that names the device, its instruction set and the threads in use. */
+WKV_API int32_t wkv_device(int32_t context, char* out, int32_t out_bytes);
+
+/** Closes a handle of any kind. Closing a context closes all that it opened. What a graph uses lives as long as the graph. */
+WKV_API int32_t wkv_close(int32_t context, int32_t handle);
+
+/** Bytes that a tensor, rotation or cache holds. */
+WKV_API int32_t wkv_bytes(int32_t context, int32_t handle, double* out /* [1] */, int32_t out_bytes);
+
+/* ---- tensors ---- */
+
+/** Opens a tensor of zeros. columns must be a multiple of 32 for a quantised dtype. */
+WKV_API int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out /* [1] */, int32_t out_bytes);
+
+/** Copies rows [row, row + rows) in, in file order. data_bytes must be their exact size. A scale that is not finite is WKV_DATA. */
+WKV_API int32_t wkv_tensor_write(int32_t context, int32_t tensor, int32_t row, int32_t rows, const void* data, int32_t data_bytes);
+
+/** Copies rows [row, row + rows) out. Quantised rows come out as floats. */
+WKV_API int32_t wkv_tensor_read(int32_t context, int32_t tensor, int32_t row, int32_t rows, void* out, int32_t out_bytes);
+
+/* ---- graphs ---- */
+
+/** Starts recording: the ops that follow are checked and kept for wkv_graph_run. A context records one graph at a time. */
+WKV_API int32_t wkv_graph_begin(int32_t context);
+
+/** Ends recording and gives the graph; an op that failed since wkv_graph_begin makes it fail. */
+WKV_API int32_t wkv_graph_end(int32_t context, int32_t* out /* [1] */, int32_t out_bytes);
+
+/** Runs a graph \`times\` times over. Runs of one context follow each other. After a failure the caches it wrote are undefined. */
+WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times);
+
+/* ---- ops on activations ---- */
+
+/** op: out[i] = table[tokens[i]]. An id outside the table is WKV_DATA. */
+WKV_API int32_t wkv_embed(int32_t context, int32_t out /* [>= rows, C] */, int32_t table /* [vocabulary, C] */, int32_t tokens /* I32 [1, >= rows] */, int32_t rows);
+
+/** op: out[i] = x[i] / sqrt(mean(x[i]^2) + epsilon) * weight; out may be x. */
+WKV_API int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight /* [1, C] */, float epsilon);
+
+/** op: out[i, out_column + j] = norm(x[x_row + i]) . w[j] + bias[j] (+ what out held, when add is 1), for rows i and all rows j of w.
+ *  norm and bias are 0 or tensors [1, C]; norm is wkv_rmsnorm's. out must not be x unless norm, x and out are of one width and add is 1. */
+WKV_API int32_t wkv_linear(int32_t context, int32_t out, int32_t out_column, int32_t x, int32_t x_row, int32_t rows, int32_t norm, float epsilon, int32_t w /* [J, C] */, int32_t bias, int32_t add, int32_t precision);
+
+/** op: out[i, j] = activation(norm(x[i]) . gate[j]) * (norm(x[i]) . up[j]). */
+WKV_API int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t norm, float epsilon, int32_t gate /* [J, C] */, int32_t up /* [J, C] */, int32_t activation, int32_t precision);
+
+/* ---- cache ---- */
+
+/** Opens a rotation of the first 2 * count dimensions of a head by position * frequencies[i]; tables reach \`positions\` ranks. */
+WKV_API int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const float* frequencies /* [count] */, int32_t frequencies_bytes, int32_t positions, int32_t* out /* [1] */, int32_t out_bytes);
+
+/** Opens an empty cache of exactly \`slots\` tokens a KV head, in every layer and sequence; nothing is allocated later.
+ *  Must hold: 0 <= sinks, 0 <= recent, sinks + recent <= slots; heads a multiple of kv_heads; the rotation is of this head
+ *  dimension and, with positions in the cache, of more than \`slots\` positions; dtype F32, F16 or BF16. */
+WKV_API int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out /* [1] */, int32_t out_bytes);
+
+/** Empties one sequence, or all of them (-1). */
+WKV_API int32_t wkv_cache_reset(int32_t context, int32_t cache, int32_t sequence);
+
+/** Copies a wkv_cache_field of one layer, sequence and KV head out. */
+WKV_API int32_t wkv_cache_read(int32_t context, int32_t cache, int32_t field, int32_t layer, int32_t sequence, int32_t kv_head, void* out, int32_t out_bytes);
+
+/** op: one decode step of one layer for every sequence (the paper's Algorithm 1). The new token attends over cache and itself at
+ *  rank \`kept\`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks a
+ *  victim, merges or drops it, and the new token takes its slot. k and v are rounded to the cache's type first.
+ *  victims: 0, or I32 [B, N], the rank that must leave (-1: the policy's own choice). */
+WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, int32_t victims);
+
+/** op: steps 3 to 6 of wkv_attend with attention weights that the caller computed: kv[b] holds N keys, then N values. */
+WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_t kv /* [B, 2 N * D] */, int32_t weights /* [B, N * (M + 1)], rank order */, int32_t victims);
+
+/** op: \`rows\` tokens of one sequence at once: causal attention over cache and tokens, each column's sum of weights added to its score
+ *  as if streamed. When kept + rows > slots the policy is then applied with the averages of that moment until \`slots\` are left. */
+WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale);
+
+/* ---- from logits to tokens ---- */
+
+/** op: the next token of each row of logits. settings: F32 [B, 4]: temperature (0: the first of the highest), top-k (0: all), top-p
+ *  (1: all), min-p (0: all), applied as top-k, top-p, min-p, temperature. rng: I32 [B, 4]: seed low, seed high, draws so far, unused. */
+WKV_API int32_t wkv_sample(int32_t context, int32_t tokens /* I32 [1, B] */, int32_t logits /* [B, vocabulary] */, int32_t settings, int32_t rng);
+
+/** op: out[i] = natural logarithm of the probability of targets[i] under logits[i]. */
+WKV_API int32_t wkv_log_prob(int32_t context, int32_t out /* [1, >= rows] */, int32_t logits /* [>= rows, vocabulary] */, int32_t targets /* I32 [1, >= rows] */, int32_t rows);
+
+#endif
+`,
+};
