@@ -1,0 +1,82 @@
+/** What a cache policy is, and how a budget is resolved; policies/ holds one record a file. */
+
+/** Which token leaves when the cache is over its budget. */
+export type Select =
+  | "none"
+  | "oldest"
+  | "lowest-average"
+  | "merge-cost"
+  | "merge-cost-linear";
+
+/** What happens to the value of the token that leaves. */
+export type Merge = "none" | "right";
+
+/** A cache policy: data without state, which lives in the cache. */
+export interface Policy {
+  /** Its name on the command line. */
+  readonly name: string;
+  /** One sentence: which token leaves, and what becomes of its value. */
+  readonly summary: string;
+  /** Where it comes from. */
+  readonly paper: string;
+  /** Which token leaves; `none` keeps every token and has no budget. */
+  readonly select: Select;
+  /** What happens to its value. */
+  readonly merge: Merge;
+  /** Tokens that are protected by default, of a budget of `m`. */
+  readonly protects: (m: number) => { sinks: number; recent: number };
+  /** Variants, chosen by `name:option`, with what they change. */
+  readonly options?: Readonly<
+    Record<string, { readonly select?: Select; readonly merge?: Merge }>
+  >;
+}
+
+/** A budget with the tokens that it protects, in tokens a KV head. */
+export interface Budget {
+  /** Tokens kept. */
+  readonly budget: number;
+  /** First tokens, always kept. */
+  readonly sinks: number;
+  /** Newest tokens, always kept, the new one counted. */
+  readonly recent: number;
+}
+
+/** The largest budget and full cache, in tokens. */
+export const MAX_SLOTS = 1 << 20;
+
+/**
+ * Checks a budget and fills in what the policy protects by default.
+ *
+ * @throws {RangeError} A number is not a whole one in its range, or
+ * `sinks + recent` is more than the budget.
+ */
+export function resolveBudget(
+  policy: Policy,
+  budget: number,
+  given: { sinks?: number | undefined; recent?: number | undefined } = {},
+): Budget {
+  whole("budget", budget, 1);
+  const defaults = policy.protects(budget);
+  const sinks = whole("sinks", given.sinks ?? defaults.sinks, 0);
+  const recent = whole("recent", given.recent ?? defaults.recent, 0);
+  if (sinks + recent > budget) {
+    throw new RangeError(
+      `The budget must be at least sinks + recent: ${budget} is less than ${sinks} + ${recent}`,
+    );
+  }
+  return { budget, sinks, recent };
+}
+
+function whole(name: string, value: number, least: number): number {
+  if (!Number.isInteger(value) || value < least || value > MAX_SLOTS) {
+    throw new RangeError(
+      `The ${name} must be a whole number between ${least} and ${MAX_SLOTS}: current value is ${value}`,
+    );
+  }
+  return value;
+}
+
+/** The paper's split: 4 sinks, and half of the budget with them kept recent. */
+export function sinksAndHalf(m: number): { sinks: number; recent: number } {
+  return { sinks: 4, recent: Math.max(1, Math.floor(m / 2) - 4) };
+}
