@@ -1,0 +1,242 @@
+/** Model: a file's weights on a device, its tokenizer, and the caches and sessions made for it. */
+
+import { Backend, type Device } from "./backend/backend.ts";
+import type { Precision } from "./backend/ops.ts";
+import { wkv_pairs } from "./backend/symbols.ts";
+import { Tensor } from "./backend/tensor.ts";
+import { type CacheOptions, KvCache } from "./cache/cache.ts";
+import { FormatError } from "./formats/error.ts";
+import { GgufFile } from "./formats/gguf.ts";
+import { type Progress, resolveModel } from "./hub/models.ts";
+import type {
+  Activations,
+  Architecture,
+  ModelConfig,
+  Network,
+} from "./models/architecture.ts";
+import * as architectures from "./models/mod.ts";
+import { WeightLoader } from "./models/weights.ts";
+import { tokenizerFromGguf } from "./tokenizer/gguf.ts";
+import type { Tokenizer } from "./tokenizer/tokenizer.ts";
+
+/** How a model is loaded. */
+export interface LoadOptions {
+  /** The device. @default `"auto"` */
+  device?: Device | undefined;
+  /** How activations meet quantised weights. @default `"int8"` */
+  activations?: Precision | undefined;
+  /** Threads of the CPU; 0 is one a core. @default `0` */
+  threads?: number | undefined;
+  /** Called while a model is pulled, a library built, weights loaded. */
+  onProgress?: ((progress: Progress) => void) | undefined;
+  /** Ends the load. */
+  signal?: AbortSignal | undefined;
+  /** Takes pulled models only. @default `false` */
+  offline?: boolean | undefined;
+  /** The project's cache folder. @default `~/.cache/weightedkv` */
+  cacheDir?: string | undefined;
+  /** A native library to use as it is. */
+  library?: string | undefined;
+}
+
+/** Rows of a prompt that one pass takes; an abort is seen between two passes. */
+export const PASS_ROWS = 512;
+
+/** A loaded model. */
+export class Model implements Disposable {
+  /** The name it was loaded by. */
+  readonly name: string;
+  /** Its file. */
+  readonly path: string;
+  /** Its numbers. */
+  readonly config: ModelConfig;
+  /** Its tokenizer. */
+  readonly tokenizer: Tokenizer;
+  /** The native library it runs in. */
+  readonly backend: Backend;
+  /** How activations meet quantised weights. */
+  readonly activations: Precision;
+  /** Milliseconds that loading took, a pull or a build included. */
+  readonly loadMs: number;
+  /** Bytes of its weights. */
+  readonly weightBytes: number;
+  /** The weights with the pass over them; used by sessions. */
+  readonly network: Network;
+  readonly #memory = new Map<number, Activations>();
+
+  private constructor(
+    parts: Pick<
+      Model,
+      | "name"
+      | "path"
+      | "config"
+      | "tokenizer"
+      | "backend"
+      | "activations"
+      | "loadMs"
+      | "network"
+    >,
+  ) {
+    this.name = parts.name;
+    this.path = parts.path;
+    this.config = parts.config;
+    this.tokenizer = parts.tokenizer;
+    this.backend = parts.backend;
+    this.activations = parts.activations;
+    this.loadMs = parts.loadMs;
+    this.network = parts.network;
+    this.weightBytes = parts.network.bytes;
+  }
+
+  /** Loads a model; see {@linkcode loadModel}. */
+  static async load(name: string, options: LoadOptions = {}): Promise<Model> {
+    const start = performance.now();
+    const { onProgress, signal, activations = "int8" } = options;
+    if (activations !== "int8" && activations !== "f32") {
+      throw new RangeError(
+        `The activations must be int8 or f32: current value is "${activations}"`,
+      );
+    }
+    const path = await resolveModel(name, options);
+    using file = await GgufFile.open(path);
+    const architecture = findArchitecture(file);
+    const config = architecture.config(file);
+    const backend = await Backend.open({
+      ...options,
+      onBuild: (line) =>
+        onProgress?.({
+          stage: "build",
+          loaded: 0,
+          total: null,
+          label: line,
+          note: line,
+        }),
+    });
+    let tokenizer: Tokenizer | undefined;
+    try {
+      tokenizer = await tokenizerFromGguf(file, { rows: config.vocabulary });
+      const total = file.size;
+      let loaded = 0;
+      const loader = new WeightLoader(backend, file, (bytes) => {
+        loaded += bytes;
+        onProgress?.({ stage: "load", loaded, total, label: name });
+      }, signal);
+      const network = await architecture.load(backend, config, loader);
+      return new Model({
+        name,
+        path,
+        config,
+        tokenizer,
+        backend,
+        activations,
+        network,
+        loadMs: performance.now() - start,
+      });
+    } catch (error) {
+      tokenizer?.close();
+      backend.close();
+      throw error;
+    }
+  }
+
+  /**
+   * Makes an empty cache for this model.
+   *
+   * @throws {RangeError} An option is out of range.
+   */
+  createCache(options: CacheOptions = {}): KvCache {
+    return new KvCache(
+      this.backend,
+      this.config,
+      (positions) => this.#rope(positions),
+      options,
+    );
+  }
+
+  /** Memory for passes of at most `rows` rows; shared, as passes never overlap. */
+  memory(rows: number): Activations {
+    const { width, hidden, heads, kvHeads, headDim } = this.config;
+    let memory = this.#memory.get(rows);
+    if (memory === undefined) {
+      const tensor = (columns: number) =>
+        new Tensor(this.backend, "F32", rows, columns);
+      memory = {
+        x: tensor(width),
+        qkv: tensor((heads + 2 * kvHeads) * headDim),
+        attended: tensor(heads * headDim),
+        hidden: tensor(hidden),
+      };
+      this.#memory.set(rows, memory);
+    }
+    return memory;
+  }
+
+  /** Gives all memory back, that of caches and sessions included. */
+  close(): void {
+    this.tokenizer.close();
+    this.backend.close();
+  }
+
+  /** Same as {@linkcode Model.close}. */
+  [Symbol.dispose](): void {
+    this.close();
+  }
+
+  #rope(positions: number): number {
+    const { pairs, frequencies } = this.config.rope;
+    return this.backend.open((out) =>
+      this.backend.call(
+        "wkv_rope_open",
+        this.config.headDim,
+        pairs === "half"
+          ? wkv_pairs.WKV_PAIRS_HALF
+          : wkv_pairs.WKV_PAIRS_INTERLEAVED,
+        frequencies,
+        frequencies.byteLength,
+        positions,
+        out,
+        4,
+      )
+    );
+  }
+}
+
+/**
+ * Loads a model: a registry name, a path, or `hf:org/repo[:file]`. What is
+ * missing is pulled, and the native library built on first use.
+ *
+ * @example
+ * ```ts ignore
+ * using model = await loadModel("smollm2-135m-instruct");
+ * using cache = model.createCache({ budget: 256 });
+ * ```
+ *
+ * @throws {RangeError} The name or an option is not known.
+ * @throws {FormatError} The file is malformed or of an unknown kind.
+ * @throws {LibraryError} There is no native library and none could be built.
+ */
+export function loadModel(
+  name: string,
+  options: LoadOptions = {},
+): Promise<Model> {
+  return Model.load(name, options);
+}
+
+/**
+ * The architecture that a file is of.
+ *
+ * @throws {FormatError} It is not one of those in src/models.
+ */
+export function findArchitecture(file: GgufFile): Architecture {
+  const name = file.string("general.architecture");
+  const known: Architecture[] = Object.values(architectures);
+  const found = known.find((architecture) => architecture.name === name);
+  if (found !== undefined) return found;
+  throw new FormatError(
+    file.path,
+    "general.architecture",
+    `the architecture "${name}" is not supported yet, expected ${
+      known.map((architecture) => architecture.name).join(", ")
+    }`,
+  );
+}

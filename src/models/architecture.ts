@@ -1,0 +1,95 @@
+/** What an architecture gives: its configuration from a file's header, its weights, and its forward pass. */
+
+import type { Backend } from "../backend/backend.ts";
+import type { Precision } from "../backend/ops.ts";
+import type { Tensor } from "../backend/tensor.ts";
+import type { KvCache } from "../cache/cache.ts";
+import type { GgufFile } from "../formats/gguf.ts";
+import type { WeightLoader } from "./weights.ts";
+
+/** The numbers of a model, from its file. */
+export interface ModelConfig {
+  /** The architecture's name in the file. */
+  architecture: string;
+  /** Transformer blocks. */
+  layers: number;
+  /** Columns of the residual stream, C. */
+  width: number;
+  /** Columns inside the feed-forward part. */
+  hidden: number;
+  /** Query heads, H. */
+  heads: number;
+  /** Key and value heads, N. */
+  kvHeads: number;
+  /** Dimensions of a head, D. */
+  headDim: number;
+  /** Rows of the embedding: token ids are below it. */
+  vocabulary: number;
+  /** Tokens that the model was trained on at once. */
+  context: number;
+  /** Epsilon of its norms. */
+  epsilon: number;
+  /** Rotation: which dimensions turn together, and by how much a position. */
+  rope: {
+    /** `half` turns (i, i + rotary / 2), `interleaved` (2 i, 2 i + 1). */
+    pairs: "half" | "interleaved";
+    /** Radians a position, of each pair. */
+    frequencies: Float32Array<ArrayBuffer>;
+  };
+}
+
+/** One forward pass over some rows: a decode step or a stretch of a prompt. */
+export interface Pass {
+  /** The cache that attention goes through. */
+  cache: KvCache;
+  /** Token ids, I32 `[1, >= rows]`. */
+  tokens: Tensor;
+  /** Rows: the cache's sequences, or the tokens of one sequence. */
+  rows: number;
+  /** The sequence that all rows belong to; null for one row a sequence. */
+  sequence: number | null;
+  /** Gets the logits `[n, vocabulary]` of the last n rows; null for none. */
+  logits: Tensor | null;
+  /** Memory between the steps. */
+  activations: Activations;
+  /** How linear ops hold their input where weights are quantised. */
+  precision: Precision;
+}
+
+/** Memory that a pass of at most `rows` rows needs. */
+export interface Activations {
+  /** Residual stream `[rows, C]`. */
+  x: Tensor;
+  /** Queries, keys, values `[rows, (H + 2 N) D]`. */
+  qkv: Tensor;
+  /** What attention gives, `[rows, H D]`. */
+  attended: Tensor;
+  /** Inside the feed-forward part, `[rows, hidden]`. */
+  hidden: Tensor;
+}
+
+/** A model's weights with the pass over them. */
+export interface Network {
+  /** Bytes of its weights. */
+  readonly bytes: number;
+  /** Runs, or records, one pass. */
+  forward(pass: Pass): void;
+}
+
+/** One architecture; each file in this folder that mod.ts lists holds one. */
+export interface Architecture {
+  /** Its name in `general.architecture`. */
+  readonly name: string;
+  /**
+   * Reads and checks the configuration.
+   *
+   * @throws {FormatError} A key is missing or out of range.
+   */
+  config(file: GgufFile): ModelConfig;
+  /** Loads the weights. */
+  load(
+    backend: Backend,
+    config: ModelConfig,
+    weights: WeightLoader,
+  ): Promise<Network>;
+}
