@@ -1,0 +1,269 @@
+/** Session: one cache with the graphs that feed it; used by generate and perplexity. */
+
+import type { Graph } from "./backend/backend.ts";
+import { logProb, sample } from "./backend/ops.ts";
+import { Tensor } from "./backend/tensor.ts";
+import type { KvCache } from "./cache/cache.ts";
+import { type Model, PASS_ROWS } from "./model.ts";
+
+/** How the next token is drawn; applied in the order top-k, top-p, min-p, temperature. */
+export interface SamplerOptions {
+  /** 0 takes the likeliest token. @default `0` */
+  temperature?: number | undefined;
+  /** Keeps this many tokens; 0 keeps all. @default `0` */
+  topK?: number | undefined;
+  /** Keeps the likeliest tokens that reach this share. @default `1` */
+  topP?: number | undefined;
+  /** Drops tokens less likely than this share of the likeliest. @default `0` */
+  minP?: number | undefined;
+  /** Repeats a run: a whole number below 2^53. @default random */
+  seed?: number | undefined;
+}
+
+/** A chunked prefill's size, or `exact` for token by token. */
+export type Prefill = "exact" | `chunk:${number}`;
+
+/**
+ * The tokens of a chunk; null for `exact`.
+ *
+ * @throws {RangeError} It is neither.
+ */
+export function chunkSize(prefill: Prefill): number | null {
+  if (prefill === "exact") return null;
+  const size = Number(/^chunk:(\d+)$/.exec(prefill)?.[1] ?? NaN);
+  if (!(size >= 1 && size <= PASS_ROWS)) {
+    throw new RangeError(
+      `The prefill must be exact, or chunk:N with N between 1 and ${PASS_ROWS}: current value is "${prefill}"`,
+    );
+  }
+  return size;
+}
+
+/** The graphs of one cache, each recorded when it is first needed. */
+export class Session implements Disposable {
+  /** The model. */
+  readonly model: Model;
+  /** The cache; the caller's to close. */
+  readonly cache: KvCache;
+  readonly #tokens: Tensor;
+  readonly #logits: Tensor;
+  readonly #settings: Tensor;
+  readonly #rng: Tensor;
+  readonly #targets: Tensor;
+  readonly #logProbs: Tensor;
+  readonly #graphs = new Map<string, Graph>();
+
+  /** A session on a cache of this model. */
+  constructor(model: Model, cache: KvCache) {
+    const { backend } = model;
+    const { sequences } = cache;
+    this.model = model;
+    this.cache = cache;
+    this.#tokens = new Tensor(backend, "I32", 1, sequences);
+    this.#targets = new Tensor(backend, "I32", 1, sequences);
+    this.#logProbs = new Tensor(backend, "F32", 1, sequences);
+    this.#logits = new Tensor(
+      backend,
+      "F32",
+      sequences,
+      model.config.vocabulary,
+    );
+    this.#settings = new Tensor(backend, "F32", sequences, 4);
+    this.#rng = new Tensor(backend, "I32", sequences, 4);
+  }
+
+  /**
+   * Sets how tokens are drawn from here on.
+   *
+   * @throws {RangeError} A setting is out of range.
+   */
+  setSampler(options: SamplerOptions): void {
+    const { temperature = 0, topK = 0, topP = 1, minP = 0 } = options;
+    const seed = options.seed ?? Math.floor(Math.random() * 2 ** 53);
+    between("temperature", temperature, 0, 1000);
+    between("top-k", topK, 0, 2 ** 24, true);
+    between("top-p", topP, Number.MIN_VALUE, 1);
+    between("min-p", minP, 0, 1);
+    between("seed", seed, 0, Number.MAX_SAFE_INTEGER, true);
+    const { sequences } = this.cache;
+    const settings = [temperature, topK, topP, minP];
+    this.#settings.write(
+      Float32Array.from({ length: sequences * 4 }, (_, i) => settings[i % 4]!),
+    );
+    const rng = new Int32Array(sequences * 4);
+    for (let b = 0; b < sequences; b++) {
+      rng[4 * b] = seed % 2 ** 32;
+      // Each sequence draws from a stream of its own.
+      rng[4 * b + 1] = Math.floor(seed / 2 ** 32) + b * 2 ** 21;
+    }
+    this.#rng.write(rng);
+  }
+
+  /**
+   * Feeds tokens to sequence 0 and draws the one that follows. Tokens that fit
+   * the cache go in passes; the others one by one, or in chunks.
+   *
+   * @param tokens At least one id.
+   */
+  async prompt(
+    tokens: readonly number[],
+    options: { prefill?: Prefill; signal?: AbortSignal | undefined } = {},
+  ): Promise<number> {
+    const chunk = chunkSize(options.prefill ?? "exact");
+    const last = tokens.length;
+    let at = 0;
+    while (at < last) {
+      options.signal?.throwIfAborted();
+      const room = this.cache.capacity - this.cache.stats().kept;
+      const rows = Math.min(
+        last - at,
+        PASS_ROWS,
+        room > 0 ? room : chunk ?? 1,
+      );
+      if (rows === 1) {
+        this.#tokens.write(Int32Array.of(tokens[at]!));
+        await this.#step(at + 1 === last ? "next" : "feed").run();
+      } else {
+        await this.#pass(tokens.slice(at, at + rows), at + rows === last);
+      }
+      at += rows;
+    }
+    return this.#tokens.integers()[0]!;
+  }
+
+  /** Feeds the token drawn last and draws the next, in every sequence. */
+  async next(): Promise<Int32Array<ArrayBuffer>> {
+    await this.#step("next").run();
+    return this.#tokens.integers();
+  }
+
+  /** Feeds one token a sequence. */
+  async feed(tokens: Int32Array<ArrayBuffer>): Promise<void> {
+    this.#tokens.write(tokens);
+    await this.#step("feed").run();
+  }
+
+  /** Feeds one token a sequence; gives the log probability of each target that follows. */
+  async score(
+    tokens: Int32Array<ArrayBuffer>,
+    targets: Int32Array<ArrayBuffer>,
+  ): Promise<Float32Array<ArrayBuffer>> {
+    this.#tokens.write(tokens);
+    this.#targets.write(targets);
+    await this.#step("score").run();
+    return this.#logProbs.floats();
+  }
+
+  /** Feeds one token a sequence; gives the logits that follow, `[B, vocabulary]`. */
+  async logits(
+    tokens: Int32Array<ArrayBuffer>,
+  ): Promise<Float32Array<ArrayBuffer>> {
+    this.#tokens.write(tokens);
+    await this.#step("score").run();
+    return this.#logits.floats();
+  }
+
+  /** Gives the graphs and their memory back, not the cache. */
+  close(): void {
+    for (const graph of this.#graphs.values()) graph.close();
+    this.#graphs.clear();
+    for (
+      const tensor of [
+        this.#tokens,
+        this.#logits,
+        this.#settings,
+        this.#rng,
+        this.#targets,
+        this.#logProbs,
+      ]
+    ) tensor.close();
+  }
+
+  /** Same as {@linkcode Session.close}. */
+  [Symbol.dispose](): void {
+    this.close();
+  }
+
+  /** The graph of one decode step: feed alone, with the draw, or with log probabilities. */
+  #step(kind: "feed" | "next" | "score"): Graph {
+    let graph = this.#graphs.get(kind);
+    if (graph !== undefined) return graph;
+    const { model, cache } = this;
+    const { backend } = model;
+    graph = backend.record(() => {
+      model.network.forward({
+        cache,
+        tokens: this.#tokens,
+        rows: cache.sequences,
+        sequence: null,
+        logits: kind === "feed" ? null : this.#logits,
+        activations: model.memory(cache.sequences),
+        precision: model.activations,
+      });
+      if (kind === "next") {
+        sample(
+          backend,
+          this.#tokens,
+          this.#logits,
+          this.#settings,
+          this.#rng,
+        );
+      } else if (kind === "score") {
+        logProb(
+          backend,
+          this.#logProbs,
+          this.#logits,
+          this.#targets,
+          cache.sequences,
+        );
+      }
+    });
+    this.#graphs.set(kind, graph);
+    return graph;
+  }
+
+  /** Runs a stretch of sequence 0's prompt as one pass. */
+  async #pass(tokens: readonly number[], draws: boolean): Promise<void> {
+    const { model, cache } = this;
+    const { backend } = model;
+    using ids = Tensor.from(backend, Int32Array.from(tokens));
+    using graph = backend.record(() => {
+      model.network.forward({
+        cache,
+        tokens: ids,
+        rows: tokens.length,
+        sequence: 0,
+        logits: draws ? this.#logits : null,
+        activations: model.memory(PASS_ROWS),
+        precision: model.activations,
+      });
+      if (draws) {
+        sample(
+          backend,
+          this.#tokens,
+          this.#logits,
+          this.#settings,
+          this.#rng,
+        );
+      }
+    });
+    await graph.run();
+  }
+}
+
+function between(
+  name: string,
+  value: number,
+  least: number,
+  most: number,
+  whole = false,
+): void {
+  if (value >= least && value <= most && (!whole || Number.isInteger(value))) {
+    return;
+  }
+  const kind = whole ? "a whole number" : "a number";
+  const from = least === Number.MIN_VALUE ? "above 0 and at most" : `between ${least} and`;
+  throw new RangeError(
+    `The ${name} must be ${kind} ${from} ${most}: current value is ${value}`,
+  );
+}
