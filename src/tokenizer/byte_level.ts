@@ -120,6 +120,7 @@ export class ByteLevelTokenizer implements Tokenizer {
     this.#pieces = [];
   }
 
+  /** Closes the tokenizer at the end of a `using` block. */
   [Symbol.dispose](): void {
     this.close();
   }
