@@ -143,8 +143,9 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
           prepare(loops, *cache, from->row(b), static_cast<int32_t>(u % cache->kv_heads), first + u, work(u));
         }
       });
+      // Heads turn fastest, so that a stretch's part of the rotation's tables stays in the cache.
       ctx.threads.loop(units * used, 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; i++) attend_stretch(loops, *cache, first + i / used, plan, work(i / used), static_cast<int32_t>(i % used), scale);
+        for (int64_t i = begin; i < end; i++) attend_stretch(loops, *cache, first + i % units, plan, work(i % units), static_cast<int32_t>(i / units), scale);
       });
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {

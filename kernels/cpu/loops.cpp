@@ -30,7 +30,15 @@ inline f8 load(const float* p) {
 }
 inline void store(float* p, f8 v) { std::memcpy(p, &v, 32); }
 inline f8 spread(float x) { return f8{x, x, x, x, x, x, x, x}; }
-inline float sum(f8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+inline float sum(f8 v) {
+#if defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
+}
 
 inline float half_to_float(uint16_t h) {
 #if defined(__F16C__)
@@ -396,23 +404,15 @@ void write_row(int32_t dtype, const float* values, int32_t count, uint8_t* row) 
 #undef WKV_BODY
 }
 
-/** One row as floats, rotated. head_dim a multiple of 8; pairs a multiple of 8 goes by vectors. */
+/** One row as floats, rotated, of any shape. */
 template <int32_t kType>
 inline void read_key(const uint8_t* row, int32_t head_dim, const float* cosines, const float* sines, int32_t pairs, float* out) {
-  const int32_t size = size_of(kType);
-  int32_t i = 0;
-  for (; i + 8 <= pairs && pairs % 8 == 0; i += 8) {
-    const f8 x = load8<kType>(row + i * size), y = load8<kType>(row + (i + pairs) * size), c = load(cosines + i), s = load(sines + i);
-    store(out + i, x * c - y * s);
-    store(out + i + pairs, x * s + y * c);
-  }
-  for (; i < pairs; i++) {
+  for (int32_t i = 0; i < pairs; i++) {
     const float x = load1<kType>(row, i), y = load1<kType>(row, i + pairs);
     out[i] = x * cosines[i] - y * sines[i];
     out[i + pairs] = x * sines[i] + y * cosines[i];
   }
-  for (i = 2 * pairs; i + 8 <= head_dim && pairs % 4 == 0; i += 8) store(out + i, load8<kType>(row + i * size));
-  for (; i < head_dim; i++) out[i] = load1<kType>(row, i);
+  for (int32_t i = 2 * pairs; i < head_dim; i++) out[i] = load1<kType>(row, i);
 }
 
 inline float dot(const float* a, const float* b, int32_t count) {
@@ -424,14 +424,44 @@ inline float dot(const float* a, const float* b, int32_t count) {
   return rest;
 }
 
+/** kHeads products with rows that are rotated in registers, a vector of pairs at a time; pairs and head_dim are multiples of 8. */
+template <int32_t kType, int32_t kHeads>
+void vector_scores(const StoredRows& keys, const Rotation& rotation, const float* q, float scale, float* scores, int64_t stride) {
+  const int32_t size = size_of(kType), dim = keys.head_dim, pairs = rotation.pairs;
+  for (int32_t i = 0; i < keys.count; i++) {
+    const uint8_t* row = keys.data + keys.slots[i] * int64_t{dim} * size;
+    const float *cosines = rotation.cosines + int64_t{i} * pairs, *sines = rotation.sines + int64_t{i} * pairs;
+    f8 total[kHeads];
+    for (int32_t g = 0; g < kHeads; g++) total[g] = spread(0.0f);
+    for (int32_t d = 0; d < pairs; d += 8) {
+      const f8 x = load8<kType>(row + d * size), y = load8<kType>(row + (d + pairs) * size), c = load(cosines + d), s = load(sines + d);
+      const f8 first = x * c - y * s, second = x * s + y * c;
+      for (int32_t g = 0; g < kHeads; g++) total[g] += first * load(q + g * dim + d) + second * load(q + g * dim + d + pairs);
+    }
+    for (int32_t d = 2 * pairs; d < dim; d += 8) {
+      const f8 x = load8<kType>(row + d * size);
+      for (int32_t g = 0; g < kHeads; g++) total[g] += x * load(q + g * dim + d);
+    }
+    for (int32_t g = 0; g < kHeads; g++) scores[g * stride + i] = scale * sum(total[g]);
+  }
+}
+
 template <int32_t kType>
 void typed_scores(const StoredRows& keys, const Rotation& rotation, const float* q, int32_t heads, float scale, float* scores, int64_t stride) {
+  const int32_t dim = keys.head_dim;
+  if (dim % 8 == 0 && rotation.pairs % 8 == 0) {
+    int32_t g = 0;
+    for (; g + 4 <= heads; g += 4) vector_scores<kType, 4>(keys, rotation, q + g * dim, scale, scores + g * stride, stride);
+    if (heads - g == 3) vector_scores<kType, 3>(keys, rotation, q + g * dim, scale, scores + g * stride, stride);
+    if (heads - g == 2) vector_scores<kType, 2>(keys, rotation, q + g * dim, scale, scores + g * stride, stride);
+    if (heads - g == 1) vector_scores<kType, 1>(keys, rotation, q + g * dim, scale, scores + g * stride, stride);
+    return;
+  }
   float key[512];
-  const int64_t bytes = int64_t{keys.head_dim} * size_of(kType);
   for (int32_t i = 0; i < keys.count; i++) {
     const int64_t at = int64_t{i} * rotation.pairs;
-    read_key<kType>(keys.data + keys.slots[i] * bytes, keys.head_dim, rotation.cosines + at, rotation.sines + at, rotation.pairs, key);
-    for (int32_t g = 0; g < heads; g++) scores[g * stride + i] = scale * dot(q + g * keys.head_dim, key, keys.head_dim);
+    read_key<kType>(keys.data + keys.slots[i] * int64_t{dim} * size_of(kType), dim, rotation.cosines + at, rotation.sines + at, rotation.pairs, key);
+    for (int32_t g = 0; g < heads; g++) scores[g * stride + i] = scale * dot(q + g * dim, key, dim);
   }
 }
 

@@ -15,6 +15,8 @@ export interface FindOptions {
   signal?: AbortSignal | undefined;
   /** Whether a missing library may be built. @default `true` */
   build?: boolean;
+  /** Builds even where there is a library; `WKV_LIB_CPU` is left aside. @default `false` */
+  anew?: boolean;
 }
 
 /** A library that was found, and the places that had none. */
@@ -49,7 +51,7 @@ export async function findCpuLibrary(
   options: FindOptions = {},
 ): Promise<FoundLibrary> {
   const tried: string[] = [];
-  const named = Deno.env.get(LIBRARY_VARIABLE);
+  const named = options.anew ? undefined : Deno.env.get(LIBRARY_VARIABLE);
   if (named) {
     try {
       return { path: await Deno.realPath(named), tried };
@@ -61,10 +63,10 @@ export async function findCpuLibrary(
       );
     }
   }
-  tried.push(`${LIBRARY_VARIABLE}: not set`);
+  if (!options.anew) tried.push(`${LIBRARY_VARIABLE}: not set`);
   const prefix = await libraryPrefix();
   const folders = buildFolders();
-  for (const folder of folders) {
+  for (const folder of options.anew ? [] : folders) {
     const newest = await newestIn(folder, prefix);
     if (newest !== null) return { path: newest, tried };
     tried.push(`${folder}: no ${prefix}*.so`);
