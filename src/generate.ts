@@ -187,6 +187,7 @@ export async function* generate(
     } catch (error) {
       if (!signal?.aborted || !options.stopOnAbort) throw error;
       finishReason = "abort";
+      if (tokens.length === 0) firstTime = performance.now();
     }
     const rest = stops.push(stream.flush()) + stops.flush();
     if (rest !== "") {

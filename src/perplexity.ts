@@ -1,7 +1,12 @@
 /** perplexity(): sliding-window perplexity by policy and budget (paper, Table I); called by users and by `wkv perplexity`. */
 
 import type { Precision } from "./backend/ops.ts";
-import type { CacheOptions, CacheType, KvCache, Positions } from "./cache/cache.ts";
+import type {
+  CacheOptions,
+  CacheType,
+  KvCache,
+  Positions,
+} from "./cache/cache.ts";
 import { findPolicy } from "./cache/registry.ts";
 import { resolveBudget } from "./cache/policy.ts";
 import type { Model } from "./model.ts";
@@ -129,10 +134,16 @@ export async function* perplexity(
       };
       continue;
     }
-    const run = measure(model, tokens, { ...options, stride, offset, windows }, cacheOptions, (fed) => {
-      done += fed;
-      options.onProgress?.(done, total);
-    });
+    const run = measure(
+      model,
+      tokens,
+      { ...options, stride, offset, windows },
+      cacheOptions,
+      (fed) => {
+        done += fed;
+        options.onProgress?.(done, total);
+      },
+    );
     const { cache, sum, squares, count } = await run;
     const nll = sum / count;
     const deviation = Math.sqrt(
@@ -248,11 +259,12 @@ async function measure(
   );
   let sum = 0, squares = 0, count = 0;
   let cache: KvCache | undefined;
+  using opened = new DisposableStack();
   for (let first = 0; first < windows; first += batch) {
     const sequences = Math.min(batch, windows - first);
     if (cache?.sequences !== sequences) {
       cache?.close();
-      cache = model.createCache({ ...cacheOptions, sequences });
+      cache = opened.use(model.createCache({ ...cacheOptions, sequences }));
     }
     using session = new Session(model, cache!);
     cache!.reset();
@@ -280,7 +292,6 @@ async function measure(
     }
     if (first === 0) await options.onFirstWindow?.(cache!);
   }
-  cache!.close();
   return { cache: cache!, sum, squares, count };
 }
 

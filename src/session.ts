@@ -262,7 +262,9 @@ function between(
     return;
   }
   const kind = whole ? "a whole number" : "a number";
-  const from = least === Number.MIN_VALUE ? "above 0 and at most" : `between ${least} and`;
+  const from = least === Number.MIN_VALUE
+    ? "above 0 and at most"
+    : `between ${least} and`;
   throw new RangeError(
     `The ${name} must be ${kind} ${from} ${most}: current value is ${value}`,
   );

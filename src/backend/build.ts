@@ -30,7 +30,7 @@ const instructionSets: Record<string, [name: string, flags: string[]][]> = {
 
 const commonFlags = [
   "-std=c++17",
-  "-O3",
+  "-O2",
   "-fPIC",
   "-fvisibility=hidden",
   "-fno-math-errno",
@@ -68,7 +68,7 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
     key.slice(0, 8)
   }.so`;
   options.onStart?.(
-    `Building the CPU library with ${compiler} (once, about half a minute)`,
+    `Building the CPU library with ${compiler} (once, some 20 seconds)`,
   );
   await Deno.mkdir(options.folder, { recursive: true });
   const work = await Deno.makeTempDir({
@@ -97,7 +97,11 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
       ]);
     };
     for (const [name, flags] of sets) {
-      compile("loops", `loops-${name}`, [...flags, `-DWKV_ISA=${name}`]);
+      compile("loops", `loops-${name}`, [
+        "-O3",
+        ...flags,
+        `-DWKV_ISA=${name}`,
+      ]);
     }
     for (const name of Object.keys(sources)) {
       const stem = /^cpu\/(\w+)\.cpp$/.exec(name)?.[1];
