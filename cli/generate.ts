@@ -3,19 +3,10 @@
 import type { GenerateResult, Model } from "../mod.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
-import { chunkSize, type Prefill } from "../src/session.ts";
 import { generate } from "../src/generate.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readPrompt } from "./input.ts";
-import {
-  decimal,
-  flag,
-  type Option,
-  text,
-  texts,
-  UsageError,
-  whole,
-} from "./option.ts";
+import { decimal, flag, text, texts, whole } from "./option.ts";
 import { runFlags } from "./permissions.ts";
 import {
   BUDGET,
@@ -27,21 +18,6 @@ import {
   policyList,
 } from "./shared_options.ts";
 import { formatBytes, formatTime } from "./units.ts";
-
-const prefill: Option<Prefill> = {
-  summary: "How a prompt beyond the budget is fed (default exact)",
-  value: "exact|chunk:N",
-  choices: ["exact", "chunk:64"],
-  read(texts, name) {
-    const typed = texts.at(-1) as Prefill;
-    try {
-      chunkSize(typed);
-    } catch (cause) {
-      throw new UsageError(`--${name}: ${(cause as Error).message}`, { cause });
-    }
-    return typed;
-  },
-};
 
 const options = {
   file: text("FILE", "Read the prompt from a file; - is standard input", {
@@ -58,7 +34,6 @@ const options = {
   }),
   budget: whole(1, BUDGET.summary, BUDGET.most),
   ...cacheOptions,
-  prefill,
   temperature: decimal(
     0,
     1000,
@@ -172,7 +147,9 @@ function summary({ tokens, timings, cache }: GenerateResult): string {
     speed === null
       ? `${tokens.length} tokens`
       : `${tokens.length} tokens at ${speed.toFixed(1)} tokens/s`,
-    ...(tokens.length > 0 ? [`first after ${formatTime(firstTokenMs)}`] : []),
+    ...(firstTokenMs === null
+      ? []
+      : [`first after ${formatTime(firstTokenMs)}`]),
     `cache ${formatBytes(bytes)} (in full ${formatBytes(fullBytes)})`,
     `${merged} merged, ${evicted} evicted`,
   ].join("; ");

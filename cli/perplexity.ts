@@ -49,8 +49,7 @@ export const perplexityCommand = defineCommand({
   operands: "",
   most: { count: 0, what: "no argument, the text goes behind --text" },
   description:
-    `Measures perplexity over sliding windows, each from an empty cache and fed
-token by token: a row for each policy and budget.
+    `Measures perplexity over sliding windows, each from an empty cache: a row for each policy and budget.
 
 ${policyList()}`,
   options,
@@ -97,6 +96,7 @@ ${policyList()}`,
       recent: values.recent,
       positions: values.positions,
       cacheType: values["cache-type"],
+      prefill: values.prefill,
       batch: values.batch,
       signal,
       onProgress(done, total) {

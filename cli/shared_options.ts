@@ -3,12 +3,14 @@
 import { policies, policyNames } from "../src/cache/registry.ts";
 import { MAX_SLOTS } from "../src/cache/policy.ts";
 import { DEFAULT_MODEL } from "../src/hub/registry.ts";
+import { chunkSize, type Prefill } from "../src/session.ts";
 import type { LoadOptions, Model } from "../mod.ts";
 import {
   choice,
   flag,
   type Option,
   text,
+  UsageError,
   type Values,
   whole,
 } from "./option.ts";
@@ -42,7 +44,22 @@ export const loadOptions = {
   offline: flag("Take a model that is here and ask nobody"),
 };
 
-/** What a cache is made of, policy and budget excepted. */
+const prefill: Option<Prefill> = {
+  summary: "How tokens beyond the budget are fed (default exact)",
+  value: "exact|chunk:N",
+  choices: ["exact", "chunk:64"],
+  read(texts, name) {
+    const typed = texts.at(-1) as Prefill;
+    try {
+      chunkSize(typed);
+    } catch (cause) {
+      throw new UsageError(`--${name}: ${(cause as Error).message}`, { cause });
+    }
+    return typed;
+  },
+};
+
+/** What a cache is made of and how it is fed, policy and budget excepted. */
 export const cacheOptions = {
   sinks: whole(
     0,
@@ -62,6 +79,7 @@ export const cacheOptions = {
     ["f16", "f32", "bf16"],
     "Type of keys and values (default f16)",
   ),
+  prefill,
 };
 
 /** `--budget` for one or more budgets. */

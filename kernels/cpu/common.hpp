@@ -121,7 +121,7 @@ struct Context : Object {
   const Loops* loops;
   Threads threads;
   std::shared_ptr<Graph> recording;
-  bool recording_failed = false;
+  bool recording_failed = false, running = false;
   Memory<float> normed;     // [rows, columns] of a linear op's input after its norm
   Memory<int8_t> rounded;   // the same in 8 bits
   Memory<float> rounding;   // its scales, then its sums, a block each
@@ -161,7 +161,8 @@ int32_t entry(int32_t handle, Body body) {
       body(*context);
       return WKV_OK;
     } catch (...) {
-      if (context->recording) context->recording_failed = true;
+      if (context->recording && !context->running) context->recording_failed = true;
+      context->running = false;
       throw;
     }
   } catch (const Failure& failure) {

@@ -687,7 +687,7 @@ struct Context : Object {
   const Loops* loops;
   Threads threads;
   std::shared_ptr<Graph> recording;
-  bool recording_failed = false;
+  bool recording_failed = false, running = false;
   Memory<float> normed;     // [rows, columns] of a linear op's input after its norm
   Memory<int8_t> rounded;   // the same in 8 bits
   Memory<float> rounding;   // its scales, then its sums, a block each
@@ -727,7 +727,8 @@ int32_t entry(int32_t handle, Body body) {
       body(*context);
       return WKV_OK;
     } catch (...) {
-      if (context->recording) context->recording_failed = true;
+      if (context->recording && !context->running) context->recording_failed = true;
+      context->running = false;
       throw;
     }
   } catch (const Failure& failure) {
@@ -2207,12 +2208,13 @@ int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
 
 int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
   return entry(context, [&](Context& ctx) {
-    require(!ctx.recording, "A graph cannot run while another is being recorded");
+    ctx.running = true;  // perhaps while another thread records a graph, which this leaves alone
     require(times >= 0, "times must not be negative: " + std::to_string(times));
     const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
     for (int32_t i = 0; i < times; i++) {
       for (const Op& op : graph->ops) op();
     }
+    ctx.running = false;
   });
 }
 `,
@@ -2346,6 +2348,8 @@ namespace wkv {
 namespace {
 // About 50 us: longer than the gap between two ops of a step, shorter than a scheduler's slice.
 constexpr int kSpins = 4000;
+constexpr uint64_t kOpen = uint64_t{1} << 31;
+constexpr uint64_t kJoined = kOpen - 1;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -2363,8 +2367,8 @@ Threads::Threads(int32_t count) {
 Threads::~Threads() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-    epoch_.fetch_add(1);
+    stop_.store(true);
+    gate_.fetch_add(uint64_t{1} << 32);
   }
   wake_.notify_all();
   for (auto& worker : workers_) worker.join();
@@ -2377,14 +2381,14 @@ void Threads::run(int64_t total, int64_t grain, Call call, const void* body) {
   body_ = body;
   error_ = nullptr;
   next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int32_t>(workers_.size()), std::memory_order_relaxed);
-  epoch_.fetch_add(1);
+  gate_.store(((gate_.load(std::memory_order_relaxed) >> 32) + 1) << 32 | kOpen);
   if (asleep_.load() > 0) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
   take(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; spins++) {
+  gate_.fetch_and(~kOpen);
+  for (int spins = 0; (gate_.load(std::memory_order_acquire) & kJoined) > 0; spins++) {
     if (spins < kSpins) pause();
     else std::this_thread::yield();
   }
@@ -2407,20 +2411,24 @@ void Threads::take(int thread) {
 }
 
 void Threads::work(int thread) {
-  uint32_t seen = 0;
+  uint64_t seen = 0;
   for (;;) {
-    int spins = 0;
-    while (epoch_.load(std::memory_order_acquire) == seen && ++spins < kSpins) pause();
-    if (epoch_.load() == seen) {
+    const auto fresh = [&] { return gate_.load() >> 32 != seen; };
+    for (int spins = 0; !fresh() && spins < kSpins; spins++) pause();
+    if (!fresh()) {
       std::unique_lock<std::mutex> lock(mutex_);
       asleep_.fetch_add(1);
-      wake_.wait(lock, [&] { return epoch_.load() != seen; });
+      wake_.wait(lock, fresh);
       asleep_.fetch_sub(1);
     }
-    seen = epoch_.load(std::memory_order_acquire);
-    if (stop_) return;
+    if (stop_.load()) return;
+    uint64_t gate = gate_.load();
+    seen = gate >> 32;
+    while ((gate & kOpen) && gate >> 32 == seen && !gate_.compare_exchange_weak(gate, gate + 1)) {
+    }
+    if (!(gate & kOpen) || gate >> 32 != seen) continue;
     take(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    gate_.fetch_sub(1, std::memory_order_release);
   }
 }
 
@@ -2467,10 +2475,11 @@ class Threads {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint32_t> epoch_{0};
-  std::atomic<int32_t> busy_{0};
+  // The loop's number (high half), whether it may be joined (kOpen), and how many workers have joined it. A worker that comes too
+  // late, because another process had its core, is not waited for.
+  std::atomic<uint64_t> gate_{0};
   std::atomic<int32_t> asleep_{0};
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
   std::atomic<int64_t> next_{0};
   int64_t total_ = 0, grain_ = 1;
   Call call_ = nullptr;
@@ -2539,12 +2548,16 @@ WKV_HD inline float wkv_merged(float w_v, float v, float w_r, float r) {
 #define WKV_RANDOM_HD
 #endif
 
-/** Uniform in [0, 1) with 24 bits: SplitMix64's output function at place \`draw\` of the stream \`seed\`. */
-WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
-  uint64_t z = seed + 0x9e3779b97f4a7c15ull * ((uint64_t)draw + 1);
+/** SplitMix64's output function. */
+WKV_RANDOM_HD inline uint64_t wkv_mix(uint64_t z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  z ^= z >> 31;
+  return z ^ (z >> 31);
+}
+
+/** Uniform in [0, 1) with 24 bits: place \`draw\` of the stream \`seed\`; seeds are mixed first, so that near ones share nothing. */
+WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
+  const uint64_t z = wkv_mix(wkv_mix(seed) + 0x9e3779b97f4a7c15ull * ((uint64_t)draw + 1));
   return (float)(z >> 40) * (1.0f / 16777216.0f);
 }
 
@@ -2688,7 +2701,8 @@ WKV_API int32_t wkv_graph_begin(int32_t context);
 /** Ends recording and gives the graph; an op that failed since wkv_graph_begin makes it fail. */
 WKV_API int32_t wkv_graph_end(int32_t context, int32_t* out /* [1] */, int32_t out_bytes);
 
-/** Runs a graph \`times\` times over. Runs of one context follow each other. After a failure the caches it wrote are undefined. */
+/** Runs a graph \`times\` times over. Runs of one context follow each other, and may begin while a graph is being recorded, which they
+ *  leave alone. After a failure the caches it wrote are undefined. */
 WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times);
 
 /* ---- ops on activations ---- */
