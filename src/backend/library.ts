@@ -76,7 +76,10 @@ export async function findCpuLibrary(
   }
   for (const folder of folders) {
     try {
-      const path = await buildCpuLibrary({
+      using _lock = await lockFolder(folder);
+      // Another process may have built it while this one waited.
+      const built = options.anew ? null : await newestIn(folder, prefix);
+      const path = built ?? await buildCpuLibrary({
         folder,
         ...(options.onBuild ? { onStart: options.onBuild } : {}),
         ...(options.signal ? { signal: options.signal } : {}),
@@ -93,6 +96,17 @@ export async function findCpuLibrary(
     }
   }
   throw new LibraryError("No folder takes the CPU library", tried);
+}
+
+/** Lets one process at a time build into a folder. */
+async function lockFolder(folder: string): Promise<Deno.FsFile> {
+  await Deno.mkdir(folder, { recursive: true });
+  const file = await Deno.open(`${folder}/.lock`, {
+    create: true,
+    write: true,
+  });
+  await file.lock(true);
+  return file;
 }
 
 async function newestIn(

@@ -99,7 +99,7 @@ void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& 
 }
 
 /** Joins the stretches of one head in order, adds the weights to the scores, and settles the new token. */
-void join(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, float* out, int32_t forced) {
+void join(const Loops& loops, Cache& cache, int32_t layer, int64_t head, const Plan& plan, const Work& w, float* out, int32_t forced) {
   Ranked r = cache.ranked(head);
   const int32_t total = r.count + 1, used = (total + plan.stretch - 1) / plan.stretch;
   const int32_t step = ++cache.counts[head].steps;
@@ -108,6 +108,7 @@ void join(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, cons
     float most = -INFINITY, sum = 0.0f;
     for (int32_t s = 0; s < used; s++) most = std::fmax(most, w.highest[s * plan.group + g]);
     for (int32_t s = 0; s < used; s++) sum += std::exp(w.highest[s * plan.group + g] - most) * w.sums[s * plan.group + g];
+    check_sum(sum, layer);
     std::memset(out + g * plan.head_dim, 0, size_t(plan.head_dim) * 4);
     for (int32_t s = 0; s < used; s++) {
       const float factor = std::exp(w.highest[s * plan.group + g] - most) / sum;
@@ -152,7 +153,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
           float* row = to->row(u / cache->kv_heads) + u % cache->kv_heads * plan.group * plan.head_dim;
-          join(loops, *cache, first + u, plan, work(u), row, forced ? forced->i32()[u] : -1);
+          join(loops, *cache, layer, first + u, plan, work(u), row, forced ? forced->i32()[u] : -1);
         }
       });
     });
@@ -267,7 +268,7 @@ int32_t pick(const Cache& cache, const Ranked& r, int32_t step) {
     float value = INFINITY;  // the newest has no right neighbour to be merged with
     if (!gapped) value = wkv_select_value(cache.select, rank, w, 0.0f, 0.0f);
     else if (rank + 1 < r.count) value = wkv_select_value(cache.select, rank, w, wkv_average(r.score[rank + 1], step - r.birth[rank + 1] + 1), r.gap[rank]);
-    if (std::isnan(value)) fail(WKV_DATA, "The attention of rank " + std::to_string(rank) + " is not a number");
+    if (std::isnan(value)) fail(WKV_DATA, "The merge cost of rank " + std::to_string(rank) + " is not a number");
     if (best < 0 || value < least) best = rank, least = value;
   }
   return best;
@@ -288,8 +289,8 @@ void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Inc
   static thread_local std::vector<int32_t> freed;
   freed.clear();
   while (r.count > cache.slots) {
-    const int32_t j = forced >= 0 ? forced : pick(cache, r, step);
-    if (j < 0 || !wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
+    const int32_t j = forced != -1 ? forced : pick(cache, r, step);
+    if (!wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
     const bool neighbour = j + 1 < r.count;
     const float w_v = wkv_average(r.score[j], step - r.birth[j] + 1);
     const float w_r = neighbour ? wkv_average(r.score[j + 1], step - r.birth[j + 1] + 1) : 0.0f;
@@ -556,6 +557,11 @@ void store_key(const Loops& loops, const Cache& cache, float* key, const Rotatio
 
 /** Rotates a head that is in the library's order. */
 void rotate(float* head, const Rotation& by);
+
+/** Refuses a softmax whose sum is no number: a query or key was none. */
+inline void check_sum(float sum, int32_t layer) {
+  if (!(sum > 0.0f && sum <= 3.4e38f)) fail(WKV_DATA, "The attention of layer " + std::to_string(layer) + " is not a number");
+}
 
 CacheRef find_cache(int32_t context, int32_t handle, int32_t layer);
 
@@ -1197,8 +1203,20 @@ void group_f32(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t ro
 
 void round_row(const float* x, int32_t columns, int8_t* rounded, float* scales, float* sums) {
   for (int32_t b = 0; b < columns / 32; b++, x += 32, rounded += 32) {
+    f8 highest8 = spread(0.0f), none8 = spread(0.0f);
+    for (int32_t i = 0; i < 32; i += 8) {
+      const f8 v = load(x + i), magnitude = (f8)((i8)v & 0x7fffffff);
+      highest8 = magnitude > highest8 ? magnitude : highest8;
+      none8 += v * spread(0.0f);
+    }
     float most = 0.0f;
-    for (int32_t i = 0; i < 32; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+    for (int32_t i = 0; i < 8; i++) most = highest8[i] > most ? highest8[i] : most;
+    const float none = sum(none8);
+    if (std::isnan(none)) {  // x is not finite: nor is what comes of it
+      std::memset(rounded, 0, 32);
+      scales[b] = sums[b] = none;
+      continue;
+    }
     const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
     int32_t total = 0;
     for (int32_t i = 0; i < 32; i++) {
@@ -1733,7 +1751,7 @@ struct Job {
   Cache& cache;
   Tensor& qkv;
   Tensor& out;
-  int32_t rows, kv_head;
+  int32_t rows, layer, kv_head;
   int64_t head;
   float scale;
   const Work& w;
@@ -1799,6 +1817,7 @@ struct Job {
       float* row = weights + t * w.stride;
       const int32_t count = static_cast<int32_t>(kept) + t0 + t + 1;
       const float sum = loops.exponentials(row, count, loops.highest(row, count));
+      check_sum(sum, layer);
       for (int32_t i = 0; i < count; i++) row[i] /= sum;
       std::fill(row + count, row + padded, 0.0f);
       loops.add_scaled(columns, row, 1.0f, count);
@@ -1861,7 +1880,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       for (int32_t n = 0; n < cache->kv_heads; n++) {
         const int64_t head = cache->head(layer, sequence, n);
         const Work w = cut(ctx.scratch.data(), *cache, ctx.threads.count(), cache->counts[head].kept, rows, nullptr);
-        const Job job{ctx, *cache, *from, *to, rows, n, head, scale, w};
+        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, w};
         job.gather();
         job.attend();
         job.settle_rows();
