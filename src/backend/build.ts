@@ -39,6 +39,15 @@ const commonFlags = [
   "-Wno-psabi",
 ];
 
+const linkFlags = [
+  "-static-libstdc++",
+  "-static-libgcc",
+  "-pthread",
+];
+
+/** Exports what wkv.h declares, and nothing of the standard library inside. */
+const exportMap = "{ global: wkv_*; local: *; };\n";
+
 /** Hash of the sources, 64 hexadecimal digits. */
 export async function sourceHash(): Promise<string> {
   const text = Object.entries(sources).map(([name, body]) =>
@@ -63,7 +72,9 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
   const sets = instructionSets[Deno.build.arch] ?? [];
   const version = await run(compiler, ["--version"], options.signal);
   const hash = await sourceHash();
-  const key = await sha256(JSON.stringify([version, commonFlags, sets]));
+  const key = await sha256(
+    JSON.stringify([version, commonFlags, sets, linkFlags, exportMap]),
+  );
   const path = `${options.folder}/${await libraryPrefix()}${
     key.slice(0, 8)
   }.so`;
@@ -83,6 +94,7 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
       });
       await Deno.writeTextFile(file, body);
     }
+    await Deno.writeTextFile(`${work}/exports.map`, exportMap);
     const objects: string[] = [];
     const jobs: string[][] = [];
     const compile = (source: string, object: string, flags: string[]) => {
@@ -121,9 +133,8 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
       "-o",
       `${work}/library.so`,
       ...objects,
-      "-static-libstdc++",
-      "-static-libgcc",
-      "-pthread",
+      ...linkFlags,
+      `-Wl,--version-script=${work}/exports.map`,
     ], options.signal);
     await Deno.rename(`${work}/library.so`, path);
   } finally {

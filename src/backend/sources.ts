@@ -343,7 +343,7 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     require_buffer(out, out_bytes, 4, "out");
     require(head_dim >= 2 && head_dim <= 512, "head_dim must be between 2 and 512: " + std::to_string(head_dim));
     require(pairs == WKV_PAIRS_HALF || pairs == WKV_PAIRS_INTERLEAVED, "pairs " + std::to_string(pairs) + " is unknown");
-    require(positions >= 0, "positions must not be negative: " + std::to_string(positions));
+    require(positions >= 0 && positions <= 1 << 21, "positions must be between 0 and 2097152: " + std::to_string(positions));
     require(frequencies != nullptr && frequencies_bytes > 0 && frequencies_bytes % 4 == 0 && frequencies_bytes / 4 * 2 <= head_dim, "frequencies must hold between 1 and head_dim / 2 floats");
     auto rope = std::make_shared<Rope>();
     rope->head_dim = head_dim;
@@ -2047,7 +2047,7 @@ void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const
 
 Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
   const int64_t stored = grouped(dtype) ? (int64_t{rows} + 7) / 8 * 8 : rows;
-  memory.resize(static_cast<size_t>(stored * row_bytes(dtype, columns)));
+  memory.resize(static_cast<size_t>(stored) * static_cast<size_t>(row_bytes(dtype, columns)));  // below 2^64: 2^31 rows of 2^33 bytes
 }
 
 }  // namespace wkv
@@ -2362,6 +2362,8 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
   "cpu/threads.cpp": `/** threads.cpp: threads that spin shortly between the loops of a step, and sleep between steps. */
 #include "threads.hpp"
 
+#include <system_error>
+
 namespace wkv {
 
 namespace {
@@ -2380,7 +2382,11 @@ inline void pause() {
 }  // namespace
 
 Threads::Threads(int32_t count) {
-  for (int32_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+  workers_.reserve(count);
+  try {
+    for (int32_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error&) {  // the system has no more: fewer threads give the same results
+  }
 }
 
 Threads::~Threads() {
@@ -2741,7 +2747,7 @@ WKV_API int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows,
 
 /* ---- cache ---- */
 
-/** Opens a rotation of the first 2 * count dimensions of a head by position * frequencies[i]; tables reach \`positions\` ranks. */
+/** Opens a rotation of the first 2 * count dimensions of a head by position * frequencies[i]; tables reach \`positions\` ranks, 2^21 at most. */
 WKV_API int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const float* frequencies /* [count] */, int32_t frequencies_bytes, int32_t positions, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Opens an empty cache of exactly \`slots\` tokens a KV head, in every layer and sequence; nothing is allocated later.
