@@ -3,7 +3,7 @@
 import { Backend } from "../src/backend/backend.ts";
 import { sourceHash } from "../src/backend/build.ts";
 import { LibraryError } from "../src/backend/error.ts";
-import { findCpuLibrary } from "../src/backend/library.ts";
+import { findCpuLibrary, LIBRARY_VARIABLE } from "../src/backend/library.ts";
 import { ABI_VERSION } from "../src/backend/symbols.ts";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
 import { openNative } from "../src/tokenizer/addon.ts";
@@ -45,9 +45,12 @@ export const doctorCommand = defineCommand({
         openTokenizer(),
         attempt(() => resolveModel(name, { offline: true })),
       ]);
-    const device = library.path === null
-      ? { ok: compilerFound.ok, text: "known once the library is built" }
-      : await openDevice(library.path);
+    const device = library.path !== null
+      ? await openDevice(library.path)
+      // A named library stands for itself: nothing is built in its place.
+      : Deno.env.get(LIBRARY_VARIABLE)
+      ? { ok: false, text: `unset ${LIBRARY_VARIABLE}, or name a library` }
+      : { ok: compilerFound.ok, text: "known once the library is built" };
     const pullable = name.startsWith("hf:") ||
       (name === DEFAULT_MODEL && pip.ok);
     const ok = device.ok && tokenizer.ok && (model.ok || pullable);

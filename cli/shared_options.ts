@@ -95,8 +95,12 @@ export const POLICY_NAMES: readonly string[] = policyNames();
 export function policyList(): string {
   const width = Math.max(...[...policies.keys()].map((name) => name.length));
   return "Policies:\n" +
-    [...policies.values()].map(({ name, summary }) =>
-      `  ${name.padEnd(width)}  ${summary}`
+    [...policies.values()].map(({ name, summary, options = {} }) =>
+      `  ${name.padEnd(width)}  ${summary}${
+        Object.keys(options).map((option) => `; also ${name}:${option}`).join(
+          "",
+        )
+      }`
     ).join("\n");
 }
 

@@ -248,6 +248,11 @@ async function promptTokens(
   prompt: string | readonly number[],
   options: GenerateOptions,
 ): Promise<readonly number[]> {
+  if (typeof prompt !== "string" && !Array.isArray(prompt)) {
+    throw new TypeError(
+      `The prompt must be a text or a list of token ids: found ${typeof prompt}`,
+    );
+  }
   const ids = typeof prompt === "string"
     ? await model.tokenizer.encode(prompt, {
       special: options.special ?? false,

@@ -194,6 +194,15 @@ sleep 4`,
 });
 
 describe("wkv doctor", () => {
+  it("fails when WKV_LIB_CPU names no library, as generate does", async () => {
+    const { code, stdout } = await wkv(["doctor"], {
+      env: { WKV_LIB_CPU: `${temporary}/no_library.so` },
+    });
+    assertEquals(code, 1);
+    assertStringIncludes(stdout, "unset WKV_LIB_CPU");
+    assertStringIncludes(stdout, "Generating cannot work here");
+  });
+
   it("finds what generating needs", async () => {
     const { stdout } = await ok(["doctor", "--json"]);
     const found = JSON.parse(stdout);

@@ -545,6 +545,11 @@ describe("resolveBudget()", () => {
     for (const budget of [0, -1, 1.5, NaN, Infinity, 2 ** 53, 4]) {
       assertThrows(() => resolveBudget(policy, budget), RangeError, "budget");
     }
+    assertThrows(
+      () => resolveBudget(findPolicy("streaming-llm"), 3),
+      RangeError,
+      "sinks + recent",
+    );
     for (const count of [-1, 0.5, NaN, 9]) {
       const given = { sinks: count, recent: 0 };
       assertThrows(() => resolveBudget(policy, 8, given), RangeError, "sinks");
@@ -574,6 +579,7 @@ describe("findPolicy()", () => {
         "weightedkv",
         "full:",
         "full:linear",
+        "weighted-kv-ward:linear:linear",
         "weighted-kv-ward:toString",
         "constructor",
         "__proto__",

@@ -22,8 +22,8 @@ export function policyNames(): string[] {
  * @throws {RangeError} There is none; the error lists the names there are.
  */
 export function findPolicy(name: string): Policy {
-  const [base, option] = name.split(":", 2) as [string, string | undefined];
-  const policy = policies.get(base);
+  const [, base, option] = /^([^:]*)(?::(.*))?$/s.exec(name)!;
+  const policy = policies.get(base!);
   const variant = option === undefined
     ? {}
     : Object.hasOwn(policy?.options ?? {}, option)

@@ -9,5 +9,5 @@ export const streamingLlm: Policy = {
   paper: "StreamingLLM, arXiv 2309.17453",
   select: "oldest",
   merge: "none",
-  protects: (m) => ({ sinks: 4, recent: m - 4 }),
+  protects: (m) => ({ sinks: 4, recent: Math.max(0, m - 4) }),
 };
