@@ -2,7 +2,12 @@
  * Generates text with a key/value cache of fixed size: WeightedKV
  * (arXiv 2503.01330) and the policies it is compared with.
  *
- * @example
+ * {@linkcode loadModel} opens a model, {@linkcode Model.createCache} makes a
+ * cache with a policy and a budget, {@linkcode generate} continues a text
+ * through it, {@linkcode perplexity} compares policies. Importing this module
+ * does nothing else: the native library is opened, or built, by `loadModel`.
+ *
+ * @example Generate text
  * ```ts ignore
  * import { generate, loadModel } from "@weightedkv/weightedkv";
  *
@@ -17,5 +22,67 @@
  */
 
 export { loadModel, type LoadOptions, type Model } from "./src/model.ts";
-export * from "./src/generate.ts";
-export * from "./src/perplexity.ts";
+export {
+  type CacheReport,
+  type FinishReason,
+  generate,
+  type GenerateOptions,
+  type GenerateResult,
+  type Piece,
+  type TokenEvent,
+} from "./src/generate.ts";
+export {
+  perplexity,
+  type PerplexityOptions,
+  type PerplexityRow,
+} from "./src/perplexity.ts";
+export { type Prefill, type SamplerOptions, Session } from "./src/session.ts";
+export {
+  type CacheEvent,
+  type CacheOptions,
+  type CacheRows,
+  type CacheShape,
+  type CacheStats,
+  type CacheType,
+  type KvCache,
+  type Positions,
+} from "./src/cache/cache.ts";
+export {
+  type Budget,
+  type Merge,
+  type Policy,
+  resolveBudget,
+  type Select,
+} from "./src/cache/policy.ts";
+export { findPolicy, policies, policyNames } from "./src/cache/registry.ts";
+export {
+  DEFAULT_MODEL,
+  type ListedModel,
+  listModels,
+  type ModelOptions,
+  type Progress,
+  pullModel,
+  resolveModel,
+} from "./src/hub/models.ts";
+export {
+  type EncodeOptions,
+  TextStream,
+  type Tokenizer,
+} from "./src/tokenizer/tokenizer.ts";
+export type {
+  Activations,
+  ModelConfig,
+  Network,
+  Pass,
+} from "./src/models/architecture.ts";
+export type {
+  Backend,
+  BackendOptions,
+  Device,
+  Graph,
+} from "./src/backend/backend.ts";
+export type { FindOptions } from "./src/backend/library.ts";
+export type { Precision } from "./src/backend/ops.ts";
+export type { Dtype, Tensor } from "./src/backend/tensor.ts";
+export { LibraryError, WkvError } from "./src/backend/error.ts";
+export { FormatError } from "./src/formats/error.ts";

@@ -6,7 +6,9 @@ import { sourceHash } from "../src/backend/build.ts";
 export function median(values: readonly number[]): number {
   const sorted = [...values].sort((a, b) => a - b);
   const half = sorted.length >> 1;
-  return sorted.length % 2 ? sorted[half]! : (sorted[half - 1]! + sorted[half]!) / 2;
+  return sorted.length % 2
+    ? sorted[half]!
+    : (sorted[half - 1]! + sorted[half]!) / 2;
 }
 
 /** What a result file says of how it came about. */

@@ -39,6 +39,7 @@ struct ContextBase : Object {
   std::mutex mutex, text_mutex;
   std::string text;
   bool recording_failed = false;  // since wkv_graph_begin
+  bool running = false;           // in wkv_graph_run, whose failures leave a recording alone
   ContextBase() : Object(Kind::Context) {}
 };
 
@@ -79,7 +80,8 @@ int32_t entry_of(int32_t handle, Body body) {
   if (found != WKV_OK) return found;
   std::lock_guard<std::mutex> lock(context->mutex);
   const int32_t status = guarded(context, [&] { body(static_cast<ContextType&>(*context)); });
-  if (status != WKV_OK) context->recording_failed = true;
+  if (status != WKV_OK && !context->running) context->recording_failed = true;
+  context->running = false;
   return status;
 }
 

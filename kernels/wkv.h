@@ -136,7 +136,8 @@ WKV_API int32_t wkv_graph_begin(int32_t context);
 /** Ends recording and gives the graph; an op that failed since wkv_graph_begin makes it fail. */
 WKV_API int32_t wkv_graph_end(int32_t context, int32_t* out /* [1] */, int32_t out_bytes);
 
-/** Runs a graph `times` times over. Runs of one context follow each other. After a failure the caches it wrote are undefined. */
+/** Runs a graph `times` times over. Runs of one context follow each other, and may begin while a graph is being recorded, which they
+ *  leave alone. After a failure the caches it wrote are undefined. */
 WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times);
 
 /* ---- ops on activations ---- */

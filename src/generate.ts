@@ -100,10 +100,10 @@ export interface GenerateResult {
   finishReason: FinishReason;
   /** How long it took. */
   timings: {
-    /** Milliseconds from the call to the end of the prompt. */
-    prefillMs: number;
-    /** Milliseconds from the call to the first token. */
-    firstTokenMs: number;
+    /** Milliseconds that the prompt took, the first token's draw with it; null when it was aborted. */
+    prefillMs: number | null;
+    /** Milliseconds from the call to the first token; null when there is none. */
+    firstTokenMs: number | null;
     /** Tokens after the first, by the time between first and last; null below two tokens. */
     decodeTokensPerSecond: number | null;
   };
@@ -113,7 +113,8 @@ export interface GenerateResult {
 
 /**
  * Continues a text. The cache stays at its budget: in each step that overflows
- * it, its policy lets one token leave.
+ * it, its policy lets one token leave. The last token drawn is not in the cache
+ * yet: a call that goes on with the same cache begins its prompt with it.
  *
  * @example
  * ```ts ignore
@@ -141,7 +142,7 @@ export async function* generate(
   }
   chunkSize(prefill);
   const stops = new StopStrings(options.stop ?? []);
-  signal?.throwIfAborted();
+  if (!options.stopOnAbort) signal?.throwIfAborted();
   const ids = await promptTokens(model, prompt, options);
   const own = !(options.cache instanceof KvCache);
   const cache = options.cache instanceof KvCache
@@ -157,6 +158,7 @@ export async function* generate(
     let finishReason: FinishReason = "length";
     let firstTime = NaN;
     let lastTime = NaN;
+    const promptTime = performance.now();
     try {
       let token = await session.prompt(ids, { prefill, signal });
       for (;;) {
@@ -173,7 +175,9 @@ export async function* generate(
           cache: cache.stats(),
           events: () => cache.events(),
         });
-        const piece = stops.push(stream.push(token));
+        // Rows that only pad the embedding stand for no text.
+        const known = token < model.tokenizer.size;
+        const piece = stops.push(known ? stream.push(token) : "");
         text += piece;
         yield { text: piece, token };
         if (stops.found) {
@@ -200,8 +204,8 @@ export async function* generate(
       promptTokens: ids.length,
       finishReason,
       timings: {
-        prefillMs: firstTime - start,
-        firstTokenMs: firstTime - start,
+        prefillMs: elapsed(promptTime, firstTime),
+        firstTokenMs: elapsed(start, firstTime),
         decodeTokensPerSecond: tokens.length < 2
           ? null
           : (tokens.length - 1) / decoding * 1000,
@@ -235,6 +239,10 @@ export function report(
   };
 }
 
+function elapsed(from: number, to: number): number | null {
+  return Number.isNaN(to) ? null : to - from;
+}
+
 async function promptTokens(
   model: Model,
   prompt: string | readonly number[],
@@ -243,7 +251,9 @@ async function promptTokens(
   const ids = typeof prompt === "string"
     ? await model.tokenizer.encode(prompt, {
       special: options.special ?? false,
-      ...(options.signal ? { signal: options.signal } : {}),
+      ...(options.signal && !options.stopOnAbort
+        ? { signal: options.signal }
+        : {}),
     })
     : prompt;
   if (ids.length === 0) {

@@ -1,11 +1,16 @@
 /** perplexity(): sliding-window perplexity by policy and budget (paper, Table I); called by users and by `wkv perplexity`. */
 
 import type { Precision } from "./backend/ops.ts";
-import type { CacheOptions, CacheType, KvCache, Positions } from "./cache/cache.ts";
+import type {
+  CacheOptions,
+  CacheType,
+  KvCache,
+  Positions,
+} from "./cache/cache.ts";
 import { findPolicy } from "./cache/registry.ts";
 import { resolveBudget } from "./cache/policy.ts";
 import type { Model } from "./model.ts";
-import { type Prefill, Session } from "./session.ts";
+import { chunkSize, type Prefill, Session } from "./session.ts";
 
 /** What is measured. */
 export interface PerplexityOptions {
@@ -29,6 +34,8 @@ export interface PerplexityOptions {
   positions?: Positions | undefined;
   /** Type of keys and values. @default `"f16"` */
   cacheType?: CacheType | undefined;
+  /** How tokens beyond the budget are fed: one by one, or in chunks. @default `"exact"` */
+  prefill?: Prefill | undefined;
   /** Windows that are run side by side. @default 8, or what 1 GiB holds */
   batch?: number | undefined;
   /** Ends the run. */
@@ -51,7 +58,7 @@ export interface PerplexityRow {
   recent: number | null;
   /** Where keys are rotated. */
   positions: Positions;
-  /** How windows are fed: always token by token. */
+  /** How windows were fed. */
   prefill: Prefill;
   /** How activations met quantised weights. */
   activations: Precision;
@@ -99,6 +106,7 @@ export async function* perplexity(
   whole("offset", offset, 0);
   if (options.windows !== undefined) whole("windows", options.windows, 1);
   if (options.batch !== undefined) whole("batch", options.batch, 1, 4096);
+  chunkSize(options.prefill ?? "exact");
   const tokens = typeof text === "string"
     ? await model.tokenizer.encode(text, signal ? { signal } : {})
     : text;
@@ -118,7 +126,7 @@ export async function* perplexity(
     if (reason !== undefined) {
       using cache = model.createCache({ ...cacheOptions, capacity: 1 });
       yield {
-        ...header(model, cache, window, stride),
+        ...header(model, cache, window, stride, options.prefill),
         windows: 0,
         targets: 0,
         nll: null,
@@ -129,18 +137,23 @@ export async function* perplexity(
       };
       continue;
     }
-    const run = measure(model, tokens, { ...options, stride, offset, windows }, cacheOptions, (fed) => {
+    const onFed = (fed: number) => {
       done += fed;
       options.onProgress?.(done, total);
-    });
-    const { cache, sum, squares, count } = await run;
+    };
+    const { cache, tally } = await measure(
+      model,
+      { ...options, tokens, stride, offset, windows, onFed },
+      cacheOptions,
+    );
+    const { count, sum, squares } = tally;
     const nll = sum / count;
     const deviation = Math.sqrt(
       Math.max(0, squares - sum * nll) / Math.max(1, count - 1),
     );
     const value = Math.exp(nll);
     yield {
-      ...header(model, cache, window, stride),
+      ...header(model, cache, window, stride, options.prefill),
       windows,
       targets: count,
       nll,
@@ -202,6 +215,7 @@ function header(
   cache: KvCache,
   window: number,
   stride: number,
+  prefill: Prefill = "exact",
 ): Pick<
   PerplexityRow,
   | "policy"
@@ -221,7 +235,7 @@ function header(
     sinks: cache.sinks,
     recent: cache.recent,
     positions: cache.positions,
-    prefill: "exact",
+    prefill,
     activations: model.activations,
     cacheType: cache.cacheType,
     window,
@@ -229,59 +243,114 @@ function header(
   };
 }
 
-/** Runs one row's windows, some side by side in lock-step. */
+/** What a row needs of its targets. */
+class Tally {
+  count = 0;
+  sum = 0;
+  squares = 0;
+
+  add(logProb: number): void {
+    this.count++;
+    this.sum -= logProb;
+    this.squares += logProb * logProb;
+  }
+}
+
+/** One row's windows with what they are made of. */
+interface Run extends PerplexityOptions {
+  tokens: readonly number[];
+  stride: number;
+  offset: number;
+  windows: number;
+  onFed: (tokens: number) => void;
+}
+
+/** Runs one row's windows, some side by side. */
 async function measure(
   model: Model,
-  tokens: readonly number[],
-  options: PerplexityOptions & {
-    stride: number;
-    offset: number;
-    windows: number;
-  },
+  run: Run,
   cacheOptions: CacheOptions,
-  onFed: (tokens: number) => void,
-): Promise<{ cache: KvCache; sum: number; squares: number; count: number }> {
-  const { window, stride, offset, windows, signal } = options;
-  const batch = Math.min(
-    windows,
-    options.batch ?? defaultBatch(model, cacheOptions),
-  );
-  let sum = 0, squares = 0, count = 0;
+): Promise<{ cache: KvCache; tally: Tally }> {
+  const chunk = chunkSize(run.prefill ?? "exact");
+  const batch = chunk !== null
+    ? 1
+    : Math.min(run.windows, run.batch ?? defaultBatch(model, cacheOptions));
+  const tally = new Tally();
   let cache: KvCache | undefined;
-  for (let first = 0; first < windows; first += batch) {
-    const sequences = Math.min(batch, windows - first);
+  using opened = new DisposableStack();
+  for (let first = 0; first < run.windows; first += batch) {
+    const sequences = Math.min(batch, run.windows - first);
     if (cache?.sequences !== sequences) {
       cache?.close();
-      cache = model.createCache({ ...cacheOptions, sequences });
+      cache = opened.use(model.createCache({ ...cacheOptions, sequences }));
     }
-    using session = new Session(model, cache!);
     cache!.reset();
-    const at = (i: number) =>
-      Int32Array.from(
-        { length: sequences },
-        (_, b) => tokens[offset + (first + b) * stride + i]!,
-      );
-    for (let i = 0; i + 1 < window; i++) {
-      signal?.throwIfAborted();
-      const scored = first === 0 || i + 1 >= window - stride;
-      if (scored) {
-        const logs = await session.score(at(i), at(i + 1));
-        for (let b = 0; b < sequences; b++) {
-          if (first + b > 0 && i + 1 < window - stride) continue;
-          const nll = -logs[b]!;
-          sum += nll;
-          squares += nll * nll;
-          count++;
-        }
-      } else {
-        await session.feed(at(i));
-      }
-      onFed(sequences);
-    }
-    if (first === 0) await options.onFirstWindow?.(cache!);
+    using session = new Session(model, cache!);
+    if (chunk === null) await feedSteps(session, run, first, tally);
+    else await feedChunks(session, run, first, chunk, tally);
+    if (first === 0) await run.onFirstWindow?.(cache!);
   }
-  cache!.close();
-  return { cache: cache!, sum, squares, count };
+  return { cache: cache!, tally };
+}
+
+/** Every target of the first window counts, of a later one the last `stride`. */
+function isTarget(run: Run, window: number, place: number): boolean {
+  return window === 0 || place >= run.window - run.stride;
+}
+
+/** Feeds windows `first` and on token by token, in lock-step. */
+async function feedSteps(
+  session: Session,
+  run: Run,
+  first: number,
+  tally: Tally,
+): Promise<void> {
+  const { sequences } = session.cache;
+  const at = (i: number) =>
+    Int32Array.from(
+      { length: sequences },
+      (_, b) => run.tokens[run.offset + (first + b) * run.stride + i]!,
+    );
+  for (let i = 0; i + 1 < run.window; i++) {
+    run.signal?.throwIfAborted();
+    if (isTarget(run, first, i + 1)) {
+      const logs = await session.score(at(i), at(i + 1));
+      logs.forEach((log, b) => {
+        if (isTarget(run, first + b, i + 1)) tally.add(log);
+      });
+    } else {
+      await session.feed(at(i));
+    }
+    run.onFed(sequences);
+  }
+}
+
+/** Feeds window `index` in passes: what fits the cache at once, the rest in chunks. */
+async function feedChunks(
+  session: Session,
+  run: Run,
+  index: number,
+  chunk: number,
+  tally: Tally,
+): Promise<void> {
+  const start = run.offset + index * run.stride;
+  const text = Int32Array.from(run.tokens.slice(start, start + run.window));
+  const fed = run.window - 1;
+  for (let i = 0; i < fed;) {
+    run.signal?.throwIfAborted();
+    const room = session.cache.capacity - session.cache.stats().kept;
+    const rows = Math.min(fed - i, room > 0 ? Math.min(room, 64) : chunk);
+    const logs = await session.scorePass(
+      0,
+      text.slice(i, i + rows),
+      text.slice(i + 1, i + rows + 1),
+    );
+    logs.forEach((log, t) => {
+      if (isTarget(run, index, i + t + 1)) tally.add(log);
+    });
+    i += rows;
+    run.onFed(rows);
+  }
 }
 
 function defaultBatch(model: Model, cacheOptions: CacheOptions): number {

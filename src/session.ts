@@ -124,7 +124,13 @@ export class Session implements Disposable {
         this.#tokens.write(Int32Array.of(tokens[at]!));
         await this.#step(at + 1 === last ? "next" : "feed").run();
       } else {
-        await this.#pass(tokens.slice(at, at + rows), at + rows === last);
+        const draws = at + rows === last;
+        await this.#pass(
+          0,
+          Int32Array.from(tokens.slice(at, at + rows)),
+          draws ? this.#logits : null,
+          () => draws && this.#sample(),
+        );
       }
       at += rows;
     }
@@ -152,6 +158,29 @@ export class Session implements Disposable {
     this.#targets.write(targets);
     await this.#step("score").run();
     return this.#logProbs.floats();
+  }
+
+  /**
+   * Feeds tokens to one sequence as one pass; gives the log probability of each
+   * one's target. Tokens beyond the cache's room are settled as one chunk.
+   */
+  async scorePass(
+    sequence: number,
+    tokens: Int32Array<ArrayBuffer>,
+    targets: Int32Array<ArrayBuffer>,
+  ): Promise<Float32Array<ArrayBuffer>> {
+    const { backend, config } = this.model;
+    const rows = tokens.length;
+    using wanted = Tensor.from(backend, targets);
+    using logProbs = new Tensor(backend, "F32", 1, rows);
+    using logits = new Tensor(backend, "F32", rows, config.vocabulary);
+    await this.#pass(
+      sequence,
+      tokens,
+      logits,
+      () => logProb(backend, logProbs, logits, wanted, rows),
+    );
+    return logProbs.floats();
   }
 
   /** Feeds one token a sequence; gives the logits that follow, `[B, vocabulary]`. */
@@ -201,13 +230,7 @@ export class Session implements Disposable {
         precision: model.activations,
       });
       if (kind === "next") {
-        sample(
-          backend,
-          this.#tokens,
-          this.#logits,
-          this.#settings,
-          this.#rng,
-        );
+        this.#sample();
       } else if (kind === "score") {
         logProb(
           backend,
@@ -222,32 +245,39 @@ export class Session implements Disposable {
     return graph;
   }
 
-  /** Runs a stretch of sequence 0's prompt as one pass. */
-  async #pass(tokens: readonly number[], draws: boolean): Promise<void> {
+  /** Runs tokens of one sequence as one pass, and what uses its logits. */
+  async #pass(
+    sequence: number,
+    tokens: Int32Array<ArrayBuffer>,
+    logits: Tensor | null,
+    then: () => void,
+  ): Promise<void> {
     const { model, cache } = this;
-    const { backend } = model;
-    using ids = Tensor.from(backend, Int32Array.from(tokens));
-    using graph = backend.record(() => {
+    using ids = Tensor.from(model.backend, tokens);
+    using graph = model.backend.record(() => {
       model.network.forward({
         cache,
         tokens: ids,
         rows: tokens.length,
-        sequence: 0,
-        logits: draws ? this.#logits : null,
+        sequence,
+        logits,
         activations: model.memory(PASS_ROWS),
         precision: model.activations,
       });
-      if (draws) {
-        sample(
-          backend,
-          this.#tokens,
-          this.#logits,
-          this.#settings,
-          this.#rng,
-        );
-      }
+      then();
     });
     await graph.run();
+  }
+
+  /** Records the draw of the next tokens. */
+  #sample(): void {
+    sample(
+      this.model.backend,
+      this.#tokens,
+      this.#logits,
+      this.#settings,
+      this.#rng,
+    );
   }
 }
 
@@ -262,7 +292,9 @@ function between(
     return;
   }
   const kind = whole ? "a whole number" : "a number";
-  const from = least === Number.MIN_VALUE ? "above 0 and at most" : `between ${least} and`;
+  const from = least === Number.MIN_VALUE
+    ? "above 0 and at most"
+    : `between ${least} and`;
   throw new RangeError(
     `The ${name} must be ${kind} ${from} ${most}: current value is ${value}`,
   );

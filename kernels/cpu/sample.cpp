@@ -101,13 +101,18 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
     require(rows >= 1 && ids->columns >= rows && to->columns >= rows, "targets and out must have at least `rows` columns, and rows be at least 1");
     ctx.submit([=, &ctx] {
       ctx.threads.loop(rows, 1, [&](int64_t begin, int64_t end, int) {
+        float piece[1024];
         for (int64_t i = begin; i < end; i++) {
           const int32_t id = ids->i32()[i];
           if (id < 0 || id >= from->columns) fail(WKV_DATA, "Target " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(from->columns));
           const float* row = from->row(i);
           const float most = ctx.loops->highest(row, from->columns);
           double sum = 0.0;
-          for (int32_t j = 0; j < from->columns; j++) sum += std::exp(row[j] - most);
+          for (int32_t j = 0; j < from->columns; j += 1024) {
+            const int32_t count = std::min(1024, from->columns - j);
+            std::copy(row + j, row + j + count, piece);
+            sum += ctx.loops->exponentials(piece, count, most);
+          }
           to->f32()[i] = row[id] - most - static_cast<float>(std::log(sum));
         }
       });

@@ -6,6 +6,8 @@ namespace wkv {
 namespace {
 // About 50 us: longer than the gap between two ops of a step, shorter than a scheduler's slice.
 constexpr int kSpins = 4000;
+constexpr uint64_t kOpen = uint64_t{1} << 31;
+constexpr uint64_t kJoined = kOpen - 1;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -23,8 +25,8 @@ Threads::Threads(int32_t count) {
 Threads::~Threads() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-    epoch_.fetch_add(1);
+    stop_.store(true);
+    gate_.fetch_add(uint64_t{1} << 32);
   }
   wake_.notify_all();
   for (auto& worker : workers_) worker.join();
@@ -37,14 +39,14 @@ void Threads::run(int64_t total, int64_t grain, Call call, const void* body) {
   body_ = body;
   error_ = nullptr;
   next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int32_t>(workers_.size()), std::memory_order_relaxed);
-  epoch_.fetch_add(1);
+  gate_.store(((gate_.load(std::memory_order_relaxed) >> 32) + 1) << 32 | kOpen);
   if (asleep_.load() > 0) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
   take(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; spins++) {
+  gate_.fetch_and(~kOpen);
+  for (int spins = 0; (gate_.load(std::memory_order_acquire) & kJoined) > 0; spins++) {
     if (spins < kSpins) pause();
     else std::this_thread::yield();
   }
@@ -67,20 +69,24 @@ void Threads::take(int thread) {
 }
 
 void Threads::work(int thread) {
-  uint32_t seen = 0;
+  uint64_t seen = 0;
   for (;;) {
-    int spins = 0;
-    while (epoch_.load(std::memory_order_acquire) == seen && ++spins < kSpins) pause();
-    if (epoch_.load() == seen) {
+    const auto fresh = [&] { return gate_.load() >> 32 != seen; };
+    for (int spins = 0; !fresh() && spins < kSpins; spins++) pause();
+    if (!fresh()) {
       std::unique_lock<std::mutex> lock(mutex_);
       asleep_.fetch_add(1);
-      wake_.wait(lock, [&] { return epoch_.load() != seen; });
+      wake_.wait(lock, fresh);
       asleep_.fetch_sub(1);
     }
-    seen = epoch_.load(std::memory_order_acquire);
-    if (stop_) return;
+    if (stop_.load()) return;
+    uint64_t gate = gate_.load();
+    seen = gate >> 32;
+    while ((gate & kOpen) && gate >> 32 == seen && !gate_.compare_exchange_weak(gate, gate + 1)) {
+    }
+    if (!(gate & kOpen) || gate >> 32 != seen) continue;
     take(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    gate_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -39,10 +39,11 @@ class Threads {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint32_t> epoch_{0};
-  std::atomic<int32_t> busy_{0};
+  // The loop's number (high half), whether it may be joined (kOpen), and how many workers have joined it. A worker that comes too
+  // late, because another process had its core, is not waited for.
+  std::atomic<uint64_t> gate_{0};
   std::atomic<int32_t> asleep_{0};
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
   std::atomic<int64_t> next_{0};
   int64_t total_ = 0, grain_ = 1;
   Call call_ = nullptr;

@@ -103,7 +103,8 @@ struct Graph : Object {
   }
 };
 
-/** One GPU with a stream. Between two entries the stream is idle, so copies need no order with it: they go through `side`. */
+/** One GPU. Ops go to `stream`, which may be recording; graphs and copies to `side`, as they may run meanwhile. Between two entries
+ *  nothing runs, so the two need no order. */
 struct Context : ContextBase {
   int32_t device = 0, processors = 0, shared_limit = 0;
   std::string name;
@@ -125,8 +126,8 @@ struct Context : ContextBase {
   }
   /** Ends an op: checks its launches and, unless a graph is recorded, waits for it and for its faults. */
   void submitted();
-  /** Waits for the stream, and fails with the fault that kernels left. */
-  void finish();
+  /** Waits for a stream, and fails with the fault that kernels left. */
+  void finish(cudaStream_t ran);
   void copy(void* to, const void* from, size_t bytes);
   void zero(void* to, size_t bytes);
 

@@ -29,7 +29,11 @@ export interface BackendOptions extends FindOptions {
 
 type Library = Deno.DynamicLibrary<typeof symbols>;
 
-/** Functions that return a status and take the context first. */
+/**
+ * Functions that return a status and take the context first.
+ *
+ * @internal
+ */
 export type ContextFunction = {
   [K in keyof typeof symbols]: (typeof symbols)[K] extends { nonblocking: true }
     ? never
@@ -163,7 +167,11 @@ export class Backend implements Disposable {
     }
   }
 
-  /** Calls a function of wkv.h with this context and checks its status. */
+  /**
+   * Calls a function of wkv.h with this context and checks its status.
+   *
+   * @internal
+   */
   call<K extends ContextFunction>(
     name: K,
     ...rest: Rest<Library["symbols"][K]>

@@ -33,7 +33,7 @@ const instructionSets: Record<string, [name: string, flags: string[]][]> = {
 
 const commonFlags = [
   "-std=c++17",
-  "-O3",
+  "-O2",
   "-fPIC",
   "-fvisibility=hidden",
   "-fno-math-errno",
@@ -80,13 +80,17 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
     key.slice(0, 8)
   }.so`;
   options.onStart?.(
-    `Building the CPU library with ${compiler} (once, about half a minute)`,
+    `Building the CPU library with ${compiler} (once, some 20 seconds)`,
   );
   const jobs: Job[] = [];
   const compile = (source: string, object: string, flags: string[]) =>
     jobs.push({ source, object, flags: [...commonFlags, ...flags] });
   for (const [name, flags] of sets) {
-    compile("cpu/loops.cpp", `loops-${name}`, [...flags, `-DWKV_ISA=${name}`]);
+    compile("cpu/loops.cpp", `loops-${name}`, [
+      "-O3",
+      ...flags,
+      `-DWKV_ISA=${name}`,
+    ]);
   }
   for (const [name] of sourcesOf("cpu")) {
     const stem = /^(?:cpu\/)?(\w+)\.cpp$/.exec(name)?.[1];

@@ -20,9 +20,7 @@ export class WkvError extends Error {
   /** Makes the error of one call. */
   constructor(functionName: string, status: number, text: string) {
     super(
-      `${functionName}: ${text} (${
-        statusNames[status] ?? `status ${status}`
-      })`,
+      `${functionName}: ${text} (${statusNames[status] ?? `status ${status}`})`,
     );
     this.name = "WkvError";
     this.functionName = functionName;

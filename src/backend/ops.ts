@@ -4,10 +4,7 @@
  */
 
 import type { Backend } from "./backend.ts";
-import {
-  wkv_activation,
-  wkv_precision,
-} from "./symbols.ts";
+import { wkv_activation, wkv_precision } from "./symbols.ts";
 import type { Tensor } from "./tensor.ts";
 
 /** How linear ops hold their input; see wkv.h. */

@@ -1994,7 +1994,7 @@ int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
 
 int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
   return entry(context, [&](Context& ctx) {
-    require(!ctx.recording, "A graph cannot run while another is being recorded");
+    ctx.running = true;  // perhaps while another thread records a graph, which this leaves alone
     require(times >= 0, "times must not be negative: " + std::to_string(times));
     const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
     for (int32_t i = 0; i < times; i++) {
@@ -2106,13 +2106,18 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
     require(rows >= 1 && ids->columns >= rows && to->columns >= rows, "targets and out must have at least \`rows\` columns, and rows be at least 1");
     ctx.submit([=, &ctx] {
       ctx.threads.loop(rows, 1, [&](int64_t begin, int64_t end, int) {
+        float piece[1024];
         for (int64_t i = begin; i < end; i++) {
           const int32_t id = ids->i32()[i];
           if (id < 0 || id >= from->columns) fail(WKV_DATA, "Target " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(from->columns));
           const float* row = from->row(i);
           const float most = ctx.loops->highest(row, from->columns);
           double sum = 0.0;
-          for (int32_t j = 0; j < from->columns; j++) sum += std::exp(row[j] - most);
+          for (int32_t j = 0; j < from->columns; j += 1024) {
+            const int32_t count = std::min(1024, from->columns - j);
+            std::copy(row + j, row + j + count, piece);
+            sum += ctx.loops->exponentials(piece, count, most);
+          }
           to->f32()[i] = row[id] - most - static_cast<float>(std::log(sum));
         }
       });
@@ -2128,6 +2133,8 @@ namespace wkv {
 namespace {
 // About 50 us: longer than the gap between two ops of a step, shorter than a scheduler's slice.
 constexpr int kSpins = 4000;
+constexpr uint64_t kOpen = uint64_t{1} << 31;
+constexpr uint64_t kJoined = kOpen - 1;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -2145,8 +2152,8 @@ Threads::Threads(int32_t count) {
 Threads::~Threads() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-    epoch_.fetch_add(1);
+    stop_.store(true);
+    gate_.fetch_add(uint64_t{1} << 32);
   }
   wake_.notify_all();
   for (auto& worker : workers_) worker.join();
@@ -2159,14 +2166,14 @@ void Threads::run(int64_t total, int64_t grain, Call call, const void* body) {
   body_ = body;
   error_ = nullptr;
   next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int32_t>(workers_.size()), std::memory_order_relaxed);
-  epoch_.fetch_add(1);
+  gate_.store(((gate_.load(std::memory_order_relaxed) >> 32) + 1) << 32 | kOpen);
   if (asleep_.load() > 0) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
   take(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; spins++) {
+  gate_.fetch_and(~kOpen);
+  for (int spins = 0; (gate_.load(std::memory_order_acquire) & kJoined) > 0; spins++) {
     if (spins < kSpins) pause();
     else std::this_thread::yield();
   }
@@ -2189,20 +2196,24 @@ void Threads::take(int thread) {
 }
 
 void Threads::work(int thread) {
-  uint32_t seen = 0;
+  uint64_t seen = 0;
   for (;;) {
-    int spins = 0;
-    while (epoch_.load(std::memory_order_acquire) == seen && ++spins < kSpins) pause();
-    if (epoch_.load() == seen) {
+    const auto fresh = [&] { return gate_.load() >> 32 != seen; };
+    for (int spins = 0; !fresh() && spins < kSpins; spins++) pause();
+    if (!fresh()) {
       std::unique_lock<std::mutex> lock(mutex_);
       asleep_.fetch_add(1);
-      wake_.wait(lock, [&] { return epoch_.load() != seen; });
+      wake_.wait(lock, fresh);
       asleep_.fetch_sub(1);
     }
-    seen = epoch_.load(std::memory_order_acquire);
-    if (stop_) return;
+    if (stop_.load()) return;
+    uint64_t gate = gate_.load();
+    seen = gate >> 32;
+    while ((gate & kOpen) && gate >> 32 == seen && !gate_.compare_exchange_weak(gate, gate + 1)) {
+    }
+    if (!(gate & kOpen) || gate >> 32 != seen) continue;
     take(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    gate_.fetch_sub(1, std::memory_order_release);
   }
 }
 
@@ -2249,10 +2260,11 @@ class Threads {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint32_t> epoch_{0};
-  std::atomic<int32_t> busy_{0};
+  // The loop's number (high half), whether it may be joined (kOpen), and how many workers have joined it. A worker that comes too
+  // late, because another process had its core, is not waited for.
+  std::atomic<uint64_t> gate_{0};
   std::atomic<int32_t> asleep_{0};
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
   std::atomic<int64_t> next_{0};
   int64_t total_ = 0, grain_ = 1;
   Call call_ = nullptr;
@@ -3167,7 +3179,8 @@ struct Graph : Object {
   }
 };
 
-/** One GPU with a stream. Between two entries the stream is idle, so copies need no order with it: they go through \`side\`. */
+/** One GPU. Ops go to \`stream\`, which may be recording; graphs and copies to \`side\`, as they may run meanwhile. Between two entries
+ *  nothing runs, so the two need no order. */
 struct Context : ContextBase {
   int32_t device = 0, processors = 0, shared_limit = 0;
   std::string name;
@@ -3189,8 +3202,8 @@ struct Context : ContextBase {
   }
   /** Ends an op: checks its launches and, unless a graph is recorded, waits for it and for its faults. */
   void submitted();
-  /** Waits for the stream, and fails with the fault that kernels left. */
-  void finish();
+  /** Waits for a stream, and fails with the fault that kernels left. */
+  void finish(cudaStream_t ran);
   void copy(void* to, const void* from, size_t bytes);
   void zero(void* to, size_t bytes);
 
@@ -4288,11 +4301,11 @@ uint8_t* Context::reserve(size_t bytes) {
 
 void Context::submitted() {
   check(cudaGetLastError(), "Launching a kernel");
-  if (!recording) finish();
+  if (!recording) finish(stream);
 }
 
-void Context::finish() {
-  check(cudaStreamSynchronize(stream), "Running kernels");
+void Context::finish(cudaStream_t ran) {
+  check(cudaStreamSynchronize(ran), "Running kernels");
   if (word->fault == Fault::None) return;
   int32_t status;
   const std::string text = fault_text(*word, &status);
@@ -4472,11 +4485,11 @@ int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
 
 int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
   return entry(context, [&](Context& ctx) {
-    require(!ctx.recording, "A graph cannot run while another is being recorded");
+    ctx.running = true;  // perhaps while another thread records a graph, which this leaves alone
     require(times >= 0, "times must not be negative: " + std::to_string(times));
     const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
-    for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph->run, ctx.stream), "Launching a graph");
-    ctx.finish();
+    for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
+    ctx.finish(ctx.side);
   });
 }
 `,
@@ -4869,6 +4882,7 @@ struct ContextBase : Object {
   std::mutex mutex, text_mutex;
   std::string text;
   bool recording_failed = false;  // since wkv_graph_begin
+  bool running = false;           // in wkv_graph_run, whose failures leave a recording alone
   ContextBase() : Object(Kind::Context) {}
 };
 
@@ -4909,7 +4923,8 @@ int32_t entry_of(int32_t handle, Body body) {
   if (found != WKV_OK) return found;
   std::lock_guard<std::mutex> lock(context->mutex);
   const int32_t status = guarded(context, [&] { body(static_cast<ContextType&>(*context)); });
-  if (status != WKV_OK) context->recording_failed = true;
+  if (status != WKV_OK && !context->running) context->recording_failed = true;
+  context->running = false;
   return status;
 }
 
@@ -4982,12 +4997,16 @@ WKV_HD inline float wkv_merged(float w_v, float v, float w_r, float r) {
 #define WKV_RANDOM_HD
 #endif
 
-/** Uniform in [0, 1) with 24 bits: SplitMix64's output function at place \`draw\` of the stream \`seed\`. */
-WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
-  uint64_t z = seed + 0x9e3779b97f4a7c15ull * ((uint64_t)draw + 1);
+/** SplitMix64's output function. */
+WKV_RANDOM_HD inline uint64_t wkv_mix(uint64_t z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  z ^= z >> 31;
+  return z ^ (z >> 31);
+}
+
+/** Uniform in [0, 1) with 24 bits: place \`draw\` of the stream \`seed\`; seeds are mixed first, so that near ones share nothing. */
+WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
+  const uint64_t z = wkv_mix(wkv_mix(seed) + 0x9e3779b97f4a7c15ull * ((uint64_t)draw + 1));
   return (float)(z >> 40) * (1.0f / 16777216.0f);
 }
 
@@ -5131,7 +5150,8 @@ WKV_API int32_t wkv_graph_begin(int32_t context);
 /** Ends recording and gives the graph; an op that failed since wkv_graph_begin makes it fail. */
 WKV_API int32_t wkv_graph_end(int32_t context, int32_t* out /* [1] */, int32_t out_bytes);
 
-/** Runs a graph \`times\` times over. Runs of one context follow each other. After a failure the caches it wrote are undefined. */
+/** Runs a graph \`times\` times over. Runs of one context follow each other, and may begin while a graph is being recorded, which they
+ *  leave alone. After a failure the caches it wrote are undefined. */
 WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times);
 
 /* ---- ops on activations ---- */

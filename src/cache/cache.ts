@@ -107,7 +107,11 @@ const places = {
   cache: wkv_positions.WKV_POSITIONS_CACHE,
   text: wkv_positions.WKV_POSITIONS_TEXT,
 };
-const types: Record<CacheType, Dtype> = { f32: "F32", f16: "F16", bf16: "BF16" };
+const types: Record<CacheType, Dtype> = {
+  f32: "F32",
+  f16: "F16",
+  bf16: "BF16",
+};
 
 /** Keys, values and state of all layers, of one or more sequences. */
 export class KvCache implements Disposable {
@@ -302,8 +306,10 @@ export class KvCache implements Disposable {
     this.#read(field.WKV_CACHE_SCORES, layer, sequence, head, score);
     const values = this.values(layer, head, sequence);
     const { headDim } = this.#shape;
-    const valueNorm = Array.from({ length: kept }, (_, i) =>
-      Math.hypot(...values.subarray(i * headDim, (i + 1) * headDim)));
+    const valueNorm = Array.from(
+      { length: kept },
+      (_, i) => Math.hypot(...values.subarray(i * headDim, (i + 1) * headDim)),
+    );
     return {
       kept: [...positions],
       steps: [...steps],

@@ -129,7 +129,7 @@ interface Weights {
 }
 
 async function load(
-  _backend: Backend,
+  backend: Backend,
   config: ModelConfig,
   loader: WeightLoader,
 ): Promise<Network> {
@@ -174,7 +174,7 @@ async function load(
   };
   return {
     bytes: loader.bytes,
-    forward: (pass) => forward(_backend, weights, pass),
+    forward: (pass) => forward(backend, weights, pass),
   };
 }
 

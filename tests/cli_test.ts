@@ -1,0 +1,274 @@
+/** Commands as processes: help, wrong command lines and files, models, completions. */
+
+import {
+  assert,
+  assertEquals,
+  assertLess,
+  assertLessOrEqual,
+  assertMatch,
+  assertStringIncludes,
+} from "@std/assert";
+import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
+import {
+  execute,
+  expectErrors,
+  ok,
+  pattern,
+  wkv,
+  writeScript,
+} from "./cli_process.ts";
+import { testModel } from "./model.ts";
+
+let model = "";
+let temporary = "";
+
+beforeAll(async () => {
+  model = await testModel();
+  temporary = await Deno.makeTempDir({ prefix: "wkv_cli_" });
+});
+afterAll(async () => {
+  await Deno.remove(temporary, { recursive: true });
+});
+
+describe("help and usage", () => {
+  it("lists what works, in less than 300 ms", async () => {
+    let best = Infinity;
+    for (let i = 0; i < 4; i++) {
+      const { stdout, stderr, ms } = await ok(["--help"]);
+      best = Math.min(best, ms);
+      assertEquals(stderr, "");
+      for (const name of ["generate", "perplexity", "doctor"]) {
+        assertStringIncludes(stdout, `\n  ${name} `);
+      }
+      for (const name of ["chat", "eval", "compare", "bench", "plan"]) {
+        assert(!stdout.includes(`\n  ${name} `), name);
+      }
+    }
+    assertLess(best, 300);
+  });
+
+  it("is what no command, help and --version give", async () => {
+    const none = await wkv([]);
+    assertEquals([none.code, none.stdout], [2, ""]);
+    assertStringIncludes(none.stderr, "Usage: wkv <command>");
+    const version = await ok(["--version"]);
+    assertMatch(version.stdout, /^\d+\.\d+\.\d+\n$/);
+    const help = await ok(["help", "list"]);
+    assertEquals(help.stdout, (await ok(["list", "--help"])).stdout);
+    assertStringIncludes(help.stdout, "Usage: wkv list [options]");
+  });
+});
+
+describe("wrong command lines", () => {
+  it("end with 2, before any model is loaded", async () => {
+    const start = performance.now();
+    const binary = `${temporary}/binary.txt`;
+    await Deno.writeFile(binary, Uint8Array.of(0x61, 0x0a, 0xff, 0));
+    await expectErrors([
+      { args: ["genrate", "x"], code: 2, says: ["did you mean generate?"] },
+      { args: ["chat"], code: 2, says: ['Unknown command "chat"'] },
+      { args: ["__proto__"], code: 2, says: ["Unknown command"] },
+      { args: ["--jsn"], code: 2, says: ["Unknown option"] },
+      ...([
+        [["--buget", "3", "x"], "did you mean --budget?"],
+        [["--budget", "-1", "x"], '"-1"'],
+        [["--budget", "1.5", "x"], '"1.5"'],
+        [["--budget", "0", "x"], '"0"'],
+        [["--max-tokens", "9007199254740992", "x"], "9007199254740992"],
+        [["--max-tokens", "1e3", "x"], "whole number"],
+        [["--temperature", "NaN", "x"], "NaN"],
+        [["--seed", "18446744073709551616", "x"], "2^53"],
+        [["--budget", "4", "x"], "sinks + recent"],
+        [["--budget", "8", "--recent", "8", "x"], "8 is less than 4 + 8"],
+        [["--policy", "none", "x"], "weighted-kv"],
+        [["--prefill", "chunk:x", "x"], "chunk:N"],
+        [[""], "The prompt is empty"],
+        [[], "The prompt is empty"],
+        [["a", "b"], "one prompt"],
+        [["-f", "/nowhere/p.txt"], "/nowhere/p.txt: There is no such file"],
+        [["-f", "/tmp"], "/tmp: This is a folder"],
+        [["-f", binary], "binary.txt: byte 2: Found what is not UTF-8"],
+        [["x", "--model", "/nowhere.gguf"], "/nowhere.gguf"],
+        [["x", "--model", "/tmp"], "This is a folder"],
+        [["x", "--model", "nothing"], "known names"],
+      ] as [string[], string][]).map(([args, says]) => ({
+        args: ["generate", ...args],
+        code: 2,
+        says: [says],
+      })),
+      { args: ["generate", "x", "--device", "cuda"], code: 1, says: ["CUDA"] },
+      { args: ["perplexity", "--window", "9"], code: 2, says: ["--text"] },
+      { args: ["perplexity", "--text", "-"], code: 2, says: ["--window"] },
+      { args: ["list", "x"], code: 2, says: ["no argument"] },
+      { args: ["build", "cuda"], code: 1, says: ["no CUDA library yet"] },
+      { args: ["build", "metal"], code: 2, says: ["cpu or cuda"] },
+      { args: ["completions", "tcsh"], code: 2, says: ["bash, zsh, fish"] },
+      { args: ["pull", "nothing"], code: 2, says: ["known names"] },
+    ]);
+    assertLess(performance.now() - start, 30_000);
+  });
+
+  it("say more with WKV_DEBUG=1", async () => {
+    const { stderr } = await wkv(["generate", "x", "--model", "/no.gguf"], {
+      env: { WKV_DEBUG: "1" },
+    });
+    assertMatch(stderr, /^wkv: .+\n[^]*\n\s+at /);
+  });
+});
+
+describe("wrong files", () => {
+  it("end with 2 and name file and field", async () => {
+    const short = `${temporary}/short.gguf`;
+    const cut = `${temporary}/cut.gguf`;
+    const foreign = `${temporary}/foreign.gguf`;
+    const none = `${temporary}/none.gguf`;
+    {
+      using file = await Deno.open(model);
+      const bytes = new Uint8Array(1 << 22);
+      let length = 0;
+      while (length < bytes.length) {
+        length += await file.read(bytes.subarray(length)) ?? 0;
+      }
+      await Deno.writeFile(cut, bytes);
+      await Deno.writeFile(short, bytes.subarray(0, 1000));
+    }
+    await Deno.writeTextFile(foreign, "{}".repeat(1000));
+    await Deno.writeFile(none, new Uint8Array());
+    await expectErrors([
+      ...[cut, short, foreign, none].map((path) => ({
+        args: ["generate", "x", "--model", path],
+        code: 2,
+        says: [path],
+      })),
+      { args: ["info", foreign], code: 2, says: ["foreign.gguf: magic:"] },
+      {
+        args: ["perplexity", "--text", cut, "--window", "9"],
+        code: 2,
+        says: ["UTF-8"],
+      },
+    ]);
+  });
+});
+
+describe("models", () => {
+  it("info reads the header", async () => {
+    const { stdout } = await ok(["info", model, "--json", "--budget", "100"]);
+    const info = JSON.parse(stdout);
+    assertEquals(
+      [info.architecture, info.layers, info.heads, info.kvHeads, info.headDim],
+      ["llama", 30, 9, 3, 64],
+    );
+    assertEquals([info.vocabulary, info.context], [49152, 8192]);
+    assertEquals(info.parameters, 134_515_008);
+    assertEquals(info.cache.bytesPerToken, 23040);
+    assertEquals(info.cache.budgetBytes, 2_304_000);
+    assertEquals(info.types.Q4_1.tensors, 210);
+    const text = await ok(["info", "--model", model]);
+    assertStringIncludes(text.stdout, "134.5 million");
+    assertStringIncludes(text.stdout, "22.5 KiB a token");
+  });
+
+  it("list and pull find what is here", async () => {
+    const { stdout } = await ok(["list", "--json"]);
+    const models = stdout.trim().split("\n").map((line) => JSON.parse(line));
+    const row = models.find(({ path }) => path === model);
+    assertEquals(row, {
+      name: "smollm2-135m-instruct",
+      path: model,
+      bytes: 98_362_432,
+    });
+    assertStringIncludes((await ok(["list"])).stdout, "93.8 MiB");
+    const pull = await ok(["pull", "smollm2-135m-instruct"]);
+    assertEquals(pull.stdout, `${model}\n`);
+    assertStringIncludes(pull.stderr, "already there, hash verified");
+    const empty = await ok(["list"], { env: { XDG_CACHE_HOME: temporary } });
+    assertEquals(empty.stdout, "");
+    assertStringIncludes(empty.stderr, "wkv pull");
+  });
+
+  it("say what to do without pip, network or a writable cache", async () => {
+    const bare = `${temporary}/bare`;
+    const offline = `${temporary}/offline`;
+    const file = `${temporary}/file`;
+    for (const folder of [bare, offline]) await Deno.mkdir(folder);
+    await Deno.writeTextFile(file, "");
+    await writeScript(
+      `${offline}/python3`,
+      'echo "ERROR: No matching distribution found" >&2; exit 1',
+    );
+    const ways = [/pip/, "pull hf:", "--model FILE"];
+    const empty = { XDG_CACHE_HOME: `${temporary}/cache` };
+    await expectErrors([
+      {
+        args: ["generate", "x", "--quiet"],
+        code: 1,
+        says: ways,
+        setting: { env: { ...empty, PATH: bare } },
+      },
+    ]);
+    for (
+      const { says, env } of [
+        { says: ways, env: { ...empty, PATH: bare } },
+        {
+          says: [...ways, "No matching distribution"],
+          env: { ...empty, PATH: offline },
+        },
+        {
+          says: ["can't be written", "XDG_CACHE_HOME"],
+          env: { XDG_CACHE_HOME: file },
+        },
+      ]
+    ) {
+      const { code, stderr } = await wkv(["pull"], { env });
+      assertEquals(code, 1, stderr);
+      for (const text of says) assertMatch(stderr, pattern(text));
+    }
+    await expectErrors([{
+      args: ["generate", "x", "--offline"],
+      code: 2,
+      says: ["pull smollm2"],
+      setting: { env: empty },
+    }]);
+  });
+});
+
+describe("wkv completions", () => {
+  it("complete commands, options and their values in bash", async () => {
+    const script = `${temporary}/completions.bash`;
+    const { stdout } = await ok(["completions", "bash"]);
+    await Deno.writeTextFile(script, stdout);
+    const complete = async (...words: string[]): Promise<string[]> => {
+      const { stdout, stderr } = await execute("bash", [
+        ...["--norc", "-c"],
+        `source ${script}; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_wkv; printf '%s\\n' "\${COMPREPLY[@]}"`,
+        ...["bash", "_", ...words],
+      ]);
+      assertEquals(stderr, "");
+      return stdout.split("\n").filter((line) => line !== "");
+    };
+    assertEquals(await complete("wkv", "gen"), ["generate"]);
+    assertEquals(await complete("wkv", "p"), ["perplexity", "pull"]);
+    assertEquals(await complete("wkv", "generate", "--bud"), ["--budget"]);
+    assertEquals(await complete("wkv", "generate", "--device", "c"), [
+      "cpu",
+      "cuda",
+    ]);
+    assertEquals(await complete("wkv", "perplexity", "--policy", "str"), [
+      "streaming-llm",
+    ]);
+    assertEquals(await complete("wkv", "completions", "z"), ["zsh"]);
+  });
+
+  it("name every command and option in zsh and fish", async () => {
+    for (const shell of ["zsh", "fish"]) {
+      const { stdout } = await ok(["completions", shell]);
+      for (
+        const word of ["generate", "doctor", "max-tokens", "dump-cache"].concat(
+          "weighted-kv-ward",
+        )
+      ) assertStringIncludes(stdout, word);
+      assertLessOrEqual(stdout.length, 50_000);
+    }
+  });
+});
