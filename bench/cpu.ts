@@ -33,7 +33,6 @@ const args = parseArgs(Deno.args, {
   quick: boolean;
 };
 const runs = args.quick ? 1 : Number(args.runs);
-const depths = args.quick ? "512" : "512,2048";
 const cores = navigator.hardwareConcurrency;
 const model = await resolveModel(DEFAULT_MODEL);
 const bandwidth = await readBandwidth();
@@ -51,7 +50,7 @@ const take = (list: Line[], name: string) => {
 };
 
 for (let run = 0; run < runs; run++) {
-  const one = ["--runs", "1", "--depth", depths];
+  const one = ["--runs", "1", "--depth", "512"];
   take(await ours(...one), "full");
   if (args.modules) {
     take(

@@ -29,7 +29,7 @@ export function readArguments<O extends Options>(
   });
   const values: Record<string, unknown> = {};
   for (const name of names) {
-    const given = parsed[name];
+    const given: unknown = parsed[name];
     if (given === true) values[name] = true;
     if (!Array.isArray(given) || given.length === 0) continue;
     values[name] = options[name]!.read(given as string[], name);

@@ -32,7 +32,8 @@ WKV_HD inline bool wkv_select_uses_gap(int32_t select) {
   return select == WKV_SELECT_MERGE_COST || select == WKV_SELECT_MERGE_COST_LINEAR;
 }
 
-/** What the victim minimises. w_j, w_r: averages of the token and its right neighbour (0 when there is none). */
+/** What the victim minimises. w_j, w_r: averages of the token and its right neighbour; where merges cost,
+ *  the caller passes over the newest token, which has none. */
 WKV_HD inline float wkv_select_value(int32_t select, int32_t rank, float w_j, float w_r, float gap) {
   if (select == WKV_SELECT_OLDEST) return (float)rank;
   if (wkv_select_uses_gap(select)) return wkv_merge_cost(select, w_j, w_r, gap);

@@ -157,7 +157,7 @@ WKV_API int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows,
 
 /* ---- cache ---- */
 
-/** Opens a rotation of the first 2 * count dimensions of a head by position * frequencies[i]; tables reach `positions` ranks. */
+/** Opens a rotation of the first 2 * count dimensions of a head by position * frequencies[i]; tables reach `positions` ranks, 2^21 at most. */
 WKV_API int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const float* frequencies /* [count] */, int32_t frequencies_bytes, int32_t positions, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Opens an empty cache of exactly `slots` tokens a KV head, in every layer and sequence; nothing is allocated later.

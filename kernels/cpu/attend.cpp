@@ -97,7 +97,7 @@ void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& 
 }
 
 /** Joins the stretches of one head in order, adds the weights to the scores, and settles the new token. */
-void join(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, float* out, int32_t forced) {
+void join(const Loops& loops, Cache& cache, int32_t layer, int64_t head, const Plan& plan, const Work& w, float* out, int32_t forced) {
   Ranked r = cache.ranked(head);
   const int32_t total = r.count + 1, used = (total + plan.stretch - 1) / plan.stretch;
   const int32_t step = ++cache.counts[head].steps;
@@ -106,6 +106,7 @@ void join(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, cons
     float most = -INFINITY, sum = 0.0f;
     for (int32_t s = 0; s < used; s++) most = std::fmax(most, w.highest[s * plan.group + g]);
     for (int32_t s = 0; s < used; s++) sum += std::exp(w.highest[s * plan.group + g] - most) * w.sums[s * plan.group + g];
+    check_sum(sum, layer);
     std::memset(out + g * plan.head_dim, 0, size_t(plan.head_dim) * 4);
     for (int32_t s = 0; s < used; s++) {
       const float factor = std::exp(w.highest[s * plan.group + g] - most) / sum;
@@ -150,7 +151,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
           float* row = to->row(u / cache->kv_heads) + u % cache->kv_heads * plan.group * plan.head_dim;
-          join(loops, *cache, first + u, plan, work(u), row, forced ? forced->i32()[u] : -1);
+          join(loops, *cache, layer, first + u, plan, work(u), row, forced ? forced->i32()[u] : -1);
         }
       });
     });

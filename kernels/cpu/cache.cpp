@@ -106,7 +106,7 @@ int32_t pick(const Cache& cache, const Ranked& r, int32_t step) {
     float value = INFINITY;  // the newest has no right neighbour to be merged with
     if (!gapped) value = wkv_select_value(cache.select, rank, w, 0.0f, 0.0f);
     else if (rank + 1 < r.count) value = wkv_select_value(cache.select, rank, w, wkv_average(r.score[rank + 1], step - r.birth[rank + 1] + 1), r.gap[rank]);
-    if (std::isnan(value)) fail(WKV_DATA, "The attention of rank " + std::to_string(rank) + " is not a number");
+    if (std::isnan(value)) fail(WKV_DATA, "The merge cost of rank " + std::to_string(rank) + " is not a number");
     if (best < 0 || value < least) best = rank, least = value;
   }
   return best;
@@ -127,8 +127,8 @@ void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Inc
   static thread_local std::vector<int32_t> freed;
   freed.clear();
   while (r.count > cache.slots) {
-    const int32_t j = forced >= 0 ? forced : pick(cache, r, step);
-    if (j < 0 || !wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
+    const int32_t j = forced != -1 ? forced : pick(cache, r, step);
+    if (!wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
     const bool neighbour = j + 1 < r.count;
     const float w_v = wkv_average(r.score[j], step - r.birth[j] + 1);
     const float w_r = neighbour ? wkv_average(r.score[j + 1], step - r.birth[j + 1] + 1) : 0.0f;
@@ -181,7 +181,7 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     require_buffer(out, out_bytes, 4, "out");
     require(head_dim >= 2 && head_dim <= 512, "head_dim must be between 2 and 512: " + std::to_string(head_dim));
     require(pairs == WKV_PAIRS_HALF || pairs == WKV_PAIRS_INTERLEAVED, "pairs " + std::to_string(pairs) + " is unknown");
-    require(positions >= 0, "positions must not be negative: " + std::to_string(positions));
+    require(positions >= 0 && positions <= 1 << 21, "positions must be between 0 and 2097152: " + std::to_string(positions));
     require(frequencies != nullptr && frequencies_bytes > 0 && frequencies_bytes % 4 == 0 && frequencies_bytes / 4 * 2 <= head_dim, "frequencies must hold between 1 and head_dim / 2 floats");
     auto rope = std::make_shared<Rope>();
     rope->head_dim = head_dim;

@@ -71,6 +71,11 @@ void store_key(const Loops& loops, const Cache& cache, float* key, const Rotatio
 /** Rotates a head that is in the library's order. */
 void rotate(float* head, const Rotation& by);
 
+/** Refuses a softmax whose sum is no number: a query or key was none. */
+inline void check_sum(float sum, int32_t layer) {
+  if (!(sum > 0.0f && sum <= 3.4e38f)) fail(WKV_DATA, "The attention of layer " + std::to_string(layer) + " is not a number");
+}
+
 CacheRef find_cache(int32_t context, int32_t handle, int32_t layer);
 
 /** The ranks that must leave, per sequence and KV head. */

@@ -258,8 +258,20 @@ void group_f32(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t ro
 
 void round_row(const float* x, int32_t columns, int8_t* rounded, float* scales, float* sums) {
   for (int32_t b = 0; b < columns / 32; b++, x += 32, rounded += 32) {
+    f8 highest8 = spread(0.0f), none8 = spread(0.0f);
+    for (int32_t i = 0; i < 32; i += 8) {
+      const f8 v = load(x + i), magnitude = (f8)((i8)v & 0x7fffffff);
+      highest8 = magnitude > highest8 ? magnitude : highest8;
+      none8 += v * spread(0.0f);
+    }
     float most = 0.0f;
-    for (int32_t i = 0; i < 32; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+    for (int32_t i = 0; i < 8; i++) most = highest8[i] > most ? highest8[i] : most;
+    const float none = sum(none8);
+    if (std::isnan(none)) {  // x is not finite: nor is what comes of it
+      std::memset(rounded, 0, 32);
+      scales[b] = sums[b] = none;
+      continue;
+    }
     const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
     int32_t total = 0;
     for (int32_t i = 0; i < 32; i++) {

@@ -67,7 +67,7 @@ struct Job {
   Cache& cache;
   Tensor& qkv;
   Tensor& out;
-  int32_t rows, kv_head;
+  int32_t rows, layer, kv_head;
   int64_t head;
   float scale;
   const Work& w;
@@ -133,6 +133,7 @@ struct Job {
       float* row = weights + t * w.stride;
       const int32_t count = static_cast<int32_t>(kept) + t0 + t + 1;
       const float sum = loops.exponentials(row, count, loops.highest(row, count));
+      check_sum(sum, layer);
       for (int32_t i = 0; i < count; i++) row[i] /= sum;
       std::fill(row + count, row + padded, 0.0f);
       loops.add_scaled(columns, row, 1.0f, count);
@@ -195,7 +196,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       for (int32_t n = 0; n < cache->kv_heads; n++) {
         const int64_t head = cache->head(layer, sequence, n);
         const Work w = cut(ctx.scratch.data(), *cache, ctx.threads.count(), cache->counts[head].kept, rows, nullptr);
-        const Job job{ctx, *cache, *from, *to, rows, n, head, scale, w};
+        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, w};
         job.gather();
         job.attend();
         job.settle_rows();

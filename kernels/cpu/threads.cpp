@@ -1,6 +1,8 @@
 /** threads.cpp: threads that spin shortly between the loops of a step, and sleep between steps. */
 #include "threads.hpp"
 
+#include <system_error>
+
 namespace wkv {
 
 namespace {
@@ -19,7 +21,11 @@ inline void pause() {
 }  // namespace
 
 Threads::Threads(int32_t count) {
-  for (int32_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+  workers_.reserve(count);
+  try {
+    for (int32_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error&) {  // the system has no more: fewer threads give the same results
+  }
 }
 
 Threads::~Threads() {

@@ -23,6 +23,7 @@ struct AttendView {
   const float* qkv;
   float* out;
   float scale;
+  int32_t layer;
   const int32_t* victims;
   float* weights;  // [units, G, stride], null: in shared memory
   int32_t stride;
@@ -142,6 +143,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(AttendView a, Faults f
     float sum = 0.0f;
     for (int w = 0; w < kWarps; w++) sum += partial[tid * kWarps + w];
     factor[tid] = 1.0f / sum;
+    if (tid < group && !is_sum(sum)) faults.report(Fault::NanAttention, a.layer);
   }
   __syncthreads();
 
@@ -233,6 +235,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
     a.qkv = from->f32();
     a.out = to->f32();
     a.scale = scale;
+    a.layer = layer;
     a.victims = forced ? forced->i32() : nullptr;
     by_cache_type(cache->dtype, [&](auto type) { by_group<decltype(type)>(ctx, *cache, a); });
     ctx.submitted();

@@ -116,6 +116,9 @@ void by_cache_type(int32_t dtype, Body body) {
   else body(__nv_bfloat16());
 }
 
+/** Whether a softmax's sum is a number: it is none when a query or key was none. */
+__device__ inline bool is_sum(float sum) { return sum > 0.0f && sum <= 3.4e38f; }
+
 // ---- select, merge, insert: one block a head ----
 
 /** Shared memory of settle. */
@@ -174,7 +177,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
   }
   for (int32_t count = total; count > c.slots; count--) {
     // Select.
-    if (forced < 0) {
+    if (forced == -1) {
       if (c.gapped()) {
         for (int32_t i = tid; i < total; i += blockDim.x) {
           if (e.rank[i] >= 0) e.average[e.rank[i]] = average(i);
@@ -219,7 +222,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
       if (tid == 0) faults.report(Fault::NanScore, bad);
       return;
     }
-    if (j < 0 || !wkv_evictable(j, count, c.sinks, c.recent)) {
+    if (!wkv_evictable(j, count, c.sinks, c.recent)) {
       if (tid == 0) faults.report(Fault::Rank, j, count, c.sinks, c.recent);
       return;
     }

@@ -45,6 +45,10 @@ __device__ inline float silu_times(float gate, float up) { return gate / (1.0f +
 /** One block of 32 numbers, a lane each, in 8 bits: returns the rounded number, and the scale and sum in every lane. */
 __device__ inline int32_t round_lane(float x, float* scale, float* sum) {
   const float most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(x))));
+  if (!(most <= 3.402823466e38f)) {  // x is not finite: nor is what comes of it
+    *scale = *sum = __uint_as_float(0x7fc00000u);
+    return 0;
+  }
   const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
   const int32_t q = static_cast<int32_t>(rintf(x * inverse));
   *scale = most / 127.0f;

@@ -24,7 +24,7 @@ constexpr int kRows = 16, kColumns = 32;
 
 struct PrefillView {
   CacheView cache;
-  int32_t sequence, rows;
+  int32_t layer, sequence, rows;
   const float* qkv;
   float* out;
   float scale;
@@ -127,7 +127,7 @@ __device__ inline float dot(const float* a, const float* b, int32_t dim) {
 
 /** 16 threads a row; thread x of them owns the dimensions x + 16 k. */
 template <typename T, int kDim>
-__global__ void __launch_bounds__(256) forward_kernel(PrefillView p) {
+__global__ void __launch_bounds__(256) forward_kernel(PrefillView p, Faults faults) {
   extern __shared__ float shared[];
   __shared__ float weights[kRows][kColumns];
   const CacheView& c = p.cache;
@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(256) forward_kernel(PrefillView p) {
     }
   }
   if (t >= p.rows) return;
+  if (tx == 0 && !is_sum(sum)) faults.report(Fault::NanAttention, p.layer);
 #pragma unroll
   for (int k = 0; k < kDim / 16; k++) {
     const int32_t d = tx + 16 * k;
@@ -250,7 +251,7 @@ void launch(Context& ctx, const Cache& cache, const PrefillView& p) {
   allow_shared(forward_kernel<T, kDim>, shared);
   allow_shared(columns_kernel<T>, shared);
   arrive_kernel<T><<<dim3(p.rows, cache.heads + 2 * cache.kv_heads), 128, 0, ctx.stream>>>(p);
-  forward_kernel<T, kDim><<<dim3(divide_up(p.rows, kRows), cache.heads), 256, shared, ctx.stream>>>(p);
+  forward_kernel<T, kDim><<<dim3(divide_up(p.rows, kRows), cache.heads), 256, shared, ctx.stream>>>(p, ctx.faults());
   columns_kernel<T><<<dim3(divide_up(p.entries, kColumns), cache.kv_heads), 256, shared, ctx.stream>>>(p);
   settle_kernel<T><<<cache.kv_heads, 512, 0, ctx.stream>>>(p, ctx.faults());
 }
@@ -270,6 +271,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     ctx.hold(cache, from, to);
     PrefillView p{};
     p.cache = cache->view(layer);
+    p.layer = layer;
     p.sequence = sequence;
     p.rows = rows;
     p.qkv = from->f32();

@@ -42,6 +42,15 @@ const commonFlags = [
   "-Wno-psabi",
 ];
 
+const linkFlags = [
+  "-static-libstdc++",
+  "-static-libgcc",
+  "-pthread",
+];
+
+/** Exports what wkv.h declares, and nothing of the standard library inside. */
+const exportMap = "{ global: wkv_*; local: *; };\n";
+
 /** The sources of one library, by path below kernels/. */
 export function sourcesOf(kind: LibraryKind): [name: string, body: string][] {
   const other = kind === "cpu" ? "cuda/" : "cpu/";
@@ -75,7 +84,9 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
   const sets = instructionSets[Deno.build.arch] ?? [];
   const version = await run(compiler, ["--version"], options.signal);
   const hash = await sourceHash();
-  const key = await sha256(JSON.stringify([version, commonFlags, sets]));
+  const key = await sha256(
+    JSON.stringify([version, commonFlags, sets, linkFlags, exportMap]),
+  );
   const path = `${options.folder}/${await libraryPrefix()}${
     key.slice(0, 8)
   }.so`;
@@ -102,7 +113,7 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
     compiler,
     kind: "cpu",
     jobs,
-    link: ["-shared", "-static-libstdc++", "-static-libgcc", "-pthread"],
+    link: linkFlags,
     path,
   });
   return path;
@@ -164,7 +175,7 @@ export async function buildCudaLibrary(
   ];
   const version = await run(compiler, ["--version"], options.signal);
   const hash = await sourceHash("cuda");
-  const key = await sha256(JSON.stringify([version, flags]));
+  const key = await sha256(JSON.stringify([version, flags, exportMap]));
   const path = `${options.folder}/${await libraryPrefix("cuda")}${
     key.slice(0, 8)
   }.so`;
@@ -186,7 +197,6 @@ export async function buildCudaLibrary(
     kind: "cuda",
     jobs,
     link: [
-      "-shared",
       "-cudart",
       "static",
       "-Xcompiler",
@@ -196,6 +206,13 @@ export async function buildCudaLibrary(
   });
   options.onKernels?.(said.flatMap(kernelUses));
   return path;
+}
+
+/** The linker's flag in words that the compiler passes on. */
+function versionScript(kind: LibraryKind, file: string): string[] {
+  return kind === "cpu"
+    ? [`-Wl,--version-script=${file}`]
+    : ["-Xlinker", `--version-script=${file}`];
 }
 
 /** The `-gencode` of a target. */
@@ -268,6 +285,7 @@ async function make(
       });
       await Deno.writeTextFile(file, body);
     }
+    await Deno.writeTextFile(`${work}/exports.map`, exportMap);
     const said: string[] = [];
     const jobs = options.jobs.map(({ source, object, flags }) => [
       ...flags,
@@ -285,7 +303,14 @@ async function make(
     const workers = Math.min(navigator.hardwareConcurrency || 2, jobs.length);
     await Promise.all(Array.from({ length: workers }, next));
     const library = `${work}/library.so`;
-    await run(compiler, ["-o", library, ...objects, ...options.link], signal);
+    await run(compiler, [
+      "-shared",
+      "-o",
+      library,
+      ...objects,
+      ...options.link,
+      ...versionScript(options.kind, `${work}/exports.map`),
+    ], signal);
     await Deno.rename(library, options.path);
     return said;
   } finally {

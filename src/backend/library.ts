@@ -112,7 +112,10 @@ async function findLibrary(
   }
   for (const folder of folders) {
     try {
-      const path = await build({
+      using _lock = await lockFolder(folder);
+      // Another process may have built it while this one waited.
+      const built = options.anew ? null : await newestIn(folder, prefix);
+      const path = built ?? await build({
         folder,
         ...(options.onBuild ? { onStart: options.onBuild } : {}),
         ...(options.signal ? { signal: options.signal } : {}),
@@ -129,6 +132,17 @@ async function findLibrary(
     }
   }
   throw new LibraryError(`No folder takes the ${name} library`, tried);
+}
+
+/** Lets one process at a time build into a folder. */
+async function lockFolder(folder: string): Promise<Deno.FsFile> {
+  await Deno.mkdir(folder, { recursive: true });
+  const file = await Deno.open(`${folder}/.lock`, {
+    create: true,
+    write: true,
+  });
+  await file.lock(true);
+  return file;
 }
 
 async function newestIn(

@@ -99,7 +99,7 @@ void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& 
 }
 
 /** Joins the stretches of one head in order, adds the weights to the scores, and settles the new token. */
-void join(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, float* out, int32_t forced) {
+void join(const Loops& loops, Cache& cache, int32_t layer, int64_t head, const Plan& plan, const Work& w, float* out, int32_t forced) {
   Ranked r = cache.ranked(head);
   const int32_t total = r.count + 1, used = (total + plan.stretch - 1) / plan.stretch;
   const int32_t step = ++cache.counts[head].steps;
@@ -108,6 +108,7 @@ void join(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, cons
     float most = -INFINITY, sum = 0.0f;
     for (int32_t s = 0; s < used; s++) most = std::fmax(most, w.highest[s * plan.group + g]);
     for (int32_t s = 0; s < used; s++) sum += std::exp(w.highest[s * plan.group + g] - most) * w.sums[s * plan.group + g];
+    check_sum(sum, layer);
     std::memset(out + g * plan.head_dim, 0, size_t(plan.head_dim) * 4);
     for (int32_t s = 0; s < used; s++) {
       const float factor = std::exp(w.highest[s * plan.group + g] - most) / sum;
@@ -152,7 +153,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
           float* row = to->row(u / cache->kv_heads) + u % cache->kv_heads * plan.group * plan.head_dim;
-          join(loops, *cache, first + u, plan, work(u), row, forced ? forced->i32()[u] : -1);
+          join(loops, *cache, layer, first + u, plan, work(u), row, forced ? forced->i32()[u] : -1);
         }
       });
     });
@@ -267,7 +268,7 @@ int32_t pick(const Cache& cache, const Ranked& r, int32_t step) {
     float value = INFINITY;  // the newest has no right neighbour to be merged with
     if (!gapped) value = wkv_select_value(cache.select, rank, w, 0.0f, 0.0f);
     else if (rank + 1 < r.count) value = wkv_select_value(cache.select, rank, w, wkv_average(r.score[rank + 1], step - r.birth[rank + 1] + 1), r.gap[rank]);
-    if (std::isnan(value)) fail(WKV_DATA, "The attention of rank " + std::to_string(rank) + " is not a number");
+    if (std::isnan(value)) fail(WKV_DATA, "The merge cost of rank " + std::to_string(rank) + " is not a number");
     if (best < 0 || value < least) best = rank, least = value;
   }
   return best;
@@ -288,8 +289,8 @@ void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Inc
   static thread_local std::vector<int32_t> freed;
   freed.clear();
   while (r.count > cache.slots) {
-    const int32_t j = forced >= 0 ? forced : pick(cache, r, step);
-    if (j < 0 || !wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
+    const int32_t j = forced != -1 ? forced : pick(cache, r, step);
+    if (!wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
     const bool neighbour = j + 1 < r.count;
     const float w_v = wkv_average(r.score[j], step - r.birth[j] + 1);
     const float w_r = neighbour ? wkv_average(r.score[j + 1], step - r.birth[j + 1] + 1) : 0.0f;
@@ -342,7 +343,7 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     require_buffer(out, out_bytes, 4, "out");
     require(head_dim >= 2 && head_dim <= 512, "head_dim must be between 2 and 512: " + std::to_string(head_dim));
     require(pairs == WKV_PAIRS_HALF || pairs == WKV_PAIRS_INTERLEAVED, "pairs " + std::to_string(pairs) + " is unknown");
-    require(positions >= 0, "positions must not be negative: " + std::to_string(positions));
+    require(positions >= 0 && positions <= 1 << 21, "positions must be between 0 and 2097152: " + std::to_string(positions));
     require(frequencies != nullptr && frequencies_bytes > 0 && frequencies_bytes % 4 == 0 && frequencies_bytes / 4 * 2 <= head_dim, "frequencies must hold between 1 and head_dim / 2 floats");
     auto rope = std::make_shared<Rope>();
     rope->head_dim = head_dim;
@@ -556,6 +557,11 @@ void store_key(const Loops& loops, const Cache& cache, float* key, const Rotatio
 
 /** Rotates a head that is in the library's order. */
 void rotate(float* head, const Rotation& by);
+
+/** Refuses a softmax whose sum is no number: a query or key was none. */
+inline void check_sum(float sum, int32_t layer) {
+  if (!(sum > 0.0f && sum <= 3.4e38f)) fail(WKV_DATA, "The attention of layer " + std::to_string(layer) + " is not a number");
+}
 
 CacheRef find_cache(int32_t context, int32_t handle, int32_t layer);
 
@@ -1130,8 +1136,20 @@ void group_f32(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t ro
 
 void round_row(const float* x, int32_t columns, int8_t* rounded, float* scales, float* sums) {
   for (int32_t b = 0; b < columns / 32; b++, x += 32, rounded += 32) {
+    f8 highest8 = spread(0.0f), none8 = spread(0.0f);
+    for (int32_t i = 0; i < 32; i += 8) {
+      const f8 v = load(x + i), magnitude = (f8)((i8)v & 0x7fffffff);
+      highest8 = magnitude > highest8 ? magnitude : highest8;
+      none8 += v * spread(0.0f);
+    }
     float most = 0.0f;
-    for (int32_t i = 0; i < 32; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+    for (int32_t i = 0; i < 8; i++) most = highest8[i] > most ? highest8[i] : most;
+    const float none = sum(none8);
+    if (std::isnan(none)) {  // x is not finite: nor is what comes of it
+      std::memset(rounded, 0, 32);
+      scales[b] = sums[b] = none;
+      continue;
+    }
     const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
     int32_t total = 0;
     for (int32_t i = 0; i < 32; i++) {
@@ -1666,7 +1684,7 @@ struct Job {
   Cache& cache;
   Tensor& qkv;
   Tensor& out;
-  int32_t rows, kv_head;
+  int32_t rows, layer, kv_head;
   int64_t head;
   float scale;
   const Work& w;
@@ -1732,6 +1750,7 @@ struct Job {
       float* row = weights + t * w.stride;
       const int32_t count = static_cast<int32_t>(kept) + t0 + t + 1;
       const float sum = loops.exponentials(row, count, loops.highest(row, count));
+      check_sum(sum, layer);
       for (int32_t i = 0; i < count; i++) row[i] /= sum;
       std::fill(row + count, row + padded, 0.0f);
       loops.add_scaled(columns, row, 1.0f, count);
@@ -1794,7 +1813,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       for (int32_t n = 0; n < cache->kv_heads; n++) {
         const int64_t head = cache->head(layer, sequence, n);
         const Work w = cut(ctx.scratch.data(), *cache, ctx.threads.count(), cache->counts[head].kept, rows, nullptr);
-        const Job job{ctx, *cache, *from, *to, rows, n, head, scale, w};
+        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, w};
         job.gather();
         job.attend();
         job.settle_rows();
@@ -1881,7 +1900,7 @@ void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const
 
 Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
   const int64_t stored = grouped(dtype) ? (int64_t{rows} + 7) / 8 * 8 : rows;
-  memory.resize(static_cast<size_t>(stored * row_bytes(dtype, columns)));
+  memory.resize(static_cast<size_t>(stored) * static_cast<size_t>(row_bytes(dtype, columns)));  // below 2^64: 2^31 rows of 2^33 bytes
 }
 
 }  // namespace wkv
@@ -2128,6 +2147,8 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
   "cpu/threads.cpp": `/** threads.cpp: threads that spin shortly between the loops of a step, and sleep between steps. */
 #include "threads.hpp"
 
+#include <system_error>
+
 namespace wkv {
 
 namespace {
@@ -2146,7 +2167,11 @@ inline void pause() {
 }  // namespace
 
 Threads::Threads(int32_t count) {
-  for (int32_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+  workers_.reserve(count);
+  try {
+    for (int32_t i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::system_error&) {  // the system has no more: fewer threads give the same results
+  }
 }
 
 Threads::~Threads() {
@@ -2299,6 +2324,7 @@ struct AttendView {
   const float* qkv;
   float* out;
   float scale;
+  int32_t layer;
   const int32_t* victims;
   float* weights;  // [units, G, stride], null: in shared memory
   int32_t stride;
@@ -2418,6 +2444,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(AttendView a, Faults f
     float sum = 0.0f;
     for (int w = 0; w < kWarps; w++) sum += partial[tid * kWarps + w];
     factor[tid] = 1.0f / sum;
+    if (tid < group && !is_sum(sum)) faults.report(Fault::NanAttention, a.layer);
   }
   __syncthreads();
 
@@ -2509,6 +2536,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
     a.qkv = from->f32();
     a.out = to->f32();
     a.scale = scale;
+    a.layer = layer;
     a.victims = forced ? forced->i32() : nullptr;
     by_cache_type(cache->dtype, [&](auto type) { by_group<decltype(type)>(ctx, *cache, a); });
     ctx.submitted();
@@ -2606,7 +2634,7 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     require_buffer(out, out_bytes, 4, "out");
     require(head_dim >= 2 && head_dim <= 512, "head_dim must be between 2 and 512: " + std::to_string(head_dim));
     require(pairs == WKV_PAIRS_HALF || pairs == WKV_PAIRS_INTERLEAVED, "pairs " + std::to_string(pairs) + " is unknown");
-    require(positions >= 0, "positions must not be negative: " + std::to_string(positions));
+    require(positions >= 0 && positions <= 1 << 21, "positions must be between 0 and 2097152: " + std::to_string(positions));
     require(frequencies != nullptr && frequencies_bytes > 0 && frequencies_bytes % 4 == 0 && frequencies_bytes / 4 * 2 <= head_dim, "frequencies must hold between 1 and head_dim / 2 floats");
     auto rope = std::make_shared<Rope>();
     rope->head_dim = head_dim;
@@ -2893,6 +2921,9 @@ void by_cache_type(int32_t dtype, Body body) {
   else body(__nv_bfloat16());
 }
 
+/** Whether a softmax's sum is a number: it is none when a query or key was none. */
+__device__ inline bool is_sum(float sum) { return sum > 0.0f && sum <= 3.4e38f; }
+
 // ---- select, merge, insert: one block a head ----
 
 /** Shared memory of settle. */
@@ -2951,7 +2982,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
   }
   for (int32_t count = total; count > c.slots; count--) {
     // Select.
-    if (forced < 0) {
+    if (forced == -1) {
       if (c.gapped()) {
         for (int32_t i = tid; i < total; i += blockDim.x) {
           if (e.rank[i] >= 0) e.average[e.rank[i]] = average(i);
@@ -2996,7 +3027,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
       if (tid == 0) faults.report(Fault::NanScore, bad);
       return;
     }
-    if (j < 0 || !wkv_evictable(j, count, c.sinks, c.recent)) {
+    if (!wkv_evictable(j, count, c.sinks, c.recent)) {
       if (tid == 0) faults.report(Fault::Rank, j, count, c.sinks, c.recent);
       return;
     }
@@ -3116,7 +3147,7 @@ using DeviceRef = std::shared_ptr<DeviceMemory>;
 
 // ---- data errors: found on the device, read after a run ----
 
-enum class Fault : int32_t { None, Token, Target, NanLogit, NanScore, Full, Rank };
+enum class Fault : int32_t { None, Token, Target, NanLogit, NanAttention, NanScore, Full, Rank };
 
 /** What the first faulty thread left. */
 struct FaultWord {
@@ -3219,10 +3250,10 @@ int32_t entry(int32_t handle, Body body) {
   });
 }
 
-/** Lets a kernel use this much shared memory. */
+/** Lets a kernel use this much shared memory: what it declares itself, 8 KB at most, counts towards the 48 KB that need no leave. */
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
+  if (bytes > 40 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
 }
 
 inline int32_t divide_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
@@ -3408,6 +3439,10 @@ __device__ inline float silu_times(float gate, float up) { return gate / (1.0f +
 /** One block of 32 numbers, a lane each, in 8 bits: returns the rounded number, and the scale and sum in every lane. */
 __device__ inline int32_t round_lane(float x, float* scale, float* sum) {
   const float most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(x))));
+  if (!(most <= 3.402823466e38f)) {  // x is not finite: nor is what comes of it
+    *scale = *sum = __uint_as_float(0x7fc00000u);
+    return 0;
+  }
   const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
   const int32_t q = static_cast<int32_t>(rintf(x * inverse));
   *scale = most / 127.0f;
@@ -3939,7 +3974,7 @@ constexpr int kRows = 16, kColumns = 32;
 
 struct PrefillView {
   CacheView cache;
-  int32_t sequence, rows;
+  int32_t layer, sequence, rows;
   const float* qkv;
   float* out;
   float scale;
@@ -4042,7 +4077,7 @@ __device__ inline float dot(const float* a, const float* b, int32_t dim) {
 
 /** 16 threads a row; thread x of them owns the dimensions x + 16 k. */
 template <typename T, int kDim>
-__global__ void __launch_bounds__(256) forward_kernel(PrefillView p) {
+__global__ void __launch_bounds__(256) forward_kernel(PrefillView p, Faults faults) {
   extern __shared__ float shared[];
   __shared__ float weights[kRows][kColumns];
   const CacheView& c = p.cache;
@@ -4092,6 +4127,7 @@ __global__ void __launch_bounds__(256) forward_kernel(PrefillView p) {
     }
   }
   if (t >= p.rows) return;
+  if (tx == 0 && !is_sum(sum)) faults.report(Fault::NanAttention, p.layer);
 #pragma unroll
   for (int k = 0; k < kDim / 16; k++) {
     const int32_t d = tx + 16 * k;
@@ -4165,7 +4201,7 @@ void launch(Context& ctx, const Cache& cache, const PrefillView& p) {
   allow_shared(forward_kernel<T, kDim>, shared);
   allow_shared(columns_kernel<T>, shared);
   arrive_kernel<T><<<dim3(p.rows, cache.heads + 2 * cache.kv_heads), 128, 0, ctx.stream>>>(p);
-  forward_kernel<T, kDim><<<dim3(divide_up(p.rows, kRows), cache.heads), 256, shared, ctx.stream>>>(p);
+  forward_kernel<T, kDim><<<dim3(divide_up(p.rows, kRows), cache.heads), 256, shared, ctx.stream>>>(p, ctx.faults());
   columns_kernel<T><<<dim3(divide_up(p.entries, kColumns), cache.kv_heads), 256, shared, ctx.stream>>>(p);
   settle_kernel<T><<<cache.kv_heads, 512, 0, ctx.stream>>>(p, ctx.faults());
 }
@@ -4185,6 +4221,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     ctx.hold(cache, from, to);
     PrefillView p{};
     p.cache = cache->view(layer);
+    p.layer = layer;
     p.sequence = sequence;
     p.rows = rows;
     p.qkv = from->f32();
@@ -4248,7 +4285,8 @@ std::string fault_text(const FaultWord& word, int32_t* status) {
     case Fault::Token: return "Token " + n(0) + " is outside the table of " + n(1);
     case Fault::Target: return "Target " + n(0) + " is outside the vocabulary of " + n(1);
     case Fault::NanLogit: return "The logit of token " + n(0) + " is not a number";
-    case Fault::NanScore: return "The attention of rank " + n(0) + " is not a number";
+    case Fault::NanAttention: return "The attention of layer " + n(0) + " is not a number";
+    case Fault::NanScore: return "The merge cost of rank " + n(0) + " is not a number";
     case Fault::Full: return "The cache is full: its policy keeps every token, and it has " + n(0) + " slots";
     default: return "Rank " + n(0) + " may not leave a cache of " + n(1) + " tokens with " + n(2) + " sinks and " + n(3) + " recent";
   }
@@ -4972,7 +5010,8 @@ WKV_HD inline bool wkv_select_uses_gap(int32_t select) {
   return select == WKV_SELECT_MERGE_COST || select == WKV_SELECT_MERGE_COST_LINEAR;
 }
 
-/** What the victim minimises. w_j, w_r: averages of the token and its right neighbour (0 when there is none). */
+/** What the victim minimises. w_j, w_r: averages of the token and its right neighbour; where merges cost,
+ *  the caller passes over the newest token, which has none. */
 WKV_HD inline float wkv_select_value(int32_t select, int32_t rank, float w_j, float w_r, float gap) {
   if (select == WKV_SELECT_OLDEST) return (float)rank;
   if (wkv_select_uses_gap(select)) return wkv_merge_cost(select, w_j, w_r, gap);
@@ -5171,7 +5210,7 @@ WKV_API int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows,
 
 /* ---- cache ---- */
 
-/** Opens a rotation of the first 2 * count dimensions of a head by position * frequencies[i]; tables reach \`positions\` ranks. */
+/** Opens a rotation of the first 2 * count dimensions of a head by position * frequencies[i]; tables reach \`positions\` ranks, 2^21 at most. */
 WKV_API int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const float* frequencies /* [count] */, int32_t frequencies_bytes, int32_t positions, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Opens an empty cache of exactly \`slots\` tokens a KV head, in every layer and sequence; nothing is allocated later.
