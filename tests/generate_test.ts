@@ -28,6 +28,7 @@ import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
 import { PASS_ROWS } from "../src/model.ts";
 import type { Prefill, SamplerOptions } from "../src/session.ts";
 import { testModel } from "./model.ts";
+import { LibraryCopy } from "./isolated.ts";
 import { loadTiny, TINY_END } from "./tiny_model.ts";
 
 /** Runs a generation to its end. */
@@ -227,11 +228,16 @@ describe("the text of a generation", () => {
 });
 
 describe("generate()", () => {
+  let copy: LibraryCopy;
   let model: Model;
   beforeAll(async () => {
-    model = await loadTiny({ context: 128 });
+    copy = await LibraryCopy.make();
+    model = await loadTiny({ context: 128 }, { library: copy.path });
   });
-  afterAll(() => model.close());
+  afterAll(async () => {
+    model.close();
+    await copy[Symbol.asyncDispose]();
+  });
   const free = { ignoreEos: true } as const;
 
   describe("sampling", () => {

@@ -18,6 +18,7 @@ import { FormatError } from "../src/formats/error.ts";
 import { PASS_ROWS } from "../src/model.ts";
 import { Session } from "../src/session.ts";
 import { f32, type FieldValue, u32 } from "./gguf_writer.ts";
+import { LibraryCopy } from "./isolated.ts";
 import { testModel } from "./model.ts";
 import {
   loadBytes,
@@ -243,7 +244,7 @@ describe("a file that is refused", () => {
   ): Promise<FormatError> {
     const before = await liveHandles();
     const error = await assertRejects(
-      () => loadTiny(options),
+      () => loadTiny(options, { library: copy.path }),
       FormatError,
       message,
     );
@@ -252,12 +253,16 @@ describe("a file that is refused", () => {
     return error;
   }
 
+  let copy: LibraryCopy;
   let model: Model;
   beforeAll(async () => {
-    model = await loadTiny();
+    copy = await LibraryCopy.make();
+    model = await loadTiny({}, { library: copy.path });
   });
-  afterAll(() => model.close());
-  // The library counts the handles of all backends.
+  afterAll(async () => {
+    model.close();
+    await copy[Symbol.asyncDispose]();
+  });
   const liveHandles = async () => {
     await new Promise((resolve) => setTimeout(resolve));
     return model.backend.liveHandles;
@@ -418,7 +423,11 @@ describe("a file that is refused", () => {
     const reason = new Error("enough");
     const before = await liveHandles();
     const error = await assertRejects(
-      () => loadTiny({}, { signal: AbortSignal.abort(reason) }),
+      () =>
+        loadTiny({}, {
+          library: copy.path,
+          signal: AbortSignal.abort(reason),
+        }),
     );
     assertEquals(error, reason);
     const controller = new AbortController();
@@ -426,6 +435,7 @@ describe("a file that is refused", () => {
     const late = await assertRejects(
       () =>
         loadTiny({}, {
+          library: copy.path,
           signal: controller.signal,
           onProgress: (progress) => {
             if (progress.stage !== "load") return;

@@ -23,6 +23,7 @@ import {
 import type { Precision } from "../src/backend/ops.ts";
 import type { KvCache, Positions } from "../src/cache/cache.ts";
 import { Session } from "../src/session.ts";
+import { LibraryCopy } from "./isolated.ts";
 import { testModel } from "./model.ts";
 import { loadBytes, type TinyModel, tinyModel } from "./tiny_model.ts";
 
@@ -44,12 +45,17 @@ describe("perplexity()", () => {
     cacheType: "f32",
   };
   let tiny: TinyModel;
+  let copy: LibraryCopy;
   let model: Model;
   beforeAll(async () => {
     tiny = tinyModel({ context: 64 });
-    model = await loadBytes(tiny.bytes);
+    copy = await LibraryCopy.make();
+    model = await loadBytes(tiny.bytes, { library: copy.path });
   });
-  afterAll(() => model.close());
+  afterAll(async () => {
+    model.close();
+    await copy[Symbol.asyncDispose]();
+  });
 
   /** The negative log probability of each target of a window, in f64. */
   function losses(window: readonly number[]): number[] {
