@@ -69,11 +69,13 @@ function native(type: string): string {
 /** The names of the files that a build needs, sorted. */
 export async function sourceNames(): Promise<string[]> {
   const names: string[] = [];
-  for (const folder of ["", "cpu/"]) {
+  for (const folder of ["", "cpu/", "cuda/"]) {
     for await (
       const entry of Deno.readDir(new URL(`./${folder}`, import.meta.url))
     ) {
-      if (/\.(h|hpp|cpp)$/.test(entry.name)) names.push(folder + entry.name);
+      if (/\.(h|hpp|cpp|cuh|cu)$/.test(entry.name)) {
+        names.push(folder + entry.name);
+      }
     }
   }
   return names.sort();

@@ -101,16 +101,18 @@ export class Model implements Disposable {
     using file = await GgufFile.open(path);
     const architecture = findArchitecture(file);
     const config = architecture.config(file);
+    const note = (line: string) =>
+      onProgress?.({
+        stage: "build",
+        loaded: 0,
+        total: null,
+        label: line,
+        note: line,
+      });
     const backend = await Backend.open({
       ...options,
-      onBuild: (line) =>
-        onProgress?.({
-          stage: "build",
-          loaded: 0,
-          total: null,
-          label: line,
-          note: line,
-        }),
+      onBuild: note,
+      onNote: note,
     });
     let tokenizer: Tokenizer | undefined;
     try {

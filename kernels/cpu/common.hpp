@@ -1,32 +1,17 @@
-/** common.hpp: what every file of the CPU library shares: handles, errors, the context with its threads, tensors, recorded ops. */
+/** common.hpp: what every file of the CPU library shares: the context with its threads, tensors, recorded ops. */
 #pragma once
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
 #include <memory>
-#include <mutex>
-#include <new>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../wkv.h"
+#include "../handles.hpp"
 #include "loops.hpp"
 #include "threads.hpp"
 
 namespace wkv {
-
-/** A failure on its way to the C boundary: a status and what wkv_error will say. */
-struct Failure : std::runtime_error {
-  int32_t status;
-  Failure(int32_t status, const std::string& text) : std::runtime_error(text), status(status) {}
-};
-
-[[noreturn]] inline void fail(int32_t status, const std::string& text) { throw Failure(status, text); }
-
-inline void require(bool holds, const std::string& text) {
-  if (!holds) fail(WKV_INVALID, text);
-}
 
 void* zeroed(size_t bytes);
 void release(void* memory, size_t bytes);
@@ -67,17 +52,6 @@ void Memory<T>::resize(size_t count) {
   count_ = count;
 }
 
-enum class Kind { Context, Tensor, Rope, Cache, Graph };
-
-/** What a handle stands for. */
-struct Object {
-  Kind kind;
-  int32_t context = 0;
-  explicit Object(Kind kind) : kind(kind) {}
-  virtual ~Object() = default;
-  virtual size_t bytes() const { return 0; }
-};
-
 /** Rows of numbers; weights lie in groups of 8 rows (see loops.hpp), activations and I32 row by row. */
 struct Tensor : Object {
   int32_t dtype, rows, columns;
@@ -114,14 +88,11 @@ struct Graph : Object {
   Graph() : Object(Kind::Graph) {}
 };
 
-/** A device with its threads, its scratch memory and the text of its last failure. Every entry holds `mutex`. */
-struct Context : Object {
-  std::mutex mutex, text_mutex;
-  std::string text;
+/** A device with its threads and its scratch memory. */
+struct Context : ContextBase {
   const Loops* loops;
   Threads threads;
   std::shared_ptr<Graph> recording;
-  bool recording_failed = false, running = false;
   Memory<float> normed;     // [rows, columns] of a linear op's input after its norm
   Memory<int8_t> rounded;   // the same in 8 bits
   Memory<float> rounding;   // its scales, then its sums, a block each
@@ -134,54 +105,16 @@ struct Context : Object {
   }
 };
 
-int32_t add_handle(int32_t context, std::shared_ptr<Object> object);
-std::shared_ptr<Object> find_handle(int32_t context, int32_t handle, Kind kind, const char* what);
-std::shared_ptr<Context> find_context(int32_t context);
-
-template <typename T>
-std::shared_ptr<T> find(int32_t context, int32_t handle, Kind kind, const char* what) {
-  return std::static_pointer_cast<T>(find_handle(context, handle, kind, what));
-}
 inline TensorRef find_tensor(int32_t context, int32_t handle, const char* what) {
   return find<Tensor>(context, handle, Kind::Tensor, what);
 }
 /** A tensor of this dtype with at least these rows and exactly these columns (-1: any). */
 TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns);
 
-int32_t report(const std::shared_ptr<Context>& context, int32_t status, const std::string& text);
-
-/** Wraps the body of a C entry: looks the context up, takes its lock, turns every exception into a status. */
+/** Wraps the body of a C entry; see handles.hpp. */
 template <typename Body>
 int32_t entry(int32_t handle, Body body) {
-  std::shared_ptr<Context> context;
-  try {
-    context = find_context(handle);
-    std::lock_guard<std::mutex> lock(context->mutex);
-    try {
-      body(*context);
-      return WKV_OK;
-    } catch (...) {
-      if (context->recording && !context->running) context->recording_failed = true;
-      context->running = false;
-      throw;
-    }
-  } catch (const Failure& failure) {
-    return report(context, failure.status, failure.what());
-  } catch (const std::bad_alloc&) {
-    return report(context, WKV_MEMORY, "Out of memory");
-  } catch (const std::exception& error) {
-    return report(context, WKV_INTERNAL, error.what());
-  } catch (...) {
-    return report(context, WKV_INTERNAL, "Unknown failure");
-  }
+  return entry_of<Context>(handle, body);
 }
-
-inline void require_buffer(const void* data, int64_t have, int64_t want, const char* what) {
-  require(data != nullptr, std::string(what) + " is null");
-  require(have == want, std::string(what) + " has " + std::to_string(have) + " bytes, expected " + std::to_string(want));
-}
-
-/** Writes an opened handle out. */
-void give(int32_t* out, int32_t out_bytes, int32_t handle);
 
 }  // namespace wkv

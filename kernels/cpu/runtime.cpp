@@ -1,10 +1,11 @@
-/** runtime.cpp: contexts, handles, tensors and graphs of the CPU library. */
+/** runtime.cpp: contexts, tensors and graphs of the CPU library. */
 #include <sched.h>
 #include <sys/mman.h>
 
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <system_error>
 
 #include "common.hpp"
 
@@ -32,82 +33,6 @@ void release(void* memory, size_t bytes) {
   else std::free(memory);
 }
 
-// ---- handles: 20 bits of place, 11 of generation, so that a closed handle is not taken for a new one ----
-
-namespace {
-struct Place {
-  std::shared_ptr<Object> object;
-  int32_t generation = 1;
-};
-std::mutex handles_mutex;
-std::vector<Place> places;
-std::vector<int32_t> free_places;
-int32_t live = 0;
-std::string open_text;
-
-constexpr int32_t kPlaceBits = 20;
-constexpr int32_t kPlaceMask = (1 << kPlaceBits) - 1;
-
-Place* locate(int32_t handle) {
-  const int32_t place = handle & kPlaceMask;
-  if (handle <= 0 || place >= static_cast<int32_t>(places.size())) return nullptr;
-  Place& p = places[place];
-  return p.object && p.generation == handle >> kPlaceBits ? &p : nullptr;
-}
-
-void release(Place& place, int32_t handle) {
-  place.object.reset();
-  place.generation = place.generation % 2047 + 1;
-  free_places.push_back(handle & kPlaceMask);
-  live--;
-}
-
-const char* name(Kind kind) {
-  switch (kind) {
-    case Kind::Context: return "context";
-    case Kind::Tensor: return "tensor";
-    case Kind::Rope: return "rotation";
-    case Kind::Cache: return "cache";
-    default: return "graph";
-  }
-}
-}  // namespace
-
-int32_t add_handle(int32_t context, std::shared_ptr<Object> object) {
-  std::lock_guard<std::mutex> lock(handles_mutex);
-  object->context = context;
-  if (free_places.empty()) {
-    if (places.size() > static_cast<size_t>(kPlaceMask)) fail(WKV_MEMORY, "Too many open handles");
-    free_places.push_back(static_cast<int32_t>(places.size()));
-    places.emplace_back();
-  }
-  const int32_t place = free_places.back();
-  free_places.pop_back();
-  places[place].object = std::move(object);
-  live++;
-  return places[place].generation << kPlaceBits | place;
-}
-
-std::shared_ptr<Object> find_handle(int32_t context, int32_t handle, Kind kind, const char* what) {
-  std::lock_guard<std::mutex> lock(handles_mutex);
-  Place* place = locate(handle);
-  if (!place) fail(WKV_HANDLE, std::string(what) + ": handle " + std::to_string(handle) + " is closed or was never open");
-  if (place->object->kind != kind) fail(WKV_HANDLE, std::string(what) + " is a " + name(place->object->kind) + ", expected a " + name(kind));
-  if (kind != Kind::Context && place->object->context != context) fail(WKV_HANDLE, std::string(what) + " belongs to another context");
-  return place->object;
-}
-
-std::shared_ptr<Context> find_context(int32_t context) {
-  return std::static_pointer_cast<Context>(find_handle(0, context, Kind::Context, "Context"));
-}
-
-int32_t report(const std::shared_ptr<Context>& context, int32_t status, const std::string& text) {
-  std::mutex& mutex = context ? context->text_mutex : handles_mutex;
-  std::lock_guard<std::mutex> lock(mutex);
-  (context ? context->text : open_text) = text;
-  return status;
-}
-
 TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns) {
   TensorRef tensor = find_tensor(context, handle, what);
   require(tensor->dtype == dtype, std::string(what) + " is of another dtype (" + std::to_string(tensor->dtype) + ", expected " + std::to_string(dtype) + ")");
@@ -116,12 +41,7 @@ TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t
   return tensor;
 }
 
-void give(int32_t* out, int32_t out_bytes, int32_t handle) {
-  (void)out_bytes;
-  *out = handle;
-}
-
-Context::Context(int32_t count) : Object(Kind::Context), loops(pick_loops()), threads(count) {}
+Context::Context(int32_t count) : loops(pick_loops()), threads(count) {}
 
 // ---- tensors ----
 
@@ -163,25 +83,8 @@ Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tens
 
 using namespace wkv;
 
-int32_t wkv_abi_version(void) { return WKV_ABI_VERSION; }
-
-int32_t wkv_source_hash(char* out, int32_t out_bytes) {
-#ifndef WKV_SOURCE_HASH
-#define WKV_SOURCE_HASH "unknown"
-#endif
-  const std::string text = WKV_SOURCE_HASH;
-  if (!out || out_bytes < static_cast<int32_t>(text.size()) + 1) return WKV_INVALID;
-  std::memcpy(out, text.c_str(), text.size() + 1);
-  return WKV_OK;
-}
-
-int32_t wkv_live_handles(void) {
-  std::lock_guard<std::mutex> lock(handles_mutex);
-  return live;
-}
-
 int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
-  try {
+  return guarded(nullptr, [&] {
     require(out != nullptr && out_bytes >= 4, "out must hold 4 bytes");
     require(threads >= 0 && threads <= 1024, "threads must be between 0 and 1024: " + std::to_string(threads));
     if (threads == 0) {
@@ -189,30 +92,12 @@ int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
       CPU_ZERO(&set);
       threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
     }
-    *out = add_handle(0, std::make_shared<Context>(threads));
-    return WKV_OK;
-  } catch (const Failure& failure) {
-    return report(nullptr, failure.status, failure.what());
-  } catch (const std::exception& error) {
-    return report(nullptr, WKV_MEMORY, error.what());
-  }
-}
-
-int32_t wkv_error(int32_t context, char* out, int32_t out_bytes) {
-  if (!out || out_bytes < 1) return WKV_INVALID;
-  std::string text;
-  try {
-    const auto found = find_context(context);
-    std::lock_guard<std::mutex> lock(found->text_mutex);
-    text = found->text;
-  } catch (const std::exception&) {
-    std::lock_guard<std::mutex> lock(handles_mutex);
-    text = open_text;
-  }
-  const size_t length = std::min(text.size(), static_cast<size_t>(out_bytes) - 1);
-  std::memcpy(out, text.data(), length);
-  out[length] = 0;
-  return WKV_OK;
+    try {
+      *out = add_handle(0, std::make_shared<Context>(threads));
+    } catch (const std::system_error& error) {
+      fail(WKV_MEMORY, error.what());  // a thread could not be started
+    }
+  });
 }
 
 int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
@@ -220,39 +105,7 @@ int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
     require(out != nullptr && out_bytes >= 1, "out must hold a text");
     const int32_t threads = ctx.threads.count();
     const std::string text = std::string("CPU, ") + ctx.loops->name + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
-    const size_t length = std::min(text.size(), static_cast<size_t>(out_bytes) - 1);
-    std::memcpy(out, text.data(), length);
-    out[length] = 0;
-  });
-}
-
-int32_t wkv_close(int32_t context, int32_t handle) {
-  std::vector<std::shared_ptr<Object>> gone;  // destroyed outside both locks
-  std::shared_ptr<Context> closed;
-  const int32_t status = entry(context, [&](Context&) {
-    std::lock_guard<std::mutex> lock(handles_mutex);
-    Place* place = locate(handle);
-    if (!place || (handle != context && place->object->context != context)) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
-    if (handle == context) {
-      for (size_t i = 0; i < places.size(); i++) {
-        if (!places[i].object || places[i].object->context != context) continue;
-        gone.push_back(places[i].object);
-        release(places[i], static_cast<int32_t>(i));
-      }
-    }
-    gone.push_back(place->object);
-    release(*place, handle);
-  });
-  return status;
-}
-
-int32_t wkv_bytes(int32_t context, int32_t handle, double* out, int32_t out_bytes) {
-  return entry(context, [&](Context&) {
-    require_buffer(out, out_bytes, 8, "out");
-    std::lock_guard<std::mutex> lock(handles_mutex);
-    Place* place = locate(handle);
-    if (!place || place->object->context != context) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
-    *out = static_cast<double>(place->object->bytes());
+    give_text(text, out, out_bytes);
   });
 }
 
@@ -342,6 +195,5 @@ int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
     for (int32_t i = 0; i < times; i++) {
       for (const Op& op : graph->ops) op();
     }
-    ctx.running = false;
   });
 }

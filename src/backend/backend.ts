@@ -3,8 +3,13 @@
  * every handle. Model, caches and tests reach C through it and ops.ts.
  */
 
-import { WkvError } from "./error.ts";
-import { findCpuLibrary, type FindOptions } from "./library.ts";
+import { LibraryError, WkvError } from "./error.ts";
+import {
+  CUDA_LIBRARY_VARIABLE,
+  findCpuLibrary,
+  findCudaLibrary,
+  type FindOptions,
+} from "./library.ts";
 import { ABI_VERSION, symbols } from "./symbols.ts";
 
 /** The devices that a backend can be asked for. */
@@ -18,6 +23,8 @@ export interface BackendOptions extends FindOptions {
   threads?: number | undefined;
   /** A library to open as it is; then no file or variable is looked at. */
   library?: string | undefined;
+  /** Gets one line when `auto` leaves a GPU aside that it looked for. */
+  onNote?: ((line: string) => void) | undefined;
 }
 
 type Library = Deno.DynamicLibrary<typeof symbols>;
@@ -54,26 +61,22 @@ export class Backend implements Disposable {
 
   private constructor(path: string, library: Library, context: number) {
     this.path = path;
-    this.device = "cpu";
     this.#library = library;
     this.#context = context;
     this.description = this.#text("wkv_device");
+    this.device = this.description.startsWith("CUDA") ? "cuda" : "cpu";
   }
 
   /**
-   * Opens the library, building it when there is none.
+   * Opens the library, building it when there is none. `auto` takes the CUDA
+   * library when one is built or named and a GPU answers, else the CPU's.
    *
    * @throws {LibraryError} No library was found and none could be built.
    * @throws {WkvError} The library has another ABI, or opens no context.
    */
   static async open(options: BackendOptions = {}): Promise<Backend> {
     const { device = "auto", threads = 0 } = options;
-    if (device === "cuda") {
-      throw new Error(
-        "There is no CUDA library yet: use the device cpu or auto",
-      );
-    }
-    if (device !== "cpu" && device !== "auto") {
+    if (device !== "cpu" && device !== "auto" && device !== "cuda") {
       throw new RangeError(
         `The device must be auto, cpu or cuda: current value is "${device}"`,
       );
@@ -84,7 +87,48 @@ export class Backend implements Disposable {
       );
     }
     if (Deno.build.os !== "linux") throw new Error("Linux only so far");
-    const path = options.library ?? (await findCpuLibrary(options)).path;
+    if (options.library !== undefined) {
+      const backend = Backend.#load(options.library, threads);
+      if (device === "auto" || device === backend.device) return backend;
+      backend.close();
+      throw new RangeError(
+        `The device is ${device}, but ${options.library} is a library for ${backend.device}`,
+      );
+    }
+    if (device === "cuda") {
+      return Backend.#load((await findCudaLibrary(options)).path, threads);
+    }
+    if (device === "auto") {
+      const cuda = await Backend.#tryCuda(options);
+      if (cuda !== null) return cuda;
+    }
+    return Backend.#load((await findCpuLibrary(options)).path, threads);
+  }
+
+  /** The CUDA library, if there is one and a GPU answers. */
+  static async #tryCuda(options: BackendOptions): Promise<Backend | null> {
+    // Who may not ask for the variable gets the CPU, not a question.
+    const variable = CUDA_LIBRARY_VARIABLE;
+    const { state } = await Deno.permissions.query({ name: "env", variable });
+    if (state !== "granted") return null;
+    let path: string;
+    try {
+      ({ path } = await findCudaLibrary({ build: false }));
+    } catch (error) {
+      if (error instanceof LibraryError) return null;
+      throw error;
+    }
+    try {
+      return Backend.#load(path, options.threads ?? 0);
+    } catch (error) {
+      options.onNote?.(
+        `Using the CPU: ${error instanceof Error ? error.message : error}`,
+      );
+      return null;
+    }
+  }
+
+  static #load(path: string, threads: number): Backend {
     let library: Library;
     try {
       library = Deno.dlopen(path, symbols);

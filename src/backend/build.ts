@@ -1,16 +1,19 @@
 /**
- * Builds the CPU library from the sources that the package carries; called by
- * library.ts on first use and by `wkv build`.
+ * Builds the native libraries from the sources that the package carries; called
+ * by library.ts on first use and by `wkv build`.
  */
 
 import { sources } from "./sources.ts";
 import { ABI_VERSION } from "./symbols.ts";
 
+/** The libraries there are. */
+export type LibraryKind = "cpu" | "cuda";
+
 /** How a build's file is named and where builds lie. */
 export interface BuildOptions {
   /** The folder that receives the library. */
   folder: string;
-  /** The compiler; `CXX`, else `g++`. */
+  /** The compiler; `CXX`, else `g++`; for CUDA `NVCC`, else `nvcc`. */
   compiler?: string;
   /** Called once, before the compiler starts, with one line to show. */
   onStart?: (line: string) => void;
@@ -48,17 +51,26 @@ const linkFlags = [
 /** Exports what wkv.h declares, and nothing of the standard library inside. */
 const exportMap = "{ global: wkv_*; local: *; };\n";
 
-/** Hash of the sources, 64 hexadecimal digits. */
-export async function sourceHash(): Promise<string> {
-  const text = Object.entries(sources).map(([name, body]) =>
+/** The sources of one library, by path below kernels/. */
+export function sourcesOf(kind: LibraryKind): [name: string, body: string][] {
+  const other = kind === "cpu" ? "cuda/" : "cpu/";
+  return Object.entries(sources).filter(([name]) => !name.startsWith(other));
+}
+
+/** Hash of a library's sources, 64 hexadecimal digits. */
+export async function sourceHash(kind: LibraryKind = "cpu"): Promise<string> {
+  const text = sourcesOf(kind).map(([name, body]) =>
     `${name}\n${body.length}\n${body}`
   ).join("\n");
   return await sha256(text);
 }
 
 /** What every build of these sources is called, up to the compiler's part. */
-export async function libraryPrefix(): Promise<string> {
-  return `libwkv_cpu-${ABI_VERSION}-${(await sourceHash()).slice(0, 16)}-`;
+export async function libraryPrefix(
+  kind: LibraryKind = "cpu",
+): Promise<string> {
+  const hash = (await sourceHash(kind)).slice(0, 16);
+  return `libwkv_${kind}-${ABI_VERSION}-${hash}-`;
 }
 
 /**
@@ -81,13 +93,192 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
   options.onStart?.(
     `Building the CPU library with ${compiler} (once, some 20 seconds)`,
   );
+  const jobs: Job[] = [];
+  const compile = (source: string, object: string, flags: string[]) =>
+    jobs.push({ source, object, flags: [...commonFlags, ...flags] });
+  for (const [name, flags] of sets) {
+    compile("cpu/loops.cpp", `loops-${name}`, [
+      "-O3",
+      ...flags,
+      `-DWKV_ISA=${name}`,
+    ]);
+  }
+  for (const [name] of sourcesOf("cpu")) {
+    const stem = /^(?:cpu\/)?(\w+)\.cpp$/.exec(name)?.[1];
+    if (stem === undefined || stem === "loops") continue;
+    compile(name, stem, stem === "handles" ? [hashFlag(hash)] : []);
+  }
+  await make({
+    ...options,
+    compiler,
+    kind: "cpu",
+    jobs,
+    link: linkFlags,
+    path,
+  });
+  return path;
+}
+
+/** The GPUs that the CUDA library has code for unless told otherwise. */
+const cudaTargets = ["sm_80", "sm_90", "compute_90"];
+
+/** What the compiler says that one kernel uses. */
+export interface KernelUse {
+  /** The kernel, as the assembler names it. */
+  kernel: string;
+  /** The target. */
+  target: string;
+  /** Registers a thread. */
+  registers: number;
+  /** Bytes of static shared memory a block. */
+  shared: number;
+  /** Bytes that registers were spilled to, stores and loads together. */
+  spills: number;
+}
+
+/** How the CUDA library is built. */
+export interface CudaBuildOptions extends BuildOptions {
+  /**
+   * GPU targets: `sm_90`, or `compute_90` for code that the driver compiles.
+   * `WKV_CUDA_TARGETS` names them with commas in between.
+   *
+   * @default `["sm_80", "sm_90", "compute_90"]`
+   */
+  targets?: readonly string[];
+  /** Gets what each kernel uses, when all is compiled. */
+  onKernels?: (kernels: KernelUse[]) => void;
+}
+
+/**
+ * Builds the CUDA library and gives its path, as {@linkcode buildCpuLibrary}
+ * does. It loads on machines without a GPU.
+ *
+ * @throws {RangeError} A target is not `sm_NN` or `compute_NN`.
+ * @throws {Error} The compiler is missing or fails; its text is in the message.
+ */
+export async function buildCudaLibrary(
+  options: CudaBuildOptions,
+): Promise<string> {
+  const compiler = options.compiler ?? (Deno.env.get("NVCC") || "nvcc");
+  const targets = options.targets ??
+    Deno.env.get("WKV_CUDA_TARGETS")?.split(",").map((t) => t.trim())
+      .filter((t) => t !== "") ??
+    cudaTargets;
+  const flags = [
+    "-std=c++17",
+    "-O3",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+    "-Xptxas",
+    "-v",
+    ...targets.flatMap((target) => ["-gencode", generation(target)]),
+  ];
+  const version = await run(compiler, ["--version"], options.signal);
+  const hash = await sourceHash("cuda");
+  const key = await sha256(JSON.stringify([version, flags, exportMap]));
+  const path = `${options.folder}/${await libraryPrefix("cuda")}${
+    key.slice(0, 8)
+  }.so`;
+  options.onStart?.(
+    `Building the CUDA library for ${
+      targets.join(", ")
+    } with ${compiler} (once, some minutes)`,
+  );
+  const jobs = sourcesOf("cuda").flatMap(([source]): Job[] => {
+    const [, stem, extension] = /^(?:cuda\/)?(\w+)\.(cu|cpp)$/.exec(source) ??
+      [];
+    if (stem === undefined) return [];
+    const own = extension === "cpp" ? [hashFlag(hash)] : [];
+    return [{ source, object: stem, flags: [...flags, ...own] }];
+  });
+  const said = await make({
+    ...options,
+    compiler,
+    kind: "cuda",
+    jobs,
+    link: [
+      "-cudart",
+      "static",
+      "-Xcompiler",
+      "-static-libstdc++,-static-libgcc",
+    ],
+    path,
+  });
+  options.onKernels?.(said.flatMap(kernelUses));
+  return path;
+}
+
+/** The linker's flag in words that the compiler passes on. */
+function versionScript(kind: LibraryKind, file: string): string[] {
+  return kind === "cpu"
+    ? [`-Wl,--version-script=${file}`]
+    : ["-Xlinker", `--version-script=${file}`];
+}
+
+/** The `-gencode` of a target. */
+function generation(target: string): string {
+  const [, kind, number] = /^(sm|compute)_(\d+a?)$/.exec(target) ?? [];
+  if (kind === undefined) {
+    throw new RangeError(
+      `A CUDA target must be sm_NN or compute_NN: current value is "${target}"`,
+    );
+  }
+  return `arch=compute_${number},code=${target}`;
+}
+
+/** Reads what `ptxas -v` printed. */
+function kernelUses(text: string): KernelUse[] {
+  const uses: KernelUse[] = [];
+  const entry =
+    /Compiling entry function '(\w+)' for '(\w+)'[\s\S]*?(\d+) bytes spill stores, (\d+) bytes spill loads[\s\S]*?Used (\d+) registers([^\n]*)/g;
+  for (
+    const [, kernel, target, stores, loads, registers, rest] of text.matchAll(
+      entry,
+    )
+  ) {
+    uses.push({
+      kernel: kernel!,
+      target: target!,
+      registers: Number(registers),
+      shared: Number(/(\d+) bytes smem/.exec(rest!)?.[1] ?? 0),
+      spills: Number(stores) + Number(loads),
+    });
+  }
+  return uses;
+}
+
+/** One file to compile. */
+interface Job {
+  source: string;
+  object: string;
+  flags: string[];
+}
+
+function hashFlag(hash: string): string {
+  return `-DWKV_SOURCE_HASH="${hash}"`;
+}
+
+/**
+ * Writes a library's sources to a folder of their own, compiles them side by
+ * side, links them and gives the file its name. Gives what each compiler said.
+ */
+async function make(
+  options: BuildOptions & {
+    compiler: string;
+    kind: LibraryKind;
+    jobs: Job[];
+    link: string[];
+    path: string;
+  },
+): Promise<string[]> {
+  const { compiler, signal } = options;
   await Deno.mkdir(options.folder, { recursive: true });
   const work = await Deno.makeTempDir({
     dir: options.folder,
     prefix: ".build-",
   });
   try {
-    for (const [name, body] of Object.entries(sources)) {
+    for (const [name, body] of sourcesOf(options.kind)) {
       const file = `${work}/${name}`;
       await Deno.mkdir(file.slice(0, file.lastIndexOf("/")), {
         recursive: true,
@@ -95,52 +286,36 @@ export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
       await Deno.writeTextFile(file, body);
     }
     await Deno.writeTextFile(`${work}/exports.map`, exportMap);
-    const objects: string[] = [];
-    const jobs: string[][] = [];
-    const compile = (source: string, object: string, flags: string[]) => {
-      objects.push(`${work}/${object}.o`);
-      jobs.push([
-        ...commonFlags,
-        ...flags,
-        "-c",
-        `${work}/cpu/${source}.cpp`,
-        "-o",
-        `${work}/${object}.o`,
-      ]);
-    };
-    for (const [name, flags] of sets) {
-      compile("loops", `loops-${name}`, [
-        "-O3",
-        ...flags,
-        `-DWKV_ISA=${name}`,
-      ]);
-    }
-    for (const name of Object.keys(sources)) {
-      const stem = /^cpu\/(\w+)\.cpp$/.exec(name)?.[1];
-      if (stem === undefined || stem === "loops") continue;
-      const flags = stem === "runtime" ? [`-DWKV_SOURCE_HASH="${hash}"`] : [];
-      compile(stem, stem, flags);
-    }
+    const said: string[] = [];
+    const jobs = options.jobs.map(({ source, object, flags }) => [
+      ...flags,
+      "-c",
+      `${work}/${source}`,
+      "-o",
+      `${work}/${object}.o`,
+    ]);
+    const objects = options.jobs.map(({ object }) => `${work}/${object}.o`);
     const next = async () => {
       for (let job = jobs.shift(); job; job = jobs.shift()) {
-        await run(compiler, job, options.signal);
+        said.push(await run(compiler, job, signal));
       }
     };
     const workers = Math.min(navigator.hardwareConcurrency || 2, jobs.length);
     await Promise.all(Array.from({ length: workers }, next));
+    const library = `${work}/library.so`;
     await run(compiler, [
       "-shared",
       "-o",
-      `${work}/library.so`,
+      library,
       ...objects,
-      ...linkFlags,
-      `-Wl,--version-script=${work}/exports.map`,
-    ], options.signal);
-    await Deno.rename(`${work}/library.so`, path);
+      ...options.link,
+      ...versionScript(options.kind, `${work}/exports.map`),
+    ], signal);
+    await Deno.rename(library, options.path);
+    return said;
   } finally {
     await Deno.remove(work, { recursive: true });
   }
-  return path;
 }
 
 async function run(
@@ -160,7 +335,11 @@ async function run(
   } catch (cause) {
     if (cause instanceof Deno.errors.NotFound) {
       throw new Error(
-        `No compiler: "${command}" is not to be found; install g++, or name another with CXX`,
+        `No compiler: "${command}" is not to be found; install ${
+          command.includes("nvcc")
+            ? "the CUDA toolkit, or name its nvcc with NVCC"
+            : "g++, or name another with CXX"
+        }`,
         { cause },
       );
     }
@@ -173,7 +352,8 @@ async function run(
       `${command} failed with code ${output.code}:\n${text.slice(0, 4000)}`,
     );
   }
-  return new TextDecoder().decode(output.stdout);
+  const decoder = new TextDecoder();
+  return decoder.decode(output.stdout) + decoder.decode(output.stderr);
 }
 
 async function sha256(text: string): Promise<string> {

@@ -1,10 +1,15 @@
 /**
- * Finds the native library, or builds it: an override, the checkout's build
+ * Finds a native library, or builds it: an override, the checkout's build
  * folder, the user's cache, the compiler. Called by Backend.open.
  */
 
 import { cacheDir } from "../user_cache.ts";
-import { buildCpuLibrary, libraryPrefix } from "./build.ts";
+import {
+  buildCpuLibrary,
+  buildCudaLibrary,
+  type LibraryKind,
+  libraryPrefix,
+} from "./build.ts";
 import { LibraryError } from "./error.ts";
 
 /** How the library is found. */
@@ -15,7 +20,7 @@ export interface FindOptions {
   signal?: AbortSignal | undefined;
   /** Whether a missing library may be built. @default `true` */
   build?: boolean;
-  /** Builds even where there is a library; `WKV_LIB_CPU` is left aside. @default `false` */
+  /** Builds even where there is a library; the variable is left aside. @default `false` */
   anew?: boolean;
 }
 
@@ -29,6 +34,18 @@ export interface FoundLibrary {
 
 /** The environment variable that names a CPU library to use as it is. */
 export const LIBRARY_VARIABLE = "WKV_LIB_CPU";
+
+/** The environment variable that names a CUDA library to use as it is. */
+export const CUDA_LIBRARY_VARIABLE = "WKV_LIB_CUDA";
+
+const kinds = {
+  cpu: { name: "CPU", variable: LIBRARY_VARIABLE, build: buildCpuLibrary },
+  cuda: {
+    name: "CUDA",
+    variable: CUDA_LIBRARY_VARIABLE,
+    build: buildCudaLibrary,
+  },
+};
 
 /** The folders that hold built libraries, the one that builds go to first. */
 export function buildFolders(): string[] {
@@ -47,24 +64,43 @@ export function buildFolders(): string[] {
  * @throws {LibraryError} If none was found and none could be built; it lists
  * what was tried.
  */
-export async function findCpuLibrary(
+export function findCpuLibrary(
   options: FindOptions = {},
 ): Promise<FoundLibrary> {
+  return findLibrary("cpu", options);
+}
+
+/**
+ * Finds the CUDA library and builds it when there is none.
+ *
+ * @throws {LibraryError} As {@linkcode findCpuLibrary}.
+ */
+export function findCudaLibrary(
+  options: FindOptions = {},
+): Promise<FoundLibrary> {
+  return findLibrary("cuda", options);
+}
+
+async function findLibrary(
+  kind: LibraryKind,
+  options: FindOptions,
+): Promise<FoundLibrary> {
+  const { name, variable, build } = kinds[kind];
   const tried: string[] = [];
-  const named = options.anew ? undefined : Deno.env.get(LIBRARY_VARIABLE);
+  const named = options.anew ? undefined : Deno.env.get(variable);
   if (named) {
     try {
       return { path: await Deno.realPath(named), tried };
     } catch (cause) {
       throw new LibraryError(
-        `No CPU library where ${LIBRARY_VARIABLE} says`,
+        `No ${name} library where ${variable} says`,
         [`${named}: ${text(cause)}`],
         { cause },
       );
     }
   }
-  if (!options.anew) tried.push(`${LIBRARY_VARIABLE}: not set`);
-  const prefix = await libraryPrefix();
+  if (!options.anew) tried.push(`${variable}: not set`);
+  const prefix = await libraryPrefix(kind);
   const folders = buildFolders();
   for (const folder of options.anew ? [] : folders) {
     const newest = await newestIn(folder, prefix);
@@ -72,14 +108,14 @@ export async function findCpuLibrary(
     tried.push(`${folder}: no ${prefix}*.so`);
   }
   if (options.build === false) {
-    throw new LibraryError("No CPU library is built yet", tried);
+    throw new LibraryError(`No ${name} library is built yet`, tried);
   }
   for (const folder of folders) {
     try {
       using _lock = await lockFolder(folder);
       // Another process may have built it while this one waited.
       const built = options.anew ? null : await newestIn(folder, prefix);
-      const path = built ?? await buildCpuLibrary({
+      const path = built ?? await build({
         folder,
         ...(options.onBuild ? { onStart: options.onBuild } : {}),
         ...(options.signal ? { signal: options.signal } : {}),
@@ -89,13 +125,13 @@ export async function findCpuLibrary(
       options.signal?.throwIfAborted();
       tried.push(`building into ${folder}: ${text(cause)}`);
       if (!isUnwritable(cause)) {
-        throw new LibraryError("No CPU library could be built", tried, {
+        throw new LibraryError(`No ${name} library could be built`, tried, {
           cause,
         });
       }
     }
   }
-  throw new LibraryError("No folder takes the CPU library", tried);
+  throw new LibraryError(`No folder takes the ${name} library`, tried);
 }
 
 /** Lets one process at a time build into a folder. */

@@ -570,35 +570,20 @@ TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache);
 
 }  // namespace wkv
 `,
-  "cpu/common.hpp": `/** common.hpp: what every file of the CPU library shares: handles, errors, the context with its threads, tensors, recorded ops. */
+  "cpu/common.hpp": `/** common.hpp: what every file of the CPU library shares: the context with its threads, tensors, recorded ops. */
 #pragma once
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
 #include <memory>
-#include <mutex>
-#include <new>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../wkv.h"
+#include "../handles.hpp"
 #include "loops.hpp"
 #include "threads.hpp"
 
 namespace wkv {
-
-/** A failure on its way to the C boundary: a status and what wkv_error will say. */
-struct Failure : std::runtime_error {
-  int32_t status;
-  Failure(int32_t status, const std::string& text) : std::runtime_error(text), status(status) {}
-};
-
-[[noreturn]] inline void fail(int32_t status, const std::string& text) { throw Failure(status, text); }
-
-inline void require(bool holds, const std::string& text) {
-  if (!holds) fail(WKV_INVALID, text);
-}
 
 void* zeroed(size_t bytes);
 void release(void* memory, size_t bytes);
@@ -639,17 +624,6 @@ void Memory<T>::resize(size_t count) {
   count_ = count;
 }
 
-enum class Kind { Context, Tensor, Rope, Cache, Graph };
-
-/** What a handle stands for. */
-struct Object {
-  Kind kind;
-  int32_t context = 0;
-  explicit Object(Kind kind) : kind(kind) {}
-  virtual ~Object() = default;
-  virtual size_t bytes() const { return 0; }
-};
-
 /** Rows of numbers; weights lie in groups of 8 rows (see loops.hpp), activations and I32 row by row. */
 struct Tensor : Object {
   int32_t dtype, rows, columns;
@@ -686,14 +660,11 @@ struct Graph : Object {
   Graph() : Object(Kind::Graph) {}
 };
 
-/** A device with its threads, its scratch memory and the text of its last failure. Every entry holds \`mutex\`. */
-struct Context : Object {
-  std::mutex mutex, text_mutex;
-  std::string text;
+/** A device with its threads and its scratch memory. */
+struct Context : ContextBase {
   const Loops* loops;
   Threads threads;
   std::shared_ptr<Graph> recording;
-  bool recording_failed = false, running = false;
   Memory<float> normed;     // [rows, columns] of a linear op's input after its norm
   Memory<int8_t> rounded;   // the same in 8 bits
   Memory<float> rounding;   // its scales, then its sums, a block each
@@ -706,55 +677,17 @@ struct Context : Object {
   }
 };
 
-int32_t add_handle(int32_t context, std::shared_ptr<Object> object);
-std::shared_ptr<Object> find_handle(int32_t context, int32_t handle, Kind kind, const char* what);
-std::shared_ptr<Context> find_context(int32_t context);
-
-template <typename T>
-std::shared_ptr<T> find(int32_t context, int32_t handle, Kind kind, const char* what) {
-  return std::static_pointer_cast<T>(find_handle(context, handle, kind, what));
-}
 inline TensorRef find_tensor(int32_t context, int32_t handle, const char* what) {
   return find<Tensor>(context, handle, Kind::Tensor, what);
 }
 /** A tensor of this dtype with at least these rows and exactly these columns (-1: any). */
 TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns);
 
-int32_t report(const std::shared_ptr<Context>& context, int32_t status, const std::string& text);
-
-/** Wraps the body of a C entry: looks the context up, takes its lock, turns every exception into a status. */
+/** Wraps the body of a C entry; see handles.hpp. */
 template <typename Body>
 int32_t entry(int32_t handle, Body body) {
-  std::shared_ptr<Context> context;
-  try {
-    context = find_context(handle);
-    std::lock_guard<std::mutex> lock(context->mutex);
-    try {
-      body(*context);
-      return WKV_OK;
-    } catch (...) {
-      if (context->recording && !context->running) context->recording_failed = true;
-      context->running = false;
-      throw;
-    }
-  } catch (const Failure& failure) {
-    return report(context, failure.status, failure.what());
-  } catch (const std::bad_alloc&) {
-    return report(context, WKV_MEMORY, "Out of memory");
-  } catch (const std::exception& error) {
-    return report(context, WKV_INTERNAL, error.what());
-  } catch (...) {
-    return report(context, WKV_INTERNAL, "Unknown failure");
-  }
+  return entry_of<Context>(handle, body);
 }
-
-inline void require_buffer(const void* data, int64_t have, int64_t want, const char* what) {
-  require(data != nullptr, std::string(what) + " is null");
-  require(have == want, std::string(what) + " has " + std::to_string(have) + " bytes, expected " + std::to_string(want));
-}
-
-/** Writes an opened handle out. */
-void give(int32_t* out, int32_t out_bytes, int32_t handle);
 
 }  // namespace wkv
 `,
@@ -1889,13 +1822,14 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
   });
 }
 `,
-  "cpu/runtime.cpp": `/** runtime.cpp: contexts, handles, tensors and graphs of the CPU library. */
+  "cpu/runtime.cpp": `/** runtime.cpp: contexts, tensors and graphs of the CPU library. */
 #include <sched.h>
 #include <sys/mman.h>
 
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <system_error>
 
 #include "common.hpp"
 
@@ -1923,82 +1857,6 @@ void release(void* memory, size_t bytes) {
   else std::free(memory);
 }
 
-// ---- handles: 20 bits of place, 11 of generation, so that a closed handle is not taken for a new one ----
-
-namespace {
-struct Place {
-  std::shared_ptr<Object> object;
-  int32_t generation = 1;
-};
-std::mutex handles_mutex;
-std::vector<Place> places;
-std::vector<int32_t> free_places;
-int32_t live = 0;
-std::string open_text;
-
-constexpr int32_t kPlaceBits = 20;
-constexpr int32_t kPlaceMask = (1 << kPlaceBits) - 1;
-
-Place* locate(int32_t handle) {
-  const int32_t place = handle & kPlaceMask;
-  if (handle <= 0 || place >= static_cast<int32_t>(places.size())) return nullptr;
-  Place& p = places[place];
-  return p.object && p.generation == handle >> kPlaceBits ? &p : nullptr;
-}
-
-void release(Place& place, int32_t handle) {
-  place.object.reset();
-  place.generation = place.generation % 2047 + 1;
-  free_places.push_back(handle & kPlaceMask);
-  live--;
-}
-
-const char* name(Kind kind) {
-  switch (kind) {
-    case Kind::Context: return "context";
-    case Kind::Tensor: return "tensor";
-    case Kind::Rope: return "rotation";
-    case Kind::Cache: return "cache";
-    default: return "graph";
-  }
-}
-}  // namespace
-
-int32_t add_handle(int32_t context, std::shared_ptr<Object> object) {
-  std::lock_guard<std::mutex> lock(handles_mutex);
-  object->context = context;
-  if (free_places.empty()) {
-    if (places.size() > static_cast<size_t>(kPlaceMask)) fail(WKV_MEMORY, "Too many open handles");
-    free_places.push_back(static_cast<int32_t>(places.size()));
-    places.emplace_back();
-  }
-  const int32_t place = free_places.back();
-  free_places.pop_back();
-  places[place].object = std::move(object);
-  live++;
-  return places[place].generation << kPlaceBits | place;
-}
-
-std::shared_ptr<Object> find_handle(int32_t context, int32_t handle, Kind kind, const char* what) {
-  std::lock_guard<std::mutex> lock(handles_mutex);
-  Place* place = locate(handle);
-  if (!place) fail(WKV_HANDLE, std::string(what) + ": handle " + std::to_string(handle) + " is closed or was never open");
-  if (place->object->kind != kind) fail(WKV_HANDLE, std::string(what) + " is a " + name(place->object->kind) + ", expected a " + name(kind));
-  if (kind != Kind::Context && place->object->context != context) fail(WKV_HANDLE, std::string(what) + " belongs to another context");
-  return place->object;
-}
-
-std::shared_ptr<Context> find_context(int32_t context) {
-  return std::static_pointer_cast<Context>(find_handle(0, context, Kind::Context, "Context"));
-}
-
-int32_t report(const std::shared_ptr<Context>& context, int32_t status, const std::string& text) {
-  std::mutex& mutex = context ? context->text_mutex : handles_mutex;
-  std::lock_guard<std::mutex> lock(mutex);
-  (context ? context->text : open_text) = text;
-  return status;
-}
-
 TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns) {
   TensorRef tensor = find_tensor(context, handle, what);
   require(tensor->dtype == dtype, std::string(what) + " is of another dtype (" + std::to_string(tensor->dtype) + ", expected " + std::to_string(dtype) + ")");
@@ -2007,12 +1865,7 @@ TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t
   return tensor;
 }
 
-void give(int32_t* out, int32_t out_bytes, int32_t handle) {
-  (void)out_bytes;
-  *out = handle;
-}
-
-Context::Context(int32_t count) : Object(Kind::Context), loops(pick_loops()), threads(count) {}
+Context::Context(int32_t count) : loops(pick_loops()), threads(count) {}
 
 // ---- tensors ----
 
@@ -2054,25 +1907,8 @@ Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tens
 
 using namespace wkv;
 
-int32_t wkv_abi_version(void) { return WKV_ABI_VERSION; }
-
-int32_t wkv_source_hash(char* out, int32_t out_bytes) {
-#ifndef WKV_SOURCE_HASH
-#define WKV_SOURCE_HASH "unknown"
-#endif
-  const std::string text = WKV_SOURCE_HASH;
-  if (!out || out_bytes < static_cast<int32_t>(text.size()) + 1) return WKV_INVALID;
-  std::memcpy(out, text.c_str(), text.size() + 1);
-  return WKV_OK;
-}
-
-int32_t wkv_live_handles(void) {
-  std::lock_guard<std::mutex> lock(handles_mutex);
-  return live;
-}
-
 int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
-  try {
+  return guarded(nullptr, [&] {
     require(out != nullptr && out_bytes >= 4, "out must hold 4 bytes");
     require(threads >= 0 && threads <= 1024, "threads must be between 0 and 1024: " + std::to_string(threads));
     if (threads == 0) {
@@ -2080,30 +1916,12 @@ int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
       CPU_ZERO(&set);
       threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
     }
-    *out = add_handle(0, std::make_shared<Context>(threads));
-    return WKV_OK;
-  } catch (const Failure& failure) {
-    return report(nullptr, failure.status, failure.what());
-  } catch (const std::exception& error) {
-    return report(nullptr, WKV_MEMORY, error.what());
-  }
-}
-
-int32_t wkv_error(int32_t context, char* out, int32_t out_bytes) {
-  if (!out || out_bytes < 1) return WKV_INVALID;
-  std::string text;
-  try {
-    const auto found = find_context(context);
-    std::lock_guard<std::mutex> lock(found->text_mutex);
-    text = found->text;
-  } catch (const std::exception&) {
-    std::lock_guard<std::mutex> lock(handles_mutex);
-    text = open_text;
-  }
-  const size_t length = std::min(text.size(), static_cast<size_t>(out_bytes) - 1);
-  std::memcpy(out, text.data(), length);
-  out[length] = 0;
-  return WKV_OK;
+    try {
+      *out = add_handle(0, std::make_shared<Context>(threads));
+    } catch (const std::system_error& error) {
+      fail(WKV_MEMORY, error.what());  // a thread could not be started
+    }
+  });
 }
 
 int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
@@ -2111,39 +1929,7 @@ int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
     require(out != nullptr && out_bytes >= 1, "out must hold a text");
     const int32_t threads = ctx.threads.count();
     const std::string text = std::string("CPU, ") + ctx.loops->name + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
-    const size_t length = std::min(text.size(), static_cast<size_t>(out_bytes) - 1);
-    std::memcpy(out, text.data(), length);
-    out[length] = 0;
-  });
-}
-
-int32_t wkv_close(int32_t context, int32_t handle) {
-  std::vector<std::shared_ptr<Object>> gone;  // destroyed outside both locks
-  std::shared_ptr<Context> closed;
-  const int32_t status = entry(context, [&](Context&) {
-    std::lock_guard<std::mutex> lock(handles_mutex);
-    Place* place = locate(handle);
-    if (!place || (handle != context && place->object->context != context)) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
-    if (handle == context) {
-      for (size_t i = 0; i < places.size(); i++) {
-        if (!places[i].object || places[i].object->context != context) continue;
-        gone.push_back(places[i].object);
-        release(places[i], static_cast<int32_t>(i));
-      }
-    }
-    gone.push_back(place->object);
-    release(*place, handle);
-  });
-  return status;
-}
-
-int32_t wkv_bytes(int32_t context, int32_t handle, double* out, int32_t out_bytes) {
-  return entry(context, [&](Context&) {
-    require_buffer(out, out_bytes, 8, "out");
-    std::lock_guard<std::mutex> lock(handles_mutex);
-    Place* place = locate(handle);
-    if (!place || place->object->context != context) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
-    *out = static_cast<double>(place->object->bytes());
+    give_text(text, out, out_bytes);
   });
 }
 
@@ -2233,7 +2019,6 @@ int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
     for (int32_t i = 0; i < times; i++) {
       for (const Op& op : graph->ops) op();
     }
-    ctx.running = false;
   });
 }
 `,
@@ -2511,6 +2296,2731 @@ class Threads {
   const void* body_ = nullptr;
   std::exception_ptr error_;
 };
+
+}  // namespace wkv
+`,
+  "cuda/attend.cu": `/**
+ * attend.cu: wkv_attend, one decode step of one layer in one launch: attend, accumulate scores, select, merge, insert.
+ *
+ *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len
+ *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (settle in cache.cuh)
+ *
+ * qkv [B, (H + 2 N) D], out [B, H D]. A block owns one KV head of one sequence with all its query heads, so K and V are read once; its
+ * weights [G, len + 1] stay in shared memory, or, for long caches, in scratch. Bytes moved: K and V of the cached tokens, 24 bytes of
+ * state a slot, the rotation's tables (from the second-level cache). Sums are taken in a fixed order.
+ */
+#include <algorithm>
+#include <type_traits>
+
+#include "cache.cuh"
+
+namespace wkv {
+namespace {
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+
+struct AttendView {
+  CacheView cache;
+  const float* qkv;
+  float* out;
+  float scale;
+  int32_t layer;
+  const int32_t* victims;
+  float* weights;  // [units, G, stride], null: in shared memory
+  int32_t stride;
+};
+
+template <typename T>
+size_t fixed_shared(int32_t group, int32_t dim) {
+  return round_up(size_t(group) * dim * 4, 16) + 2 * round_up(size_t(dim) * sizeof(T), 16) + round_up(size_t(dim) * 4, 16) + size_t(kWarps) * group * 64 * 4;
+}
+
+/** kGroup: query heads a KV head, or more (then the rest are zeros). */
+template <typename T, int kGroup>
+__global__ void __launch_bounds__(kThreads) attend_kernel(AttendView a, Faults faults) {
+  extern __shared__ int4 shared4[];
+  __shared__ SettleArea area;
+  __shared__ float most[kGroup], factor[kGroup];
+  const CacheView& c = a.cache;
+  const int32_t tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, dim = c.head_dim, group = c.group(), pairs = c.rope.pairs;
+  const int32_t unit = blockIdx.x, n = unit % c.kv_heads;
+  const int64_t head = c.first + unit, b = unit / c.kv_heads;
+  Counts& counts = c.counts[head];
+  const int32_t kept = counts.kept, step = counts.steps + 1, total = kept + 1;
+  const Entries e = c.entries(head);
+  const T *keys = c.keys_of<T>(head), *values = c.values_of<T>(head);
+
+  uint8_t* at = reinterpret_cast<uint8_t*>(shared4);
+  const auto take = [&](size_t bytes) {
+    uint8_t* p = at;
+    at += (bytes + 15) / 16 * 16;
+    return p;
+  };
+  float* q = reinterpret_cast<float*>(take(size_t(kGroup) * dim * 4));  // [G, D], rotated
+  T* key = reinterpret_cast<T*>(take(dim * sizeof(T)));                  // the new token, as stored
+  T* value = reinterpret_cast<T*>(take(dim * sizeof(T)));
+  float* turn = reinterpret_cast<float*>(take(size_t(dim) * 4));         // cosines, then sines, of the new token's place
+  float* partial = reinterpret_cast<float*>(take(size_t(kWarps) * kGroup * 64 * 4));
+  float* weights = a.weights ? a.weights + int64_t{unit} * kGroup * a.stride : reinterpret_cast<float*>(at);
+
+  // The new token: q rotated at its rank or place, k and v rounded to what will be stored.
+  for (int32_t i = tid; i < pairs; i += kThreads) {
+    const float2 cs = c.rope.at(c.text ? step - 1 : kept, i);
+    turn[i] = cs.x, turn[i + pairs] = cs.y;
+  }
+  __syncthreads();
+  const float* row = a.qkv + b * (c.heads + 2 * c.kv_heads) * dim;
+  const auto turned = [&](const float* from, int32_t d) {
+    const float x = from[c.rope.source(d)];
+    if (d >= 2 * pairs) return x;
+    const int32_t i = d < pairs ? d : d - pairs;
+    const float other = from[c.rope.source(d < pairs ? d + pairs : i)];
+    return d < pairs ? x * turn[i] - other * turn[i + pairs] : other * turn[i + pairs] + x * turn[i];
+  };
+  for (int32_t i = tid; i < kGroup * dim; i += kThreads) {
+    const int32_t g = i / dim;
+    q[i] = g < group ? turned(row + (int64_t{n} * group + g) * dim, i % dim) : 0.0f;
+  }
+  const float *k = row + (int64_t{c.heads} + n) * dim, *v = k + int64_t{c.kv_heads} * dim;
+  for (int32_t d = tid; d < dim; d += kThreads) {
+    key[d] = from_float<T>(c.text ? turned(k, d) : k[c.rope.source(d)]);
+    value[d] = from_float<T>(v[d]);
+  }
+  __syncthreads();
+
+  // Scores: a warp a slot.
+  const int32_t turns = c.text ? 0 : pairs;
+  for (int32_t s = warp; s < total; s += kWarps) {
+    const T* from = s < kept ? keys + int64_t{s} * dim : key;
+    const int64_t rank = s < kept ? e.rank[s] : kept;
+    float sum[kGroup] = {};
+    for (int32_t i = lane; i < turns; i += 32) {
+      const float x = to_float(from[i]), y = to_float(from[i + turns]);
+      const float cosine = c.rope.cosines[rank * turns + i], sine = c.rope.sines[rank * turns + i];
+      const float first = x * cosine - y * sine, second = x * sine + y * cosine;
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) sum[g] = fmaf(first, q[g * dim + i], fmaf(second, q[g * dim + i + turns], sum[g]));
+    }
+    for (int32_t d = 2 * turns + lane; d < dim; d += 32) {
+      const float x = to_float(from[d]);
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) sum[g] = fmaf(x, q[g * dim + d], sum[g]);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; g++) {
+      const float score = warp_sum(sum[g]) * a.scale;
+      if (lane == 0) weights[int64_t{g} * a.stride + s] = score;
+    }
+  }
+  __syncthreads();
+
+  // Softmax.
+  for (int g = 0; g < kGroup; g++) {
+    float highest = -INFINITY;
+    for (int32_t s = tid; s < total; s += kThreads) highest = fmaxf(highest, weights[int64_t{g} * a.stride + s]);
+    highest = warp_max(highest);
+    if (lane == 0) partial[g * kWarps + warp] = highest;
+  }
+  __syncthreads();
+  if (tid < kGroup) {
+    float highest = partial[tid * kWarps];
+    for (int w = 1; w < kWarps; w++) highest = fmaxf(highest, partial[tid * kWarps + w]);
+    most[tid] = highest;
+  }
+  __syncthreads();
+  for (int g = 0; g < kGroup; g++) {
+    float sum = 0.0f;
+    for (int32_t s = tid; s < total; s += kThreads) {
+      float* w = weights + int64_t{g} * a.stride + s;
+      const float p = expf(*w - most[g]);
+      *w = p;
+      sum += p;
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) partial[g * kWarps + warp] = sum;
+  }
+  __syncthreads();
+  if (tid < kGroup) {
+    float sum = 0.0f;
+    for (int w = 0; w < kWarps; w++) sum += partial[tid * kWarps + w];
+    factor[tid] = 1.0f / sum;
+    if (tid < group && !is_sum(sum)) faults.report(Fault::NanAttention, a.layer);
+  }
+  __syncthreads();
+
+  // Output: 64 dimensions at a time, a warp a slot, two dimensions a lane.
+  for (int32_t d0 = 0; d0 < dim; d0 += 64) {
+    const int32_t d = d0 + 2 * lane;
+    float x[kGroup] = {}, y[kGroup] = {};
+    if (d < dim) {
+      for (int32_t s = warp; s < total; s += kWarps) {
+        const T* from = s < kept ? values + int64_t{s} * dim : value;
+        const float v0 = to_float(from[d]), v1 = to_float(from[d + 1]);
+#pragma unroll
+        for (int g = 0; g < kGroup; g++) {
+          const float p = weights[int64_t{g} * a.stride + s];
+          x[g] = fmaf(p, v0, x[g]), y[g] = fmaf(p, v1, y[g]);
+        }
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; g++) {
+      partial[(warp * kGroup + g) * 64 + 2 * lane] = x[g];
+      partial[(warp * kGroup + g) * 64 + 2 * lane + 1] = y[g];
+    }
+    __syncthreads();
+    for (int32_t i = tid; i < group * 64; i += kThreads) {
+      const int32_t g = i / 64, to = d0 + i % 64;
+      float sum = 0.0f;
+      for (int w = 0; w < kWarps; w++) sum += partial[(w * kGroup + g) * 64 + i % 64];
+      if (to < dim) a.out[(b * c.heads + int64_t{n} * group + g) * dim + to] = sum * factor[g];
+    }
+    __syncthreads();
+  }
+
+  // Scores of the policy.
+  for (int32_t s = tid; s < total; s += kThreads) {
+    float score = s < kept ? e.score[s] : 0.0f;
+    for (int g = 0; g < group; g++) score += weights[int64_t{g} * a.stride + s] * (factor[g] / static_cast<float>(group));
+    e.score[s] = score;
+    if (s == kept) e.birth[s] = step, e.rank[s] = kept;
+  }
+  if (tid == 0) counts.steps = step;
+  __syncthreads();
+  settle<T>(c, head, e, kept, 1, key, value, a.victims ? a.victims[unit] : -1, faults, area);
+}
+
+template <typename T, int kGroup>
+void launch(Context& ctx, const Cache& cache, AttendView a) {
+  const int32_t units = cache.sequences * cache.kv_heads;
+  size_t shared = fixed_shared<T>(kGroup, cache.head_dim);
+  a.stride = divide_up(cache.slots + 1, 32) * 32;
+  const size_t weights = size_t(kGroup) * a.stride * 4;
+  a.weights = nullptr;
+  if (shared + weights + 2048 <= size_t(ctx.shared_limit)) shared += weights;
+  else a.weights = reinterpret_cast<float*>(ctx.reserve(weights * units));
+  const auto kernel = attend_kernel<T, kGroup>;
+  allow_shared(kernel, shared);
+  kernel<<<units, kThreads, shared, ctx.stream>>>(a, ctx.faults());
+}
+
+template <typename T>
+void by_group(Context& ctx, const Cache& cache, const AttendView& a) {
+  switch (cache.group()) {
+    case 1: return launch<T, 1>(ctx, cache, a);
+    case 2: return launch<T, 2>(ctx, cache, a);
+    case 3: return launch<T, 3>(ctx, cache, a);
+    case 4: return launch<T, 4>(ctx, cache, a);
+    case 5: return launch<T, 5>(ctx, cache, a);
+    case 6: return launch<T, 6>(ctx, cache, a);
+    case 7: return launch<T, 7>(ctx, cache, a);
+    case 8: return launch<T, 8>(ctx, cache, a);
+    default: return launch<T, 16>(ctx, cache, a);
+  }
+}
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, int32_t victims) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
+    const TensorRef forced = find_victims(context, victims, *cache);
+    ctx.hold(cache, from, to, forced);
+    AttendView a{};
+    a.cache = cache->view(layer);
+    a.qkv = from->f32();
+    a.out = to->f32();
+    a.scale = scale;
+    a.layer = layer;
+    a.victims = forced ? forced->i32() : nullptr;
+    by_cache_type(cache->dtype, [&](auto type) { by_group<decltype(type)>(ctx, *cache, a); });
+    ctx.submitted();
+  });
+}
+`,
+  "cuda/cache.cu": `/**
+ * cache.cu: rotations and caches, and wkv_insert: steps 3 to 6 with given weights (select, merge and insert are settle in cache.cuh).
+ *
+ *   a[i] += weights[rank[i]];  then one settle a head                kv [B, 2 N D], weights [B, N (M + 1)]
+ *
+ * A block owns one KV head of one sequence. Bytes moved: the head's state (12 bytes a slot, read and written), its weights, three rows.
+ */
+#include "cache.cuh"
+
+#include <cmath>
+#include <cstring>
+
+namespace wkv {
+
+void Cache::check_layer(int32_t layer) const {
+  require(layer >= 0 && layer < layers, "layer must be between 0 and " + std::to_string(layers - 1) + ": " + std::to_string(layer));
+}
+
+CacheView Cache::view(int32_t layer) const {
+  CacheView v;
+  v.sequences = sequences, v.heads = heads, v.kv_heads = kv_heads, v.head_dim = head_dim, v.slots = slots, v.sinks = sinks, v.recent = recent, v.select = select, v.merge = merge;
+  v.text = positions == WKV_POSITIONS_TEXT;
+  v.first = head(layer, 0, 0);
+  v.keys = memory->as<uint8_t>(keys_at);
+  v.values = memory->as<uint8_t>(values_at);
+  v.scores = memory->as<float>(scores_at);
+  v.births = memory->as<int32_t>(births_at);
+  v.ranks = memory->as<int32_t>(ranks_at);
+  v.gaps = gapped() ? memory->as<float>(gaps_at) : nullptr;
+  v.averages = gapped() ? memory->as<float>(averages_at) : nullptr;
+  v.counts = memory->as<Counts>(counts_at);
+  v.rope = rope->view();
+  return v;
+}
+
+CacheRef find_cache(int32_t context, int32_t handle, int32_t layer) {
+  const CacheRef cache = find<Cache>(context, handle, Kind::Cache, "cache");
+  cache->check_layer(layer);
+  return cache;
+}
+
+TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache) {
+  return handle ? find_tensor(context, handle, "victims", WKV_I32, cache.sequences, cache.kv_heads) : TensorRef();
+}
+
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(256) insert_kernel(CacheView c, const float* kv, const float* weights, const int32_t* victims, Faults faults) {
+  __shared__ SettleArea area;
+  __shared__ T key[512], value[512];
+  const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
+  const int64_t head = c.first + unit, b = unit / c.kv_heads;
+  Counts& counts = c.counts[head];
+  const int32_t kept = counts.kept, step = counts.steps + 1;
+  const Entries e = c.entries(head);
+  const float *k = kv + b * 2 * c.kv_heads * dim + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
+  for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
+    float x = k[c.rope.source(i)];
+    if (c.text && i < 2 * c.rope.pairs) {
+      const int32_t pair = i % c.rope.pairs;
+      const float2 turn = c.rope.at(step - 1, pair);
+      const float other = k[c.rope.source(i < c.rope.pairs ? i + c.rope.pairs : pair)];
+      x = i < c.rope.pairs ? x * turn.x - other * turn.y : other * turn.y + x * turn.x;
+    }
+    key[i] = from_float<T>(x);
+    value[i] = from_float<T>(v[i]);
+  }
+  const float* given = weights + int64_t{unit} * (c.slots + 1);
+  for (int32_t i = threadIdx.x; i <= kept; i += blockDim.x) {
+    if (i == kept) e.score[i] = given[kept], e.birth[i] = step, e.rank[i] = kept;
+    else e.score[i] += given[e.rank[i]];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) counts.steps = step;
+  __syncthreads();
+  settle<T>(c, head, e, kept, 1, key, value, victims ? victims[unit] : -1, faults, area);
+}
+
+constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}};
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const float* frequencies, int32_t frequencies_bytes, int32_t positions, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require_buffer(out, out_bytes, 4, "out");
+    require(head_dim >= 2 && head_dim <= 512, "head_dim must be between 2 and 512: " + std::to_string(head_dim));
+    require(pairs == WKV_PAIRS_HALF || pairs == WKV_PAIRS_INTERLEAVED, "pairs " + std::to_string(pairs) + " is unknown");
+    require(positions >= 0 && positions <= 1 << 21, "positions must be between 0 and 2097152: " + std::to_string(positions));
+    require(frequencies != nullptr && frequencies_bytes > 0 && frequencies_bytes % 4 == 0 && frequencies_bytes / 4 * 2 <= head_dim, "frequencies must hold between 1 and head_dim / 2 floats");
+    auto rope = std::make_shared<Rope>();
+    rope->head_dim = head_dim;
+    rope->pairs = pairs;
+    rope->count = frequencies_bytes / 4;
+    rope->positions = positions;
+    std::vector<double> wide;
+    for (int32_t i = 0; i < rope->count; i++) {
+      require(std::isfinite(frequencies[i]), "frequency " + std::to_string(i) + " is not finite");
+      wide.push_back(frequencies[i]);
+    }
+    const size_t count = size_t(positions) * rope->count;
+    std::vector<float> tables(count * 2);
+    for (size_t i = 0; i < count; i++) {
+      const double angle = wide[i % rope->count] * static_cast<double>(i / rope->count);
+      tables[i] = static_cast<float>(std::cos(angle));
+      tables[i + count] = static_cast<float>(std::sin(angle));
+    }
+    rope->tables = std::make_shared<DeviceMemory>(count * 8);
+    rope->frequencies = std::make_shared<DeviceMemory>(wide.size() * 8);
+    if (count) ctx.copy(rope->tables->as<void>(), tables.data(), count * 8);
+    ctx.copy(rope->frequencies->as<void>(), wide.data(), wide.size() * 8);
+    *out = add_handle(context, rope);
+  });
+}
+
+int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require_buffer(out, out_bytes, 4, "out");
+    auto cache = std::make_shared<Cache>();
+    cache->rope = find<Rope>(context, rope, Kind::Rope, "rope");
+    require(layers >= 1 && layers <= 1024 && sequences >= 1 && sequences <= 4096, "layers must be between 1 and 1024, sequences between 1 and 4096");
+    require(kv_heads >= 1 && kv_heads <= 1024 && heads >= kv_heads && heads % kv_heads == 0, "heads must be a multiple of kv_heads: " + std::to_string(heads) + ", " + std::to_string(kv_heads));
+    require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
+    require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
+    require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
+    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_MERGE_COST_LINEAR, "select " + std::to_string(select) + " is unknown");
+    require(merge == WKV_MERGE_NONE || merge == WKV_MERGE_RIGHT, "merge " + std::to_string(merge) + " is unknown");
+    require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
+    require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
+    require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
+    cache->layers = layers;
+    cache->sequences = sequences;
+    cache->heads = heads;
+    cache->kv_heads = kv_heads;
+    cache->head_dim = head_dim;
+    cache->slots = slots;
+    cache->sinks = sinks;
+    cache->recent = recent;
+    cache->select = select;
+    cache->merge = merge;
+    cache->positions = positions;
+    cache->dtype = dtype;
+    require(heads / kv_heads <= 16, "the CUDA library takes at most 16 query heads a KV head: " + std::to_string(heads / kv_heads));
+    require(head_dim % 2 == 0, "the CUDA library takes even head dimensions: " + std::to_string(head_dim));
+    const size_t all = size_t(layers) * sequences * kv_heads, entries = all * (size_t(slots) + 1);
+    size_t bytes = 0;
+    const auto take = [&](size_t part) {
+      const size_t at = bytes;
+      bytes += round_up(part);
+      return at;
+    };
+    cache->keys_at = take(all * slots * cache->row_bytes());
+    cache->values_at = take(all * slots * cache->row_bytes());
+    cache->scores_at = take(entries * 4);
+    cache->births_at = take(entries * 4);
+    cache->ranks_at = take(entries * 4);
+    cache->gaps_at = take(cache->gapped() ? entries * 4 : 0);
+    cache->averages_at = take(cache->gapped() ? entries * 4 : 0);
+    cache->counts_at = take(all * sizeof(Counts));
+    cache->memory = std::make_shared<DeviceMemory>(bytes);
+    ctx.zero(cache->memory->as<void>(), bytes);
+    const std::vector<Counts> empty(all, kEmpty);
+    ctx.copy(cache->memory->as<void>(cache->counts_at), empty.data(), all * sizeof(Counts));
+    *out = add_handle(context, cache);
+  });
+}
+
+int32_t wkv_cache_reset(int32_t context, int32_t handle, int32_t sequence) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, 0);
+    require(sequence >= -1 && sequence < cache->sequences, "sequence must be between -1 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
+    const size_t a_layer = size_t(cache->sequences) * cache->kv_heads, count = sequence < 0 ? a_layer * cache->layers : size_t(cache->kv_heads);
+    const std::vector<Counts> empty(count, kEmpty);
+    Counts* counts = cache->memory->as<Counts>(cache->counts_at);
+    if (sequence < 0) {
+      ctx.copy(counts, empty.data(), count * sizeof(Counts));
+      return;
+    }
+    for (int32_t layer = 0; layer < cache->layers; layer++) ctx.copy(counts + cache->head(layer, sequence, 0), empty.data(), count * sizeof(Counts));
+  });
+}
+
+int32_t wkv_cache_read(int32_t context, int32_t handle, int32_t field, int32_t layer, int32_t sequence, int32_t kv_head, void* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
+    require(kv_head >= 0 && kv_head < cache->kv_heads, "kv_head must be between 0 and " + std::to_string(cache->kv_heads - 1) + ": " + std::to_string(kv_head));
+    const int64_t head = cache->head(layer, sequence, kv_head);
+    const CacheView view = cache->view(layer);
+    Counts counts;
+    ctx.copy(&counts, view.counts + head, sizeof counts);
+    const bool rows = field == WKV_CACHE_KEYS || field == WKV_CACHE_VALUES;
+    const int64_t kept = counts.kept, want = field == WKV_CACHE_COUNTS || field == WKV_CACHE_EVENT ? 16 : kept * (rows ? cache->head_dim : 1) * 4;
+    require(out_bytes == want, "out has " + std::to_string(out_bytes) + " bytes, expected " + std::to_string(want));
+    if (want == 0) return;
+    require(out != nullptr, "out is null");
+    if (field == WKV_CACHE_COUNTS || field == WKV_CACHE_EVENT) {
+      std::memcpy(out, field == WKV_CACHE_COUNTS ? static_cast<const void*>(&counts) : counts.event, 16);
+      return;
+    }
+    // Everything else comes out in rank order.
+    const int64_t at = head * (cache->slots + 1);
+    std::vector<int32_t> ranks(kept), slots(kept);
+    ctx.copy(ranks.data(), view.ranks + at, size_t(kept) * 4);
+    for (int64_t slot = 0; slot < kept; slot++) {
+      if (ranks[slot] < 0 || ranks[slot] >= kept) fail(WKV_INTERNAL, "Slot " + std::to_string(slot) + " has rank " + std::to_string(ranks[slot]) + " of " + std::to_string(kept));
+      slots[ranks[slot]] = static_cast<int32_t>(slot);
+    }
+    auto* ints = static_cast<int32_t*>(out);
+    auto* floats = static_cast<float*>(out);
+    if (field == WKV_CACHE_SLOTS) {
+      std::memcpy(out, slots.data(), size_t(want));
+      return;
+    }
+    if (field == WKV_CACHE_POSITIONS || field == WKV_CACHE_STEPS || field == WKV_CACHE_SCORES) {
+      std::vector<int32_t> state(kept);
+      const void* from = view.births + at;
+      if (field == WKV_CACHE_SCORES) from = view.scores + at;
+      ctx.copy(state.data(), from, size_t(kept) * 4);
+      for (int64_t i = 0; i < kept; i++) {
+        const int32_t x = state[slots[i]];
+        ints[i] = field == WKV_CACHE_POSITIONS ? x - 1 : field == WKV_CACHE_STEPS ? counts.steps - x + 1 : x;
+      }
+      return;
+    }
+    require(rows, "field " + std::to_string(field) + " is unknown");
+    const int32_t dim = cache->head_dim;
+    std::vector<uint8_t> stored(size_t(kept * cache->row_bytes()));
+    ctx.copy(stored.data(), (field == WKV_CACHE_KEYS ? view.keys : view.values) + head * cache->slots * cache->row_bytes(), stored.size());
+    for (int64_t i = 0; i < kept; i++, floats += dim) {
+      const uint8_t* from = stored.data() + slots[i] * cache->row_bytes();
+      for (int32_t d = 0; d < dim; d++) {
+        float x;
+        if (cache->dtype == WKV_F32) std::memcpy(&x, from + d * 4, 4);
+        else if (cache->dtype == WKV_F16) x = __half2float(reinterpret_cast<const __half*>(from)[d]);
+        else x = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(from)[d]);
+        floats[field == WKV_CACHE_KEYS ? view.rope.source(d) : d] = x;
+      }
+    }
+  });
+}
+
+int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, int32_t weights, int32_t victims) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    const int32_t n_heads = cache->kv_heads;
+    const TensorRef rows = find_tensor(context, kv, "kv", WKV_F32, cache->sequences, 2 * n_heads * cache->head_dim);
+    const TensorRef given = find_tensor(context, weights, "weights", WKV_F32, cache->sequences, n_heads * (cache->slots + 1));
+    const TensorRef forced = find_victims(context, victims, *cache);
+    ctx.hold(cache, rows, given, forced);
+    by_cache_type(cache->dtype, [&](auto type) {
+      insert_kernel<decltype(type)><<<cache->sequences * n_heads, 256, 0, ctx.stream>>>(cache->view(layer), rows->f32(), given->f32(), forced ? forced->i32() : nullptr, ctx.faults());
+    });
+    ctx.submitted();
+  });
+}
+`,
+  "cuda/cache.cuh": `/**
+ * cache.cuh: the cache of the CUDA library and steps 3 to 6 of a decode step, shared by attend.cu, cache.cu and prefill.cu.
+ *
+ * Slots never move; \`ranks[slot]\` is a token's rank. The used slots of a head are always 0 .. kept - 1. State has room for slots + 1
+ * entries, the last of which a new token holds until it takes its victim's slot. Everything that a step changes lies on the device.
+ */
+#pragma once
+#include <climits>
+
+#include "../policy.h"
+#include "common.cuh"
+
+namespace wkv {
+
+/** Counters of one head; \`event\` as WKV_CACHE_EVENT. */
+struct Counts {
+  int32_t kept, steps, merged, evicted;
+  float event[4];
+};
+
+/** Cosine and sine of an angle that the tables do not reach; a call, as in line it would double every kernel. */
+static __device__ __noinline__ float2 turn_beyond(double angle) {
+  double s, c;
+  sincos(angle, &s, &c);
+  return make_float2(static_cast<float>(c), static_cast<float>(s));
+}
+
+/** A rotation as kernels see it. */
+struct RopeView {
+  int32_t pairs, positions;      // pairs that are rotated; positions that the tables reach
+  bool interleaved;              // the model's order
+  const float *cosines, *sines;  // [positions, pairs]
+  const double* frequencies;
+
+  /** Where dimension d of the library's own order, in which the rotated pairs are (i, i + pairs), lies in the model's. */
+  __host__ __device__ int32_t source(int32_t d) const {
+    if (!interleaved || d >= 2 * pairs) return d;
+    return d < pairs ? 2 * d : 2 * (d - pairs) + 1;
+  }
+  /** Cosine and sine of pair i at a position. */
+  __device__ float2 at(int64_t position, int32_t i) const {
+    if (position < positions) return make_float2(cosines[position * pairs + i], sines[position * pairs + i]);
+    return turn_beyond(frequencies[i] * static_cast<double>(position));
+  }
+};
+
+struct Rope : Object {
+  int32_t head_dim, pairs, count, positions;
+  DeviceRef tables, frequencies;
+  Rope() : Object(Kind::Rope) {}
+  size_t bytes() const override { return tables->bytes(); }
+  RopeView view() const {
+    const float* cosines = tables->as<float>();
+    return {count, positions, pairs == WKV_PAIRS_INTERLEAVED, cosines, cosines + int64_t{positions} * count, frequencies->as<double>()};
+  }
+};
+using RopeRef = std::shared_ptr<Rope>;
+
+/** State of some tokens of one head, by entry. */
+struct Entries {
+  float* score;
+  int32_t* birth;  // the step that fed the token, from 1: its place in the text + 1
+  int32_t* rank;   // -1: it has left
+  float* gap;      // |V_j - V_r|^2 with the right neighbour, for rules that ask for it; else null
+  float* average;  // [ranks] scratch, for the same rules
+  int32_t* freed;  // scratch: slots that victims left, in order; null where there is one at most
+};
+
+/** A cache, or one layer of it, as kernels see it. */
+struct CacheView {
+  int32_t sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge;
+  bool text;        // keys are rotated once, at their place in the text
+  int64_t first;    // the layer's first head
+  uint8_t *keys, *values;
+  float *scores, *gaps, *averages;
+  int32_t *births, *ranks;
+  Counts* counts;
+  RopeView rope;
+
+  __device__ int32_t group() const { return heads / kv_heads; }
+  template <typename T>
+  __device__ T* keys_of(int64_t head) const { return reinterpret_cast<T*>(keys) + head * slots * head_dim; }
+  template <typename T>
+  __device__ T* values_of(int64_t head) const { return reinterpret_cast<T*>(values) + head * slots * head_dim; }
+  __device__ bool gapped() const { return gaps != nullptr; }
+  __device__ Entries entries(int64_t head) const {
+    const int64_t at = head * (slots + 1);
+    return {scores + at, births + at, ranks + at, gaps ? gaps + at : nullptr, averages ? averages + at : nullptr, nullptr};
+  }
+};
+
+struct Cache : Object {
+  RopeRef rope;
+  int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge, positions, dtype;
+  DeviceRef memory;
+  size_t keys_at, values_at, scores_at, births_at, ranks_at, gaps_at, averages_at, counts_at;
+  Cache() : Object(Kind::Cache) {}
+  size_t bytes() const override { return memory->bytes(); }
+  bool gapped() const { return wkv_select_uses_gap(select); }
+  int32_t group() const { return heads / kv_heads; }
+  int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
+  int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
+  void check_layer(int32_t layer) const;
+  CacheView view(int32_t layer) const;
+};
+using CacheRef = std::shared_ptr<Cache>;
+
+CacheRef find_cache(int32_t context, int32_t handle, int32_t layer);
+TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache);
+
+/** Calls body with a value of the cache's element type. */
+template <typename Body>
+void by_cache_type(int32_t dtype, Body body) {
+  if (dtype == WKV_F32) body(float());
+  else if (dtype == WKV_F16) body(__half());
+  else body(__nv_bfloat16());
+}
+
+/** Whether a softmax's sum is a number: it is none when a query or key was none. */
+__device__ inline bool is_sum(float sum) { return sum > 0.0f && sum <= 3.4e38f; }
+
+// ---- select, merge, insert: one block a head ----
+
+/** Shared memory of settle. */
+struct SettleArea {
+  float value[32];
+  int32_t rank[32], bad[32];
+  int32_t victim;          // its rank
+  int32_t around[4];       // entries of the ranks victim - 1 .. victim + 2; -1: none
+  int32_t freed, arrived_left, first_freed;
+  float w_v, w_r;
+};
+
+/** |a - b|^2 of two stored rows, by one warp. */
+template <typename T>
+__device__ inline float warp_gap(const T* a, const T* b, int32_t dim) {
+  float total = 0.0f;
+  for (int32_t d = threadIdx.x & 31; d < dim; d += 32) {
+    const float x = to_float(a[d]) - to_float(b[d]);
+    total += x * x;
+  }
+  return warp_sum(total);
+}
+
+/**
+ * Steps 4 to 6 for one head: entries [0, kept) are its slots, [kept, kept + arrived) the incoming tokens, whose rows are in_keys and
+ * in_values; scores already have this step's weights, counts->steps counts it. While more than \`slots\` are left the policy's victim (or
+ * rank \`forced\`, -1: none) leaves, merged into its right neighbour or dropped; what is left of the incoming tokens then goes into free
+ * slots. \`e\` is the head's own state or, when more than one token arrives, a copy, which is written back. All threads call it.
+ */
+template <typename T>
+__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area) {
+  const int32_t tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, warps = blockDim.x >> 5, dim = c.head_dim, total = kept + arrived;
+  Counts& counts = c.counts[head];
+  T *keys = c.keys_of<T>(head), *values = c.values_of<T>(head);
+  const auto value_of = [&](int32_t entry) { return entry < kept ? values + int64_t{entry} * dim : in_values + int64_t{entry - kept} * dim; };
+  const int32_t step = counts.steps;
+  const auto average = [&](int32_t entry) { return wkv_average(e.score[entry], step - e.birth[entry] + 1); };
+  if (tid == 0) area.freed = 0, area.arrived_left = arrived, area.around[0] = -1;
+  __syncthreads();
+  if (c.gapped()) {
+    for (int32_t i = tid; i < kept; i += blockDim.x) {
+      if (e.rank[i] == kept - 1) area.around[0] = i;
+    }
+    __syncthreads();
+    for (int32_t i = kept - 1 + warp; i < total - 1; i += warps) {
+      const int32_t entry = i < kept ? area.around[0] : i;
+      if (entry < 0) continue;
+      const float gap = warp_gap(value_of(entry), value_of(i + 1), dim);
+      if (lane == 0) e.gap[entry] = gap;
+    }
+    __syncthreads();
+  }
+  if (total > c.slots && c.select == WKV_SELECT_NONE) {
+    if (tid == 0) faults.report(Fault::Full, c.slots);
+    return;
+  }
+  for (int32_t count = total; count > c.slots; count--) {
+    // Select.
+    if (forced == -1) {
+      if (c.gapped()) {
+        for (int32_t i = tid; i < total; i += blockDim.x) {
+          if (e.rank[i] >= 0) e.average[e.rank[i]] = average(i);
+        }
+        __syncthreads();
+      }
+      float least = INFINITY;
+      int32_t best = INT_MAX, bad = INT_MAX;
+      for (int32_t i = tid; i < total; i += blockDim.x) {
+        const int32_t rank = e.rank[i];
+        if (rank < 0 || !wkv_evictable(rank, count, c.sinks, c.recent)) continue;
+        float value = INFINITY;  // the newest has no right neighbour to be merged with
+        if (!c.gapped()) value = wkv_select_value(c.select, rank, average(i), 0.0f, 0.0f);
+        else if (rank + 1 < count) value = wkv_select_value(c.select, rank, e.average[rank], e.average[rank + 1], e.gap[i]);
+        if (isnan(value)) bad = min(bad, rank);
+        if (value < least || (value == least && rank < best)) least = value, best = rank;
+      }
+#pragma unroll
+      for (int o = 16; o > 0; o >>= 1) {
+        const float v = __shfl_xor_sync(0xffffffffu, least, o);
+        const int32_t r = __shfl_xor_sync(0xffffffffu, best, o);
+        if (v < least || (v == least && r < best)) least = v, best = r;
+      }
+      bad = __reduce_min_sync(0xffffffffu, bad);
+      if (lane == 0) area.value[warp] = least, area.rank[warp] = best, area.bad[warp] = bad;
+      __syncthreads();
+      if (tid == 0) {
+        for (int w = 1; w < warps; w++) {
+          if (area.value[w] < least || (area.value[w] == least && area.rank[w] < best)) least = area.value[w], best = area.rank[w];
+          bad = min(bad, area.bad[w]);
+        }
+        area.victim = best == INT_MAX ? -1 : best;
+        area.bad[0] = bad;
+      }
+    } else if (tid == 0) {
+      area.victim = forced, area.bad[0] = INT_MAX;
+    }
+    if (tid < 4) area.around[tid] = -1;
+    __syncthreads();
+    const int32_t j = area.victim, bad = area.bad[0];
+    if (bad != INT_MAX) {
+      if (tid == 0) faults.report(Fault::NanScore, bad);
+      return;
+    }
+    if (!wkv_evictable(j, count, c.sinks, c.recent)) {
+      if (tid == 0) faults.report(Fault::Rank, j, count, c.sinks, c.recent);
+      return;
+    }
+    // Take the rank out.
+    for (int32_t i = tid; i < total; i += blockDim.x) {
+      const int32_t rank = e.rank[i];
+      if (rank >= j - 1 && rank <= j + 2 && rank >= 0) area.around[rank - j + 1] = i;
+      if (rank == j) e.rank[i] = -1;
+      else if (rank > j) e.rank[i] = rank - 1;
+    }
+    __syncthreads();
+    const int32_t left = area.around[0], victim = area.around[1], right = area.around[2], far = area.around[3];
+    const bool neighbour = j + 1 < count, merges = c.merge == WKV_MERGE_RIGHT && neighbour;
+    const float w_v = average(victim), w_r = neighbour ? average(right) : 0.0f;
+    // Merge.
+    if (merges && w_v + w_r > 0.0f) {
+      const T* v = value_of(victim);
+      T* r = value_of(right);
+      for (int32_t d = tid; d < dim; d += blockDim.x) r[d] = from_float<T>(wkv_merged(w_v, to_float(v[d]), w_r, to_float(r[d])));
+    }
+    if (tid == 0) {
+      counts.event[0] = static_cast<float>(e.birth[victim] - 1);
+      counts.event[1] = merges ? static_cast<float>(e.birth[right] - 1) : -1.0f;
+      counts.event[2] = w_v;
+      counts.event[3] = w_r;
+      if (merges) counts.merged++;
+      else counts.evicted++;
+      if (victim < kept) {
+        if (area.freed == 0) area.first_freed = victim;
+        if (e.freed) e.freed[area.freed] = victim;
+        area.freed++;
+      } else {
+        area.arrived_left--;
+      }
+    }
+    __syncthreads();
+    if (c.gapped() && neighbour) {
+      if (warp == 0 && left >= 0) {
+        const float gap = warp_gap(value_of(left), value_of(right), dim);
+        if (lane == 0) e.gap[left] = gap;
+      }
+      if (warp == 1 && far >= 0) {
+        const float gap = warp_gap(value_of(right), value_of(far), dim);
+        if (lane == 0) e.gap[right] = gap;
+      }
+      __syncthreads();
+    }
+  }
+  // Insert what is left of the incoming tokens, in rank order: freed slots first, then unused ones.
+  const int32_t freed = area.freed, stayed = kept - freed;
+  const Entries own = c.entries(head);
+  if (own.rank != e.rank) {
+    for (int32_t i = tid; i < kept; i += blockDim.x) {
+      if (e.rank[i] < 0) continue;
+      own.score[i] = e.score[i], own.birth[i] = e.birth[i], own.rank[i] = e.rank[i];
+      if (e.gap) own.gap[i] = e.gap[i];
+    }
+  }
+  for (int32_t t = warp; t < arrived; t += warps) {
+    const int32_t rank = e.rank[kept + t];
+    if (rank < 0) continue;
+    const int32_t order = rank - stayed;
+    const int32_t slot = order >= freed ? kept + order - freed : e.freed ? e.freed[order] : area.first_freed;
+    for (int32_t d = lane; d < dim; d += 32) {
+      keys[int64_t{slot} * dim + d] = in_keys[int64_t{t} * dim + d];
+      values[int64_t{slot} * dim + d] = in_values[int64_t{t} * dim + d];
+    }
+    if (lane == 0) {
+      own.score[slot] = e.score[kept + t], own.birth[slot] = e.birth[kept + t], own.rank[slot] = rank;
+      if (e.gap) own.gap[slot] = e.gap[kept + t];
+    }
+  }
+  if (tid == 0) counts.kept = stayed + area.arrived_left;
+}
+
+}  // namespace wkv
+`,
+  "cuda/common.cuh": `/** common.cuh: what every file of the CUDA library shares: the context with its stream, device memory, tensors, data errors, reductions. */
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../handles.hpp"
+
+namespace wkv {
+
+/** Turns a CUDA error into a failure. */
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error that is not sticky must not reach the next call
+  fail(error == cudaErrorMemoryAllocation ? WKV_MEMORY : WKV_DEVICE, std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+/** Device memory, given back with its last owner. */
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(size_t bytes) : bytes_(bytes) {
+    check(cudaMalloc(&data_, bytes ? bytes : 1), ("Allocating " + std::to_string(bytes) + " bytes on the device").c_str());
+  }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+  ~DeviceMemory() { cudaFree(data_); }
+  template <typename T>
+  T* as(size_t byte = 0) const { return reinterpret_cast<T*>(static_cast<uint8_t*>(data_) + byte); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+using DeviceRef = std::shared_ptr<DeviceMemory>;
+
+// ---- data errors: found on the device, read after a run ----
+
+enum class Fault : int32_t { None, Token, Target, NanLogit, NanAttention, NanScore, Full, Rank };
+
+/** What the first faulty thread left. */
+struct FaultWord {
+  Fault fault;
+  int32_t values[4];
+};
+
+/** Where kernels report; passed by value. The first report since the last read wins. */
+struct Faults {
+  int32_t* taken;   // device memory
+  FaultWord* word;  // host memory, mapped
+  __device__ void report(Fault fault, int32_t a, int32_t b = 0, int32_t c = 0, int32_t d = 0) const {
+    if (atomicCAS(taken, 0, 1) != 0) return;
+    word->values[0] = a, word->values[1] = b, word->values[2] = c, word->values[3] = d;
+    word->fault = fault;
+    __threadfence_system();
+  }
+};
+
+// ---- tensors ----
+
+constexpr bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
+
+/** A weight as kernels see it. Quantised rows lie in two planes: 32 (Q8_0) or 16 bytes of quants a block of 32 columns, in file order,
+ *  and one f16 scale a block, with Q4_1 a pair (scale, minimum). */
+struct WeightView {
+  int32_t dtype, rows, columns;
+  const uint8_t* data;
+  const __half* scales;
+};
+
+struct Tensor : Object {
+  int32_t dtype, rows, columns;
+  size_t scales_at = 0;  // where the plane of scales begins
+  DeviceRef memory;
+  Tensor(int32_t dtype, int32_t rows, int32_t columns);
+  size_t bytes() const override { return memory->bytes(); }
+  float* f32() const { return memory->as<float>(); }
+  int32_t* i32() const { return memory->as<int32_t>(); }
+  float* row(int64_t r) const { return f32() + r * columns; }
+  WeightView view() const { return {dtype, rows, columns, memory->as<uint8_t>(), memory->as<__half>(scales_at)}; }
+};
+using TensorRef = std::shared_ptr<Tensor>;
+
+inline TensorRef find_tensor(int32_t context, int32_t handle, const char* what) {
+  return find<Tensor>(context, handle, Kind::Tensor, what);
+}
+/** A tensor of this dtype with at least these rows and exactly these columns (-1: any). */
+TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns);
+
+// ---- context ----
+
+/** A captured graph, and all that its kernels read and write. */
+struct Graph : Object {
+  cudaGraphExec_t run = nullptr;
+  std::vector<std::shared_ptr<void>> holds;
+  Graph() : Object(Kind::Graph) {}
+  ~Graph() override {
+    if (run) cudaGraphExecDestroy(run);
+  }
+};
+
+/** One GPU. Ops go to \`stream\`, which may be recording; graphs and copies to \`side\`, as they may run meanwhile. Between two entries
+ *  nothing runs, so the two need no order. */
+struct Context : ContextBase {
+  int32_t device = 0, processors = 0, shared_limit = 0, capability = 0;  // capability: 90 for 9.0
+  std::string name;
+  cudaStream_t stream = nullptr, side = nullptr;
+  DeviceRef taken;
+  FaultWord* word = nullptr;
+  std::shared_ptr<Graph> recording;
+  DeviceRef scratch;  // an op's intermediate results; a graph holds the one it was recorded with
+  Context();
+  ~Context() override;
+
+  Faults faults() const { return {taken->as<int32_t>(), word}; }
+  /** Memory for this op's intermediate results, good until the op ends. */
+  uint8_t* reserve(size_t bytes);
+  /** Keeps what an op uses for as long as the graph that is recorded. */
+  template <typename... Refs>
+  void hold(const Refs&... refs) {
+    if (recording) (recording->holds.push_back(refs), ...);
+  }
+  /** Ends an op: checks its launches and, unless a graph is recorded, waits for it and for its faults. */
+  void submitted();
+  /** Waits for a stream, and fails with the fault that kernels left. */
+  void finish(cudaStream_t ran);
+  void copy(void* to, const void* from, size_t bytes);
+  void zero(void* to, size_t bytes);
+
+ private:
+  void release();
+};
+
+template <typename Body>
+int32_t entry(int32_t handle, Body body) {
+  return entry_of<Context>(handle, [&](Context& context) {
+    check(cudaSetDevice(context.device), "Choosing the device");
+    body(context);
+  });
+}
+
+/** Lets a kernel use this much shared memory: what it declares itself, 8 KB at most, counts towards the 48 KB that need no leave. */
+template <typename Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+  if (bytes > 40 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
+}
+
+/** How a kernel is launched; \`cluster\`: blocks along x that share their memory. */
+struct Shape {
+  dim3 grid, block;
+  size_t shared = 0;
+  uint32_t cluster = 1;
+};
+
+/** Launches a kernel on the context's stream, through which all ops go. From sm_90 on its blocks may start while the kernel before it
+ *  ends (programmatic dependent launch), so every kernel calls wait_for_previous() before it reads or writes what earlier kernels did. */
+template <typename... Parameters, typename... Arguments>
+void launch(Context& ctx, void (*kernel)(Parameters...), const Shape& shape, Arguments&&... arguments) {
+  allow_shared(kernel, shape.shared);
+  cudaLaunchAttribute attributes[2];
+  uint32_t count = 0;
+  if (ctx.capability >= 90) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim = {shape.cluster, 1, 1};
+    count++;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid, config.blockDim = shape.block, config.dynamicSmemBytes = shape.shared, config.stream = ctx.stream;
+  config.attrs = attributes, config.numAttrs = count;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "Launching a kernel");
+}
+
+inline int32_t divide_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
+inline size_t round_up(size_t bytes, size_t to = 256) { return (bytes + to - 1) / to * to; }
+
+// ---- device helpers ----
+
+/** Waits until the kernels before this one have ended and what they wrote can be seen. */
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/** Lets the next kernel's blocks start where there is room for them. Only after wait_for_previous(): so a kernel that runs knows that all
+ *  but the one before it have ended. */
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+  return x;
+}
+__device__ inline double warp_sum(double x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o));
+  return x;
+}
+
+/** The block's sum in a fixed order, in every thread; \`area\` holds 32 doubles. */
+__device__ inline double block_sum(double x, double* area) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  x = warp_sum(x);
+  __syncthreads();
+  if (lane == 0) area[warp] = x;
+  __syncthreads();
+  double total = 0.0;
+  for (int w = 0; w < warps; w++) total += area[w];
+  return total;
+}
+
+/** The block's highest, in every thread; \`area\` holds 32 floats. */
+__device__ inline float block_max(float x, float* area) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  x = warp_max(x);
+  __syncthreads();
+  if (lane == 0) area[warp] = x;
+  __syncthreads();
+  float most = area[0];
+  for (int w = 1; w < warps; w++) most = fmaxf(most, area[w]);
+  return most;
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+template <>
+__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+/** One number of a weight. */
+__device__ inline float weight_at(const WeightView& w, int64_t row, int32_t column) {
+  const int64_t i = row * w.columns + column;
+  switch (w.dtype) {
+    case WKV_F32: return reinterpret_cast<const float*>(w.data)[i];
+    case WKV_F16: return __half2float(reinterpret_cast<const __half*>(w.data)[i]);
+    case WKV_BF16: return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(w.data)[i]);
+    default: break;
+  }
+  const int64_t block = row * (w.columns / 32) + column / 32;
+  const int32_t within = column % 32;
+  if (w.dtype == WKV_Q8_0) return reinterpret_cast<const int8_t*>(w.data)[block * 32 + within] * __half2float(w.scales[block]);
+  const int32_t nibble = w.data[block * 16 + within % 16] >> (within / 16 * 4) & 15;
+  if (w.dtype == WKV_Q4_0) return (nibble - 8) * __half2float(w.scales[block]);
+  return fmaf(nibble, __half2float(w.scales[block * 2]), __half2float(w.scales[block * 2 + 1]));
+}
+
+}  // namespace wkv
+`,
+  "cuda/embed.cu": `/**
+ * embed.cu: wkv_embed and wkv_rmsnorm, the ops at both ends of a forward pass.
+ *
+ *   out[i, c] = table[tokens[i], c]                                  out [rows, C]
+ *   out[i, c] = x[i, c] / sqrt(mean_c(x[i, c]^2) + epsilon) * w[c]   x, out [rows, C]
+ *
+ * A block owns one row. Bytes moved: embed one row of the table and of out, rmsnorm x twice (the second time from cache) and out once.
+ */
+#include "common.cuh"
+
+namespace wkv {
+namespace {
+
+__global__ void __launch_bounds__(256) embed_kernel(float* out, WeightView table, const int32_t* tokens, Faults faults) {
+  wait_for_previous();
+  let_next_start();
+  const int32_t id = tokens[blockIdx.x];
+  const bool inside = id >= 0 && id < table.rows;
+  if (!inside && threadIdx.x == 0) faults.report(Fault::Token, id, table.rows);
+  float* row = out + int64_t{blockIdx.x} * table.columns;
+  for (int32_t c = threadIdx.x; c < table.columns; c += blockDim.x) row[c] = inside ? weight_at(table, id, c) : 0.0f;
+}
+
+__global__ void __launch_bounds__(256) rmsnorm_kernel(float* out, const float* x, const float* weight, int32_t columns, float epsilon) {
+  __shared__ double area[32];
+  wait_for_previous();
+  let_next_start();
+  const float* from = x + int64_t{blockIdx.x} * columns;
+  float* to = out + int64_t{blockIdx.x} * columns;
+  double squares = 0.0;
+  for (int32_t c = threadIdx.x; c < columns; c += blockDim.x) squares += static_cast<double>(from[c]) * from[c];
+  const float scale = 1.0f / sqrtf(static_cast<float>(block_sum(squares, area) / columns) + epsilon);
+  for (int32_t c = threadIdx.x; c < columns; c += blockDim.x) to[c] = from[c] * scale * weight[c];
+}
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef from = find_tensor(context, table, "table");
+    require(from->dtype != WKV_I32, "table is of dtype I32");
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, from->columns);
+    const TensorRef ids = find_tensor(context, tokens, "tokens", WKV_I32, 1, -1);
+    require(ids->columns >= rows, "tokens has fewer columns than rows");
+    ctx.hold(from, to, ids);
+    if (rows > 0) launch(ctx, embed_kernel, {rows, 256}, to->f32(), from->view(), ids->i32(), ctx.faults());
+    ctx.submitted();
+  });
+}
+
+int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef w = find_tensor(context, weight, "weight", WKV_F32, 1, -1);
+    const TensorRef from = find_tensor(context, x, "x", WKV_F32, rows, w->columns);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w->columns);
+    ctx.hold(w, from, to);
+    if (rows > 0) launch(ctx, rmsnorm_kernel, {rows, 256}, to->f32(), from->f32(), w->f32(), w->columns, epsilon);
+    ctx.submitted();
+  });
+}
+`,
+  "cuda/linear.cu": `/**
+ * linear.cu: wkv_linear and wkv_gated, the projections of prefill and decode.
+ *
+ *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
+ *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
+ *
+ * Up to 8 rows (matvec): every block norms and rounds all rows of x into shared memory (x comes from the second-level cache), then each
+ * of its 8 warps owns one row of w at a time for all rows of x. Bytes moved: w once.
+ * More rows (matmul): x is normed and rounded once into scratch; a block owns a tile of 64 x 64 of out and walks along C in steps of 32.
+ * Bytes moved: w once a 64 rows of x, x once a 64 rows of w.
+ * With int8 precision x is rounded as loops.cpp's round_row does (per 32 columns: scale = max |x| / 127), products are integers (dp4a);
+ * otherwise weights are widened in registers and products are f32.
+ */
+#include <algorithm>
+#include <type_traits>
+
+#include "common.cuh"
+
+namespace wkv {
+namespace {
+
+/** An input: rows [0, rows) of x with their norm (null: none). */
+struct InputView {
+  const float* x;
+  int32_t rows, columns;
+  const float* norm;
+  float epsilon;
+};
+
+/** Where results go: row t at out + t * stride. */
+struct OutputView {
+  float* out;
+  int64_t stride;
+  const float* bias;
+  int32_t add;
+  __device__ void put(int32_t t, int32_t j, float value) const {
+    float* to = out + t * stride + j;
+    if (bias) value += bias[j];
+    *to = add ? *to + value : value;
+  }
+};
+
+__device__ inline float silu_times(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+
+/** One block of 32 numbers, a lane each, in 8 bits: returns the rounded number, and the scale and sum in every lane. */
+__device__ inline int32_t round_lane(float x, float* scale, float* sum) {
+  const float most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(x))));
+  if (!(most <= 3.402823466e38f)) {  // x is not finite: nor is what comes of it
+    *scale = *sum = __uint_as_float(0x7fc00000u);
+    return 0;
+  }
+  const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+  const int32_t q = static_cast<int32_t>(rintf(x * inverse));
+  *scale = most / 127.0f;
+  *sum = *scale * static_cast<float>(__reduce_add_sync(0xffffffffu, q));
+  return q;
+}
+
+// ---- dot products of one block of 32 columns in 8 bits ----
+
+/** The quants of one block as words; low and high nibbles of Q4 apart, in column order. */
+template <int kType>
+struct Block8 {
+  int32_t words[8];
+  float scale, least;
+  __device__ Block8(const WeightView& w, int64_t block) {
+    if (kType == WKV_Q8_0) {
+      const int4* from = reinterpret_cast<const int4*>(w.data) + block * 2;
+      const int4 a = __ldg(from), b = __ldg(from + 1);
+      words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w, words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
+    } else {
+      const int4 a = __ldg(reinterpret_cast<const int4*>(w.data) + block);
+      const int32_t packed[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+      for (int v = 0; v < 4; v++) words[v] = packed[v] & 0x0f0f0f0f, words[v + 4] = packed[v] >> 4 & 0x0f0f0f0f;
+    }
+    if (kType == WKV_Q4_1) {
+      const float2 both = __half22float2(__ldg(reinterpret_cast<const __half2*>(w.scales) + block));
+      scale = both.x, least = both.y;
+    } else {
+      scale = __half2float(__ldg(w.scales + block)), least = 0.0f;
+    }
+  }
+  /** Adds the product with a block of x, whose words lie at \`q\`. */
+  __device__ float product(const int32_t* q, float x_scale, float x_sum) const {
+    const int4 a = *reinterpret_cast<const int4*>(q), b = *reinterpret_cast<const int4*>(q + 4);
+    int32_t dot = __dp4a(words[0], a.x, 0);
+    dot = __dp4a(words[1], a.y, dot), dot = __dp4a(words[2], a.z, dot), dot = __dp4a(words[3], a.w, dot);
+    dot = __dp4a(words[4], b.x, dot), dot = __dp4a(words[5], b.y, dot), dot = __dp4a(words[6], b.z, dot), dot = __dp4a(words[7], b.w, dot);
+    float value = static_cast<float>(dot) * (scale * x_scale);
+    if (kType == WKV_Q4_1) value += least * x_sum;
+    if (kType == WKV_Q4_0) value -= scale * (8.0f * x_sum);
+    return value;
+  }
+};
+
+/** total[t] += this lane's share of w[row] . x[t], x in 8 bits in shared memory. */
+template <int kType, int kRows>
+__device__ inline void dots_int8(const WeightView& w, int64_t row, const int32_t* q, const float* scales, const float* sums, float* total) {
+  const int32_t blocks = w.columns / 32, lane = threadIdx.x & 31;
+  for (int32_t b = lane; b < blocks; b += 32) {
+    const Block8<kType> block(w, row * blocks + b);
+#pragma unroll
+    for (int t = 0; t < kRows; t++) total[t] += block.product(q + (t * blocks + b) * 8, scales[t * blocks + b], sums[t * blocks + b]);
+  }
+}
+
+// ---- dot products in f32 ----
+
+/** Reads 4 columns of a row at once. */
+template <int kType>
+__device__ inline float4 weights4(const WeightView& w, int64_t row, int32_t column) {
+  const int64_t i = row * w.columns + column;
+  if (kType == WKV_F32) return __ldg(reinterpret_cast<const float4*>(w.data + i * 4));
+  if (kType == WKV_F16) {
+    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(w.data + i * 2));
+    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x)), b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+    return make_float4(a.x, a.y, b.x, b.y);
+  }
+  if (kType == WKV_BF16) {
+    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(w.data + i * 2));
+    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
+  }
+  const int64_t block = row * (w.columns / 32) + column / 32;
+  if (kType == WKV_Q8_0) {
+    const int32_t raw = __ldg(reinterpret_cast<const int32_t*>(w.data + block * 32 + column % 32));
+    const float s = __half2float(__ldg(w.scales + block));
+    return make_float4((raw << 24 >> 24) * s, (raw << 16 >> 24) * s, (raw << 8 >> 24) * s, (raw >> 24) * s);
+  }
+  const int32_t within = column % 32;
+  const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(w.data + block * 16 + within % 16)) >> (within / 16 * 4);
+  const int32_t middle = kType == WKV_Q4_0 ? 8 : 0;
+  float s, m = 0.0f;
+  if (kType == WKV_Q4_1) {
+    const float2 both = __half22float2(__ldg(reinterpret_cast<const __half2*>(w.scales) + block));
+    s = both.x, m = both.y;
+  } else {
+    s = __half2float(__ldg(w.scales + block));
+  }
+  const auto wide = [&](int shift) { return fmaf(static_cast<float>(static_cast<int32_t>(raw >> shift & 15) - middle), s, m); };
+  return make_float4(wide(0), wide(8), wide(16), wide(24));
+}
+
+/** total[t] += this lane's share of w[row] . x[t], x [kRows, C] in shared memory. */
+template <int kType, int kRows>
+__device__ inline void dots_f32(const WeightView& w, int64_t row, const float* x, float* total) {
+  const int32_t columns = w.columns, lane = threadIdx.x & 31;
+  if (columns % 4 == 0) {
+    for (int32_t c = lane * 4; c < columns; c += 128) {
+      const float4 v = weights4<kType>(w, row, c);
+#pragma unroll
+      for (int t = 0; t < kRows; t++) {
+        const float4 y = *reinterpret_cast<const float4*>(x + t * columns + c);
+        total[t] = fmaf(v.x, y.x, fmaf(v.y, y.y, fmaf(v.z, y.z, fmaf(v.w, y.w, total[t]))));
+      }
+    }
+    return;
+  }
+  for (int32_t c = lane; c < columns; c += 32) {
+    const float v = weight_at(w, row, c);
+#pragma unroll
+    for (int t = 0; t < kRows; t++) total[t] = fmaf(v, x[t * columns + c], total[t]);
+  }
+}
+
+// ---- up to 8 rows ----
+
+template <int kRows, bool kInt8>
+size_t matvec_shared(int32_t columns) {
+  return kInt8 ? size_t(kRows) * (columns + columns / 32 * 8) : size_t(kRows) * columns * 4;
+}
+
+template <int kType, bool kInt8, int kRows, bool kGated>
+__global__ void __launch_bounds__(256) matvec_kernel(InputView in, WeightView w, WeightView up, OutputView to) {
+  extern __shared__ int4 shared4[];
+  __shared__ double area[8][kRows];
+  __shared__ float norms[kRows];
+  const int32_t columns = in.columns, blocks = columns / 32, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int32_t first = blockIdx.y * kRows, rows = min(kRows, in.rows - first);
+  const float* x = in.x + int64_t{first} * columns;
+  if (in.norm) {
+    double squares[kRows];
+#pragma unroll
+    for (int t = 0; t < kRows; t++) {
+      squares[t] = 0.0;
+      if (t < rows) {
+        for (int32_t c = threadIdx.x; c < columns; c += 256) squares[t] += static_cast<double>(x[int64_t{t} * columns + c]) * x[int64_t{t} * columns + c];
+      }
+      squares[t] = warp_sum(squares[t]);
+      if (lane == 0) area[warp][t] = squares[t];
+    }
+    __syncthreads();
+    if (threadIdx.x < kRows) {
+      double total = 0.0;
+      for (int i = 0; i < 8; i++) total += area[i][threadIdx.x];
+      norms[threadIdx.x] = 1.0f / sqrtf(static_cast<float>(total / columns) + in.epsilon);
+    }
+    __syncthreads();
+  }
+  const auto value = [&](int32_t t, int32_t c) {
+    if (t >= rows) return 0.0f;
+    const float v = x[int64_t{t} * columns + c];
+    return in.norm ? v * norms[t] * in.norm[c] : v;
+  };
+  int8_t* q = reinterpret_cast<int8_t*>(shared4);
+  float *scales = reinterpret_cast<float*>(q + kRows * columns), *sums = scales + kRows * blocks, *floats = reinterpret_cast<float*>(shared4);
+  if (kInt8) {
+    for (int32_t u = warp; u < kRows * blocks; u += 8) {
+      float scale, sum;
+      const int32_t rounded = round_lane(value(u / blocks, u % blocks * 32 + lane), &scale, &sum);
+      q[u * 32 + lane] = static_cast<int8_t>(rounded);
+      if (lane == 0) scales[u] = scale, sums[u] = sum;
+    }
+  } else {
+    for (int32_t t = 0; t < kRows; t++) {
+      for (int32_t c = threadIdx.x; c < columns; c += 256) floats[t * columns + c] = value(t, c);
+    }
+  }
+  __syncthreads();
+  for (int64_t j = int64_t{blockIdx.x} * 8 + warp; j < w.rows; j += int64_t{gridDim.x} * 8) {
+    float total[kRows] = {}, ups[kRows] = {};
+    if constexpr (kInt8) {
+      dots_int8<kType, kRows>(w, j, reinterpret_cast<const int32_t*>(q), scales, sums, total);
+      if (kGated) dots_int8<kType, kRows>(up, j, reinterpret_cast<const int32_t*>(q), scales, sums, ups);
+    } else {
+      dots_f32<kType, kRows>(w, j, floats, total);
+      if (kGated) dots_f32<kType, kRows>(up, j, floats, ups);
+    }
+#pragma unroll
+    for (int t = 0; t < kRows; t++) {
+      float result = warp_sum(total[t]);
+      if (kGated) result = silu_times(result, warp_sum(ups[t]));
+      if (lane == t && t < rows) to.put(first + t, static_cast<int32_t>(j), result);
+    }
+  }
+}
+
+// ---- more rows ----
+
+/** Norms x into floats (out) or into 8 bits (q, scales, sums); a block owns a row. */
+__global__ void __launch_bounds__(256) prepare_kernel(InputView in, float* out, int8_t* q, float* scales, float* sums) {
+  __shared__ double area[32];
+  const int64_t t = blockIdx.x;
+  const int32_t columns = in.columns, blocks = columns / 32;
+  const float* x = in.x + t * columns;
+  float scale = 1.0f;
+  if (in.norm) {
+    double squares = 0.0;
+    for (int32_t c = threadIdx.x; c < columns; c += 256) squares += static_cast<double>(x[c]) * x[c];
+    scale = 1.0f / sqrtf(static_cast<float>(block_sum(squares, area) / columns) + in.epsilon);
+  }
+  const auto value = [&](int32_t c) { return in.norm ? x[c] * scale * in.norm[c] : x[c]; };
+  if (out) {
+    for (int32_t c = threadIdx.x; c < columns; c += 256) out[t * columns + c] = value(c);
+    return;
+  }
+  const int32_t lane = threadIdx.x & 31;
+  for (int32_t b = threadIdx.x >> 5; b < blocks; b += 8) {
+    float s, sum;
+    q[t * columns + b * 32 + lane] = static_cast<int8_t>(round_lane(value(b * 32 + lane), &s, &sum));
+    if (lane == 0) scales[t * blocks + b] = s, sums[t * blocks + b] = sum;
+  }
+}
+
+constexpr int kTile = 64;
+
+/** A thread owns outputs [4 ty, 4 ty + 4) x {tx, tx + 16, tx + 32, tx + 48} of the tile. */
+template <int kType>
+__global__ void __launch_bounds__(256) matmul_int8_kernel(const int8_t* q, const float* scales, const float* sums, int32_t rows, WeightView w, OutputView to) {
+  __shared__ __align__(16) int32_t xs[kTile][12], ws[kTile][12];  // 8 words and padding that keeps 16-byte loads free of conflicts
+  __shared__ float x_scale[kTile], x_sum[kTile], w_scale[kTile], w_least[kTile];
+  const int32_t blocks = w.columns / 32, t0 = blockIdx.y * kTile, j0 = blockIdx.x * kTile, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  float total[4][4] = {};
+  for (int32_t b = 0; b < blocks; b++) {
+    __syncthreads();
+    const int32_t i = threadIdx.x % 64;
+    if (threadIdx.x < 64) {
+      if (j0 + i < w.rows) {
+        const Block8<kType> block(w, int64_t{j0 + i} * blocks + b);
+#pragma unroll
+        for (int v = 0; v < 8; v++) ws[i][v] = block.words[v];
+        w_scale[i] = block.scale, w_least[i] = block.least;
+      } else {
+#pragma unroll
+        for (int v = 0; v < 8; v++) ws[i][v] = 0;
+        w_scale[i] = 0.0f, w_least[i] = 0.0f;
+      }
+    } else if (threadIdx.x < 128) {
+      const bool inside = t0 + i < rows;
+      x_scale[i] = inside ? scales[int64_t{t0 + i} * blocks + b] : 0.0f;
+      x_sum[i] = inside ? sums[int64_t{t0 + i} * blocks + b] : 0.0f;
+    } else {
+      const int32_t half = (threadIdx.x - 128) / 64;
+      int4 v = make_int4(0, 0, 0, 0);
+      if (t0 + i < rows) v = *reinterpret_cast<const int4*>(q + int64_t{t0 + i} * w.columns + b * 32 + half * 16);
+      *reinterpret_cast<int4*>(&xs[i][half * 4]) = v;
+    }
+    __syncthreads();
+    int32_t dot[4][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int4 a[4], c[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) a[k] = *reinterpret_cast<const int4*>(&xs[ty * 4 + k][half * 4]), c[k] = *reinterpret_cast<const int4*>(&ws[tx + 16 * k][half * 4]);
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+#pragma unroll
+        for (int l = 0; l < 4; l++) dot[k][l] = __dp4a(a[k].x, c[l].x, __dp4a(a[k].y, c[l].y, __dp4a(a[k].z, c[l].z, __dp4a(a[k].w, c[l].w, dot[k][l]))));
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const float s = x_scale[ty * 4 + k], sum = x_sum[ty * 4 + k];
+#pragma unroll
+      for (int l = 0; l < 4; l++) {
+        const float ws1 = w_scale[tx + 16 * l];
+        total[k][l] += static_cast<float>(dot[k][l]) * (ws1 * s);
+        if (kType == WKV_Q4_1) total[k][l] += w_least[tx + 16 * l] * sum;
+        if (kType == WKV_Q4_0) total[k][l] -= ws1 * (8.0f * sum);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+#pragma unroll
+    for (int l = 0; l < 4; l++) {
+      if (t0 + ty * 4 + k < rows && j0 + tx + 16 * l < w.rows) to.put(t0 + ty * 4 + k, j0 + tx + 16 * l, total[k][l]);
+    }
+  }
+}
+
+template <int kType>
+__global__ void __launch_bounds__(256) matmul_f32_kernel(const float* x, int32_t rows, WeightView w, OutputView to) {
+  __shared__ __align__(16) float xs[32][kTile + 4], ws[32][kTile + 4];  // transposed
+  const int32_t columns = w.columns, t0 = blockIdx.y * kTile, j0 = blockIdx.x * kTile, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  float total[4][4] = {};
+  for (int32_t c0 = 0; c0 < columns; c0 += 32) {
+    __syncthreads();
+    if (columns % 4 == 0) {
+#pragma unroll
+      for (int u = threadIdx.x; u < kTile * 8; u += 256) {
+        const int32_t i = u / 8, c = u % 8 * 4;
+        float4 a = make_float4(0, 0, 0, 0), b = a;
+        if (c0 + c < columns) {
+          if (t0 + i < rows) a = *reinterpret_cast<const float4*>(x + int64_t{t0 + i} * columns + c0 + c);
+          if (j0 + i < w.rows) b = weights4<kType>(w, j0 + i, c0 + c);
+        }
+        xs[c][i] = a.x, xs[c + 1][i] = a.y, xs[c + 2][i] = a.z, xs[c + 3][i] = a.w;
+        ws[c][i] = b.x, ws[c + 1][i] = b.y, ws[c + 2][i] = b.z, ws[c + 3][i] = b.w;
+      }
+    } else {
+      for (int u = threadIdx.x; u < kTile * 32; u += 256) {
+        const int32_t i = u / 32, c = u % 32;
+        const bool inside = c0 + c < columns;
+        xs[c][i] = inside && t0 + i < rows ? x[int64_t{t0 + i} * columns + c0 + c] : 0.0f;
+        ws[c][i] = inside && j0 + i < w.rows ? weight_at(w, j0 + i, c0 + c) : 0.0f;
+      }
+    }
+    __syncthreads();
+#pragma unroll 8
+    for (int c = 0; c < 32; c++) {
+      const float4 a = *reinterpret_cast<const float4*>(&xs[c][ty * 4]);
+      const float av[4] = {a.x, a.y, a.z, a.w};
+      float bv[4];
+#pragma unroll
+      for (int l = 0; l < 4; l++) bv[l] = ws[c][tx + 16 * l];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+#pragma unroll
+        for (int l = 0; l < 4; l++) total[k][l] = fmaf(av[k], bv[l], total[k][l]);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+#pragma unroll
+    for (int l = 0; l < 4; l++) {
+      if (t0 + ty * 4 + k < rows && j0 + tx + 16 * l < w.rows) to.put(t0 + ty * 4 + k, j0 + tx + 16 * l, total[k][l]);
+    }
+  }
+}
+
+/** out[t, j] = silu(gate[t, j]) * up[t, j]; out may be gate. */
+__global__ void __launch_bounds__(256) silu_kernel(float* gate, int64_t stride, const float* up, int32_t columns) {
+  float* g = gate + blockIdx.y * stride;
+  const float* u = up + int64_t{blockIdx.y} * columns;
+  for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) g[c] = silu_times(g[c], u[c]);
+}
+
+/** x, when out is x too: blocks that write must not change what others read. */
+__global__ void __launch_bounds__(256) copy_kernel(float* to, const float* from, int64_t count) {
+  for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < count; i += int64_t{gridDim.x} * 256) to[i] = from[i];
+}
+
+// ---- launches ----
+
+/** Calls body with the weight's type as a constant; \`quantised_only\` leaves the others out. */
+template <typename Body>
+void by_type(int32_t dtype, Body body) {
+  switch (dtype) {
+    case WKV_F32: return body(std::integral_constant<int, WKV_F32>());
+    case WKV_F16: return body(std::integral_constant<int, WKV_F16>());
+    case WKV_BF16: return body(std::integral_constant<int, WKV_BF16>());
+    case WKV_Q8_0: return body(std::integral_constant<int, WKV_Q8_0>());
+    case WKV_Q4_0: return body(std::integral_constant<int, WKV_Q4_0>());
+    default: return body(std::integral_constant<int, WKV_Q4_1>());
+  }
+}
+
+template <int kType, bool kInt8, int kRows, bool kGated>
+bool launch_matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
+  const size_t shared = matvec_shared<kRows, kInt8>(in.columns);
+  if (shared + 2048 > size_t(ctx.shared_limit)) return false;
+  const auto kernel = matvec_kernel<kType, kInt8, kRows, kGated>;
+  allow_shared(kernel, shared);
+  const int32_t blocks = std::min(divide_up(w.rows, 8), ctx.processors * 4);
+  kernel<<<dim3(blocks, divide_up(in.rows, kRows)), 256, shared, ctx.stream>>>(in, w, up, to);
+  return true;
+}
+
+/** False when not even one row of x fits shared memory. */
+template <int kType, bool kInt8, bool kGated>
+bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
+  if (in.rows > 4 && launch_matvec<kType, kInt8, 8, kGated>(ctx, in, w, up, to)) return true;
+  if (in.rows > 2 && launch_matvec<kType, kInt8, 4, kGated>(ctx, in, w, up, to)) return true;
+  if (in.rows > 1 && launch_matvec<kType, kInt8, 2, kGated>(ctx, in, w, up, to)) return true;
+  return launch_matvec<kType, kInt8, 1, kGated>(ctx, in, w, up, to);
+}
+
+/** x as matmul wants it. */
+struct Prepared {
+  const float* x;
+  int8_t* q;
+  float *scales, *sums;
+};
+
+size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * in.columns * 4); }
+
+Prepared prepare(Context& ctx, const InputView& in, bool int8, uint8_t* scratch) {
+  const size_t count = size_t(in.rows) * in.columns;
+  Prepared p{in.x, nullptr, nullptr, nullptr};
+  if (int8) {
+    p.q = reinterpret_cast<int8_t*>(scratch);
+    p.scales = reinterpret_cast<float*>(scratch + count);
+    p.sums = p.scales + count / 32;
+  } else if (in.norm) {
+    p.x = reinterpret_cast<float*>(scratch);
+  } else {
+    return p;
+  }
+  prepare_kernel<<<in.rows, 256, 0, ctx.stream>>>(in, int8 ? nullptr : const_cast<float*>(p.x), p.q, p.scales, p.sums);
+  return p;
+}
+
+void matmul(Context& ctx, const Prepared& p, int32_t rows, bool int8, const WeightView& w, const OutputView& to) {
+  const dim3 grid(divide_up(w.rows, kTile), divide_up(rows, kTile));
+  by_type(w.dtype, [&](auto type) {
+    if constexpr (is_quantised(type.value)) {
+      if (int8) {
+        matmul_int8_kernel<type.value><<<grid, 256, 0, ctx.stream>>>(p.q, p.scales, p.sums, rows, w, to);
+        return;
+      }
+    }
+    matmul_f32_kernel<type.value><<<grid, 256, 0, ctx.stream>>>(p.x, rows, w, to);
+  });
+}
+
+constexpr int32_t kMatvecRows = 8;
+
+/** out = in . w^T, or gated with \`up\` (data null: not). */
+void project(Context& ctx, InputView in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
+  const bool gated = up.data != nullptr;
+  const size_t own = prepared_bytes(in);
+  uint8_t* scratch = ctx.reserve(own * 2 + size_t(in.rows) * w.rows * 4);
+  if (in.rows <= kMatvecRows && (!gated || w.dtype == up.dtype)) {
+    if (aliased) {
+      float* copied = reinterpret_cast<float*>(scratch + own);
+      copy_kernel<<<std::min(1024, divide_up(int64_t{in.rows} * in.columns, 256)), 256, 0, ctx.stream>>>(copied, in.x, int64_t{in.rows} * in.columns);
+      in.x = copied;
+    }
+    bool done = false;
+    by_type(w.dtype, [&](auto type) {
+      if constexpr (is_quantised(type.value)) {
+        if (int8) {
+          done = gated ? matvec<type.value, true, true>(ctx, in, w, up, to) : matvec<type.value, true, false>(ctx, in, w, up, to);
+          return;
+        }
+      }
+      done = gated ? matvec<type.value, false, true>(ctx, in, w, up, to) : matvec<type.value, false, false>(ctx, in, w, up, to);
+    });
+    if (done) return;
+  }
+  const Prepared p = prepare(ctx, in, int8, scratch);
+  matmul(ctx, p, in.rows, int8, w, to);
+  if (!gated) return;
+  float* ups = reinterpret_cast<float*>(scratch + own * 2);
+  matmul(ctx, p, in.rows, int8, up, OutputView{ups, w.rows, nullptr, 0});
+  silu_kernel<<<dim3(divide_up(w.rows, 256), in.rows), 256, 0, ctx.stream>>>(to.out, to.stride, ups, w.rows);
+}
+
+TensorRef find_weight(int32_t context, int32_t handle, const char* what) {
+  const TensorRef w = find_tensor(context, handle, what);
+  require(w->dtype != WKV_I32, std::string(what) + " is of dtype I32");
+  return w;
+}
+
+/** Checks and holds an op's input, as linear.cpp does. */
+InputView find_input(Context& ctx, int32_t context, int32_t x, int32_t x_row, int32_t rows, int32_t norm, float epsilon, int32_t columns, int32_t precision, TensorRef* found) {
+  require(rows >= 1 && x_row >= 0, "rows must be at least 1 and x_row at least 0: " + std::to_string(rows) + ", " + std::to_string(x_row));
+  require(x_row <= INT32_MAX - rows, "x_row is too large");
+  require(precision == WKV_PRECISION_F32 || precision == WKV_PRECISION_INT8, "precision " + std::to_string(precision) + " is unknown");
+  *found = find_tensor(context, x, "x", WKV_F32, x_row + rows, columns);
+  TensorRef weight;
+  if (norm) weight = find_tensor(context, norm, "norm", WKV_F32, 1, columns);
+  ctx.hold(*found, weight);
+  return {(*found)->row(x_row), rows, columns, weight ? weight->f32() : nullptr, epsilon};
+}
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_linear(int32_t context, int32_t out, int32_t out_column, int32_t x, int32_t x_row, int32_t rows, int32_t norm, float epsilon, int32_t w, int32_t bias, int32_t add, int32_t precision) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef weight = find_weight(context, w, "w");
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, -1);
+    require(out_column >= 0 && out_column <= to->columns - weight->rows, "out has " + std::to_string(to->columns) + " columns, expected " + std::to_string(weight->rows) + " from column " + std::to_string(out_column));
+    require(add == 0 || add == 1, "add must be 0 or 1: " + std::to_string(add));
+    TensorRef plus, from;
+    if (bias) plus = find_tensor(context, bias, "bias", WKV_F32, 1, weight->rows);
+    const InputView in = find_input(ctx, context, x, x_row, rows, norm, epsilon, weight->columns, precision, &from);
+    const bool int8 = is_quantised(weight->dtype) && precision == WKV_PRECISION_INT8;
+    require(to != from || norm || int8, "out must not be x unless x is normed or rounded first");
+    ctx.hold(weight, to, plus);
+    project(ctx, in, weight->view(), WeightView{}, int8, {to->f32() + out_column, to->columns, plus ? plus->f32() : nullptr, add}, to == from);
+    ctx.submitted();
+  });
+}
+
+int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t norm, float epsilon, int32_t gate, int32_t up, int32_t activation, int32_t precision) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef w_gate = find_weight(context, gate, "gate"), w_up = find_weight(context, up, "up");
+    require(w_gate->rows == w_up->rows && w_gate->columns == w_up->columns, "gate and up are of different shapes");
+    require(activation == WKV_SILU, "activation " + std::to_string(activation) + " is unknown");
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w_gate->rows);
+    TensorRef from;
+    const InputView in = find_input(ctx, context, x, 0, rows, norm, epsilon, w_gate->columns, precision, &from);
+    const bool int8 = is_quantised(w_gate->dtype) && is_quantised(w_up->dtype) && precision == WKV_PRECISION_INT8;
+    require(to != from, "out must not be x");
+    ctx.hold(w_gate, w_up, to);
+    project(ctx, in, w_gate->view(), w_up->view(), int8, {to->f32(), to->columns, nullptr, 0}, false);
+    ctx.submitted();
+  });
+}
+`,
+  "cuda/prefill.cu": `/**
+ * prefill.cu: wkv_prefill, many tokens of one sequence at once: causal attention whose columns are also summed into the scores.
+ *
+ *   p[t, i] = softmax_i(scale * rotate(q[t], len + t) . rotate(k[i], i)),  i <= len + t;  out[t] = sum_i p[t, i] v[i]
+ *   a[i] += mean_g sum_t p[t, i]
+ *
+ * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
+ * tokens (softmax and sums do not mind the order).
+ * 1. arrive: rotates q [H, rows, D], rounds k and v to what will be stored. A block owns one head of one row.
+ * 2. forward: a block owns 16 rows of one query head and walks over the entries, 32 at a time, with a running maximum; it leaves out and
+ *    each row's highest score and 1 / sum. Bytes moved: K and V once a 16 rows of each query head, mostly from the second-level cache.
+ * 3. columns: a block owns 32 entries of one KV head, rotated once, and walks over all rows that see them. Bytes moved: K once, q once
+ *    a 32 entries.
+ * 4. settle: a block owns one KV head, and brings it back to its budget.
+ */
+#include <algorithm>
+
+#include "cache.cuh"
+
+namespace wkv {
+namespace {
+
+constexpr int kRows = 16, kColumns = 32;
+
+struct PrefillView {
+  CacheView cache;
+  int32_t layer, sequence, rows;
+  const float* qkv;
+  float* out;
+  float scale;
+  // Scratch.
+  float* q;                    // [H, rows, D], rotated, in the library's order
+  uint8_t *keys, *values;      // [N, rows, D], as stored
+  float *highest, *inverse;    // [H, rows]
+  float* columns;              // [N, entries]
+  int64_t entries;             // slots + rows
+  float *score, *gap, *average;
+  int32_t *birth, *rank, *freed;
+
+  __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
+  template <typename T>
+  __device__ T* new_keys(int32_t n) const { return reinterpret_cast<T*>(keys) + int64_t{n} * rows * cache.head_dim; }
+  template <typename T>
+  __device__ T* new_values(int32_t n) const { return reinterpret_cast<T*>(values) + int64_t{n} * rows * cache.head_dim; }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(128) arrive_kernel(PrefillView p) {
+  const CacheView& c = p.cache;
+  const int32_t t = blockIdx.x, which = blockIdx.y, dim = c.head_dim, pairs = c.rope.pairs;
+  const int32_t n = which < c.heads ? which / c.group() : (which - c.heads) % c.kv_heads;
+  const Counts& counts = c.counts[p.head(n)];
+  const int64_t place = int64_t{t} + (c.text ? counts.steps : counts.kept);
+  const float* from = p.qkv + (int64_t{t} * (c.heads + 2 * c.kv_heads) + which) * dim;
+  if (which >= c.heads + c.kv_heads) {
+    T* to = p.new_values<T>(n) + int64_t{t} * dim;
+    for (int32_t d = threadIdx.x; d < dim; d += blockDim.x) to[d] = from_float<T>(from[d]);
+    return;
+  }
+  const bool is_key = which >= c.heads;
+  T* key = p.new_keys<T>(n) + int64_t{t} * dim;
+  float* q = p.q + (int64_t{which} * p.rows + t) * dim;
+  for (int32_t d = threadIdx.x; d < dim; d += blockDim.x) {
+    float x = from[c.rope.source(d)];
+    if (d < 2 * pairs && (!is_key || c.text)) {
+      const int32_t i = d < pairs ? d : d - pairs;
+      const float2 cs = c.rope.at(place, i);
+      const float other = from[c.rope.source(d < pairs ? d + pairs : i)];
+      x = d < pairs ? x * cs.x - other * cs.y : other * cs.y + x * cs.x;
+    }
+    if (is_key) key[d] = from_float<T>(x);
+    else q[d] = x;
+  }
+}
+
+/** The entries [first, first + kColumns) of a head as floats, keys rotated; rows of \`tile\` are dim + 1 apart. */
+template <typename T>
+__device__ void load_keys(const PrefillView& p, int32_t n, int32_t kept, int32_t first, int32_t length, float* tile) {
+  const CacheView& c = p.cache;
+  const int32_t dim = c.head_dim, pairs = c.text ? 0 : c.rope.pairs;
+  const int64_t head = p.head(n);
+  const T *stored = c.keys_of<T>(head), *fresh = p.new_keys<T>(n);
+  const int32_t* ranks = c.ranks + head * (c.slots + 1);
+  for (int32_t i = threadIdx.x; i < kColumns * dim; i += blockDim.x) {
+    const int32_t entry = first + i / dim, d = i % dim;
+    float x = 0.0f;
+    if (entry < length) {
+      const T* row = entry < kept ? stored + int64_t{entry} * dim : fresh + int64_t{entry - kept} * dim;
+      x = to_float(row[d]);
+      if (d < 2 * pairs) {
+        const int32_t pair = d < pairs ? d : d - pairs;
+        const float2 cs = c.rope.at(entry < kept ? ranks[entry] : entry, pair);
+        const float other = to_float(row[d < pairs ? d + pairs : pair]);
+        x = d < pairs ? x * cs.x - other * cs.y : other * cs.y + x * cs.x;
+      }
+    }
+    tile[i / dim * (dim + 1) + d] = x;
+  }
+}
+
+template <typename T>
+__device__ void load_values(const PrefillView& p, int32_t n, int32_t kept, int32_t first, int32_t length, float* tile) {
+  const int32_t dim = p.cache.head_dim;
+  const T *stored = p.cache.values_of<T>(p.head(n)), *fresh = p.new_values<T>(n);
+  for (int32_t i = threadIdx.x; i < kColumns * dim; i += blockDim.x) {
+    const int32_t entry = first + i / dim, d = i % dim;
+    float x = 0.0f;
+    if (entry < length) x = to_float(entry < kept ? stored[int64_t{entry} * dim + d] : fresh[int64_t{entry - kept} * dim + d]);
+    tile[i / dim * (dim + 1) + d] = x;
+  }
+}
+
+/** Rows [t0, t0 + kRows) of a query head; rows of \`tile\` are dim + 1 apart. */
+__device__ inline void load_queries(const PrefillView& p, int32_t h, int32_t t0, float* tile) {
+  const int32_t dim = p.cache.head_dim;
+  for (int32_t i = threadIdx.x; i < kRows * dim; i += blockDim.x) {
+    const int32_t t = t0 + i / dim;
+    tile[i / dim * (dim + 1) + i % dim] = t < p.rows ? p.q[(int64_t{h} * p.rows + t) * dim + i % dim] : 0.0f;
+  }
+}
+
+__device__ inline float dot(const float* a, const float* b, int32_t dim) {
+  float sum = 0.0f;
+  for (int32_t d = 0; d < dim; d++) sum = fmaf(a[d], b[d], sum);
+  return sum;
+}
+
+/** 16 threads a row; thread x of them owns the dimensions x + 16 k. */
+template <typename T, int kDim>
+__global__ void __launch_bounds__(256) forward_kernel(PrefillView p, Faults faults) {
+  extern __shared__ float shared[];
+  __shared__ float weights[kRows][kColumns];
+  const CacheView& c = p.cache;
+  const int32_t dim = c.head_dim, h = blockIdx.y, n = h / c.group(), t0 = blockIdx.x * kRows, ty = threadIdx.x / 16, tx = threadIdx.x % 16, t = t0 + ty;
+  const int32_t kept = c.counts[p.head(n)].kept;
+  const int32_t length = kept + min(t0 + kRows, p.rows);  // what the last row sees
+  float *q = shared, *tile = shared + kRows * (dim + 1);
+  load_queries(p, h, t0, q);
+  float acc[kDim / 16] = {}, most = -INFINITY, sum = 0.0f;
+  for (int32_t first = 0; first < length; first += kColumns) {
+    __syncthreads();
+    load_keys<T>(p, n, kept, first, length, tile);
+    __syncthreads();
+    float s[2];
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const int32_t column = tx + 16 * k;
+      s[k] = first + column <= kept + t && first + column < length ? dot(q + ty * (dim + 1), tile + column * (dim + 1), dim) * p.scale : -INFINITY;
+    }
+    float highest = fmaxf(most, fmaxf(s[0], s[1]));
+#pragma unroll
+    for (int o = 8; o > 0; o >>= 1) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, o));
+    // The first tile holds an entry that every row sees, so \`highest\` is finite; rows past the end are never written.
+    const float shrink = expf(most - highest);
+    most = highest;
+    sum *= shrink;
+    float add = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const float w = expf(s[k] - most);
+      weights[ty][tx + 16 * k] = w;
+      add += w;
+    }
+#pragma unroll
+    for (int o = 8; o > 0; o >>= 1) add += __shfl_xor_sync(0xffffffffu, add, o);
+    sum += add;
+    __syncthreads();
+    load_values<T>(p, n, kept, first, length, tile);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kDim / 16; k++) {
+      const int32_t d = tx + 16 * k;
+      acc[k] *= shrink;
+      if (d < dim) {
+        for (int i = 0; i < kColumns; i++) acc[k] = fmaf(weights[ty][i], tile[i * (dim + 1) + d], acc[k]);
+      }
+    }
+  }
+  if (t >= p.rows) return;
+  if (tx == 0 && !is_sum(sum)) faults.report(Fault::NanAttention, p.layer);
+#pragma unroll
+  for (int k = 0; k < kDim / 16; k++) {
+    const int32_t d = tx + 16 * k;
+    if (d < dim) p.out[(int64_t{t} * c.heads + h) * dim + d] = acc[k] / sum;
+  }
+  if (tx == 0) p.highest[int64_t{h} * p.rows + t] = most, p.inverse[int64_t{h} * p.rows + t] = 1.0f / sum;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256) columns_kernel(PrefillView p) {
+  extern __shared__ float shared[];
+  __shared__ float sums[kRows][kColumns];
+  const CacheView& c = p.cache;
+  const int32_t dim = c.head_dim, n = blockIdx.y, first = blockIdx.x * kColumns, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+  const int32_t kept = c.counts[p.head(n)].kept, length = kept + p.rows;
+  if (first >= length) return;
+  float *q = shared, *tile = shared + kRows * (dim + 1);
+  load_keys<T>(p, n, kept, first, length, tile);
+  float total[2] = {};
+  for (int32_t g = 0; g < c.group(); g++) {
+    const int32_t h = n * c.group() + g;
+    for (int32_t t0 = max(0, first - kept) / kRows * kRows; t0 < p.rows; t0 += kRows) {
+      __syncthreads();
+      load_queries(p, h, t0, q);
+      __syncthreads();
+      const int32_t t = t0 + ty;
+      if (t >= p.rows) continue;
+      const float most = p.highest[int64_t{h} * p.rows + t], inverse = p.inverse[int64_t{h} * p.rows + t];
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const int32_t column = tx + 16 * k;
+        if (first + column <= kept + t && first + column < length) total[k] += expf(dot(q + ty * (dim + 1), tile + column * (dim + 1), dim) * p.scale - most) * inverse;
+      }
+    }
+  }
+  sums[ty][tx] = total[0], sums[ty][tx + 16] = total[1];
+  __syncthreads();
+  if (threadIdx.x < kColumns && first + threadIdx.x < length) {
+    float sum = 0.0f;
+    for (int i = 0; i < kRows; i++) sum += sums[i][threadIdx.x];
+    p.columns[n * p.entries + first + threadIdx.x] = sum / static_cast<float>(c.group());
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults faults) {
+  __shared__ SettleArea area;
+  const CacheView& c = p.cache;
+  const int32_t n = blockIdx.x;
+  const int64_t head = p.head(n), at = n * p.entries;
+  Counts& counts = c.counts[head];
+  const int32_t kept = counts.kept, steps = counts.steps;
+  const Entries own = c.entries(head);
+  const Entries e{p.score + at, p.birth + at, p.rank + at, c.gapped() ? p.gap + at : nullptr, c.gapped() ? p.average + at : nullptr, p.freed + at};
+  for (int32_t i = threadIdx.x; i < kept + p.rows; i += blockDim.x) {
+    const bool cached = i < kept;
+    e.score[i] = (cached ? own.score[i] : 0.0f) + p.columns[at + i];
+    e.birth[i] = cached ? own.birth[i] : steps + 1 + i - kept;
+    e.rank[i] = cached ? own.rank[i] : i;
+    if (cached && c.gapped()) e.gap[i] = own.gap[i];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) counts.steps = steps + p.rows;
+  __syncthreads();
+  settle<T>(c, head, e, kept, p.rows, p.new_keys<T>(n), p.new_values<T>(n), -1, faults, area);
+}
+
+template <typename T, int kDim>
+void launch(Context& ctx, const Cache& cache, const PrefillView& p) {
+  const size_t shared = size_t(kRows + kColumns) * (cache.head_dim + 1) * 4;
+  allow_shared(forward_kernel<T, kDim>, shared);
+  allow_shared(columns_kernel<T>, shared);
+  arrive_kernel<T><<<dim3(p.rows, cache.heads + 2 * cache.kv_heads), 128, 0, ctx.stream>>>(p);
+  forward_kernel<T, kDim><<<dim3(divide_up(p.rows, kRows), cache.heads), 256, shared, ctx.stream>>>(p, ctx.faults());
+  columns_kernel<T><<<dim3(divide_up(p.entries, kColumns), cache.kv_heads), 256, shared, ctx.stream>>>(p);
+  settle_kernel<T><<<cache.kv_heads, 512, 0, ctx.stream>>>(p, ctx.faults());
+}
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
+    require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
+    ctx.hold(cache, from, to);
+    PrefillView p{};
+    p.cache = cache->view(layer);
+    p.layer = layer;
+    p.sequence = sequence;
+    p.rows = rows;
+    p.qkv = from->f32();
+    p.out = to->f32();
+    p.scale = scale;
+    p.entries = int64_t{cache->slots} + rows;
+    // Cut the scratch memory: once to know its size, once to have it.
+    uint8_t* scratch = nullptr;
+    for (int pass = 0; pass < 2; pass++) {
+      size_t bytes = 0;
+      const auto take = [&](int64_t count, int64_t size) {
+        uint8_t* part = scratch + bytes;
+        bytes += round_up(size_t(count * size));
+        return part;
+      };
+      const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count, 4)); };
+      const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count, 4)); };
+      const int64_t states = cache->kv_heads * p.entries, gaps = cache->gapped() ? states : 0;
+      p.q = floats(int64_t{cache->heads} * rows * cache->head_dim);
+      p.keys = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
+      p.values = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
+      p.highest = floats(int64_t{cache->heads} * rows);
+      p.inverse = floats(int64_t{cache->heads} * rows);
+      p.columns = floats(states);
+      p.score = floats(states);
+      p.gap = floats(gaps);
+      p.average = floats(gaps);
+      p.birth = ints(states);
+      p.rank = ints(states);
+      p.freed = ints(states);
+      if (pass == 0) scratch = ctx.reserve(bytes);
+    }
+    by_cache_type(cache->dtype, [&](auto type) {
+      using T = decltype(type);
+      if (cache->head_dim <= 64) launch<T, 64>(ctx, *cache, p);
+      else if (cache->head_dim <= 128) launch<T, 128>(ctx, *cache, p);
+      else if (cache->head_dim <= 256) launch<T, 256>(ctx, *cache, p);
+      else launch<T, 512>(ctx, *cache, p);
+    });
+    ctx.submitted();
+  });
+}
+`,
+  "cuda/runtime.cu": `/** runtime.cu: contexts, tensors and graphs of the CUDA library. */
+#include <cmath>
+#include <cstring>
+
+#include "common.cuh"
+
+namespace wkv {
+
+// ---- context ----
+
+namespace {
+__global__ void probe() {}
+
+std::string fault_text(const FaultWord& word, int32_t* status) {
+  const auto n = [&](int i) { return std::to_string(word.values[i]); };
+  *status = word.fault == Fault::Full || word.fault == Fault::Rank ? WKV_INVALID : WKV_DATA;
+  switch (word.fault) {
+    case Fault::Token: return "Token " + n(0) + " is outside the table of " + n(1);
+    case Fault::Target: return "Target " + n(0) + " is outside the vocabulary of " + n(1);
+    case Fault::NanLogit: return "The logit of token " + n(0) + " is not a number";
+    case Fault::NanAttention: return "The attention of layer " + n(0) + " is not a number";
+    case Fault::NanScore: return "The merge cost of rank " + n(0) + " is not a number";
+    case Fault::Full: return "The cache is full: its policy keeps every token, and it has " + n(0) + " slots";
+    default: return "Rank " + n(0) + " may not leave a cache of " + n(1) + " tokens with " + n(2) + " sinks and " + n(3) + " recent";
+  }
+}
+}  // namespace
+
+Context::Context() {
+  int32_t count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) fail(WKV_DEVICE, std::string("No CUDA device can be used: ") + cudaGetErrorString(error));
+  if (count == 0) fail(WKV_DEVICE, "There is no CUDA device");
+  check(cudaSetDevice(device), "Choosing the device");
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "Asking for the device's properties");
+  processors = properties.multiProcessorCount;
+  capability = properties.major * 10 + properties.minor;
+  shared_limit = static_cast<int32_t>(properties.sharedMemPerBlockOptin);
+  name = std::string(properties.name) + ", sm_" + std::to_string(capability) + ", " + std::to_string(processors) + " multiprocessors";
+  if (properties.major < 8) fail(WKV_DEVICE, name + " is too old: compute capability 8.0 or later is needed");
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, probe) != cudaSuccess) {
+    cudaGetLastError();
+    fail(WKV_DEVICE, "The library was built for other GPUs than " + name);
+  }
+  try {
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "Opening a stream");
+    check(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking), "Opening a stream");
+    taken = std::make_shared<DeviceMemory>(sizeof(int32_t));
+    zero(taken->as<void>(), sizeof(int32_t));
+    check(cudaHostAlloc(reinterpret_cast<void**>(&word), sizeof(FaultWord), cudaHostAllocMapped), "Allocating host memory");
+    *word = FaultWord{};
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+Context::~Context() { release(); }
+
+void Context::release() {
+  if (word) cudaFreeHost(word);
+  if (side) cudaStreamDestroy(side);
+  if (stream) cudaStreamDestroy(stream);
+}
+
+uint8_t* Context::reserve(size_t bytes) {
+  if (!scratch || scratch->bytes() < bytes) scratch = std::make_shared<DeviceMemory>(round_up(bytes, size_t{1} << 20));
+  hold(scratch);
+  return scratch->as<uint8_t>();
+}
+
+void Context::submitted() {
+  check(cudaGetLastError(), "Launching a kernel");
+  if (!recording) finish(stream);
+}
+
+void Context::finish(cudaStream_t ran) {
+  check(cudaStreamSynchronize(ran), "Running kernels");
+  if (word->fault == Fault::None) return;
+  int32_t status;
+  const std::string text = fault_text(*word, &status);
+  *word = FaultWord{};
+  zero(taken->as<void>(), sizeof(int32_t));
+  fail(status, text);
+}
+
+void Context::copy(void* to, const void* from, size_t bytes) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, side), "Copying");
+  check(cudaStreamSynchronize(side), "Copying");
+}
+
+void Context::zero(void* to, size_t bytes) {
+  check(cudaMemsetAsync(to, 0, bytes, side), "Clearing memory");
+  check(cudaStreamSynchronize(side), "Clearing memory");
+}
+
+// ---- tensors ----
+
+namespace {
+int32_t quant_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 32 : 16; }
+int32_t scale_bytes(int32_t dtype) { return dtype == WKV_Q4_1 ? 4 : 2; }
+int64_t row_bytes(int32_t dtype, int32_t columns) {
+  if (is_quantised(dtype)) return int64_t{columns} / 32 * (quant_bytes(dtype) + scale_bytes(dtype));
+  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
+}
+bool finite(const uint8_t* half) { return (half[1] & 0x7c) != 0x7c; }
+
+/** Spreads rows in file order over the two planes. */
+void split(const Tensor& tensor, int32_t row, int32_t rows, const uint8_t* from, std::vector<uint8_t>& quants, std::vector<uint8_t>& scales) {
+  const int64_t blocks = tensor.columns / 32;
+  const int32_t q = quant_bytes(tensor.dtype), s = scale_bytes(tensor.dtype);
+  quants.resize(size_t(rows * blocks * q));
+  scales.resize(size_t(rows * blocks * s));
+  for (int64_t i = 0; i < rows * blocks; i++, from += q + s) {
+    if (!finite(from) || (s == 4 && !finite(from + 2))) fail(WKV_DATA, "Row " + std::to_string(row + i / blocks) + ": The scale of block " + std::to_string(i % blocks) + " is not finite");
+    std::memcpy(scales.data() + i * s, from, size_t(s));
+    std::memcpy(quants.data() + i * q, from + s, size_t(q));
+  }
+}
+
+float half_to_float(const uint8_t* p) {
+  __half_raw raw;
+  std::memcpy(&raw.x, p, 2);
+  return __half2float(__half(raw));
+}
+
+void check_rows(const Tensor& tensor, int32_t row, int32_t rows) {
+  require(row >= 0 && rows >= 1 && row <= tensor.rows - rows, "rows " + std::to_string(row) + " to " + std::to_string(int64_t{row} + rows) + " of " + std::to_string(tensor.rows) + " asked for");
+}
+}  // namespace
+
+Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
+  size_t bytes = size_t(rows) * row_bytes(dtype, columns);
+  if (is_quantised(dtype)) {
+    const size_t blocks = size_t(rows) * (columns / 32);
+    scales_at = round_up(blocks * quant_bytes(dtype));
+    bytes = scales_at + blocks * scale_bytes(dtype);
+  }
+  memory = std::make_shared<DeviceMemory>(bytes);
+}
+
+TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns) {
+  TensorRef tensor = find_tensor(context, handle, what);
+  require(tensor->dtype == dtype, std::string(what) + " is of another dtype (" + std::to_string(tensor->dtype) + ", expected " + std::to_string(dtype) + ")");
+  require(rows >= 0 && tensor->rows >= rows, std::string(what) + " has " + std::to_string(tensor->rows) + " rows, expected at least " + std::to_string(rows));
+  require(columns < 0 || tensor->columns == columns, std::string(what) + " has " + std::to_string(tensor->columns) + " columns, expected " + std::to_string(columns));
+  return tensor;
+}
+
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
+  return guarded(nullptr, [&] {
+    require(out != nullptr && out_bytes >= 4, "out must hold 4 bytes");
+    require(threads >= 0 && threads <= 1024, "threads must be between 0 and 1024: " + std::to_string(threads));
+    *out = add_handle(0, std::make_shared<Context>());
+  });
+}
+
+int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require(out != nullptr && out_bytes >= 1, "out must hold a text");
+    give_text("CUDA, " + ctx.name, out, out_bytes);
+  });
+}
+
+int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require_buffer(out, out_bytes, 4, "out");
+    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
+    require(!is_quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    const auto tensor = std::make_shared<Tensor>(dtype, rows, columns);
+    ctx.zero(tensor->memory->as<void>(), tensor->memory->bytes());
+    *out = add_handle(context, tensor);
+  });
+}
+
+int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t rows, const void* data, int32_t data_bytes) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef tensor = find_tensor(context, handle, "tensor");
+    check_rows(*tensor, row, rows);
+    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    require_buffer(data, data_bytes, rows * bytes, "data");
+    if (!is_quantised(tensor->dtype)) {
+      ctx.copy(tensor->memory->as<uint8_t>(row * bytes), data, size_t(rows * bytes));
+      return;
+    }
+    std::vector<uint8_t> quants, scales;
+    split(*tensor, row, rows, static_cast<const uint8_t*>(data), quants, scales);
+    const size_t first = size_t(row) * (tensor->columns / 32);
+    ctx.copy(tensor->memory->as<uint8_t>(first * quant_bytes(tensor->dtype)), quants.data(), quants.size());
+    ctx.copy(tensor->memory->as<uint8_t>(tensor->scales_at + first * scale_bytes(tensor->dtype)), scales.data(), scales.size());
+  });
+}
+
+int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t rows, void* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef tensor = find_tensor(context, handle, "tensor");
+    check_rows(*tensor, row, rows);
+    const bool as_floats = is_quantised(tensor->dtype);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    require_buffer(out, out_bytes, rows * bytes, "out");
+    if (!as_floats) {
+      ctx.copy(out, tensor->memory->as<uint8_t>(row * bytes), size_t(rows * bytes));
+      return;
+    }
+    const int32_t dtype = tensor->dtype, q = quant_bytes(dtype), s = scale_bytes(dtype);
+    const size_t blocks = size_t(tensor->columns / 32), first = row * blocks, count = rows * blocks;
+    std::vector<uint8_t> quants(count * q), scales(count * s);
+    ctx.copy(quants.data(), tensor->memory->as<uint8_t>(first * q), quants.size());
+    ctx.copy(scales.data(), tensor->memory->as<uint8_t>(tensor->scales_at + first * s), scales.size());
+    auto* to = static_cast<float*>(out);
+    for (size_t b = 0; b < count; b++, to += 32) {
+      const float scale = half_to_float(scales.data() + b * s), least = s == 4 ? half_to_float(scales.data() + b * s + 2) : 0.0f;
+      const uint8_t* from = quants.data() + b * q;
+      for (int32_t i = 0; i < 32; i++) {
+        if (dtype == WKV_Q8_0) to[i] = static_cast<float>(static_cast<int8_t>(from[i])) * scale;
+        else to[i] = static_cast<float>((from[i % 16] >> (i / 16 * 4) & 15) - (dtype == WKV_Q4_0 ? 8 : 0)) * scale + least;
+      }
+    }
+  });
+}
+
+// ---- graphs ----
+
+int32_t wkv_graph_begin(int32_t context) {
+  return entry(context, [&](Context& ctx) {
+    if (ctx.recording) fail(WKV_INVALID, "A graph is being recorded already");
+    check(cudaStreamBeginCapture(ctx.stream, cudaStreamCaptureModeRelaxed), "Starting to record");
+    ctx.recording = std::make_shared<Graph>();
+    ctx.recording_failed = false;
+  });
+}
+
+int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require(ctx.recording != nullptr, "No graph is being recorded");
+    const std::shared_ptr<Graph> graph = std::move(ctx.recording);
+    ctx.recording.reset();
+    cudaGraph_t captured = nullptr;
+    const cudaError_t error = cudaStreamEndCapture(ctx.stream, &captured);
+    const std::shared_ptr<void> owner(captured, [](void* g) {
+      if (g) cudaGraphDestroy(static_cast<cudaGraph_t>(g));
+    });
+    require(!ctx.recording_failed, "An op of the graph failed when it was recorded");
+    check(error, "Recording a graph");
+    require_buffer(out, out_bytes, 4, "out");
+    check(cudaGraphInstantiate(&graph->run, captured, 0), "Making a graph");
+    *out = add_handle(context, graph);
+  });
+}
+
+int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
+  return entry(context, [&](Context& ctx) {
+    ctx.running = true;  // perhaps while another thread records a graph, which this leaves alone
+    require(times >= 0, "times must not be negative: " + std::to_string(times));
+    const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
+    for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
+    ctx.finish(ctx.side);
+  });
+}
+`,
+  "cuda/sample.cu": `/**
+ * sample.cu: wkv_sample and wkv_log_prob, from logits [B, vocabulary] to tokens and to their probabilities.
+ *
+ *   tokens[b] = the highest logit (temperature 0), or a draw from those that top-k, top-p and min-p leave
+ *   out[i] = logits[i, targets[i]] - max - log(sum_j exp(logits[i, j] - max))
+ *
+ * A block owns one row. Nothing is sorted: tokens stand in an order (higher logit first, of equals the lower token), every rule keeps
+ * its first so many, and where a rule ends is found by bisecting the bits of the logit, one pass over the row a bit. Bytes moved:
+ * greedy the row once; drawing 33 passes for each rule in use, from cache. Sums are doubles in a fixed order.
+ */
+#include <climits>
+#include <cmath>
+
+#include "../random.h"
+#include "common.cuh"
+
+namespace wkv {
+namespace {
+
+constexpr int kThreads = 1024;
+
+/** Floats as integers of the same order; both zeros are one. */
+__device__ inline uint32_t ordered(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ inline float unordered(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+/** The kept tokens: logits above \`key\`, and of those equal to it the ids up to \`token\`. */
+struct Cut {
+  uint32_t key;
+  int32_t token;
+  __device__ bool keeps(uint32_t k, int32_t t) const { return k > key || (k == key && t <= token); }
+};
+
+/** What a token counts for: 1, or exp(logit / temperature - most / temperature). */
+struct Measure {
+  bool counts;
+  float temperature, most;
+  __device__ float of(float logit) const { return counts ? 1.0f : expf(logit / temperature - most / temperature); }
+};
+
+struct Row {
+  const float* logits;
+  int32_t count;
+  double* area;
+
+  __device__ __noinline__ double total(const Cut& cut, const Measure& measure, uint32_t least) const {
+    double sum = 0.0;
+    for (int32_t i = threadIdx.x; i < count; i += kThreads) {
+      const float x = logits[i];
+      const uint32_t key = ordered(x);
+      if (key >= least && cut.keeps(key, i)) sum += measure.of(x);
+    }
+    return block_sum(sum, area);
+  }
+
+  /** Kept tokens with exactly this logit, of those up to token \`last\`. */
+  __device__ __noinline__ double ties(const Cut& cut, uint32_t key, int32_t last) const {
+    double sum = 0.0;
+    for (int32_t i = threadIdx.x; i <= last; i += kThreads) sum += ordered(logits[i]) == key && cut.keeps(key, i) ? 1.0 : 0.0;
+    return block_sum(sum, area);
+  }
+
+  /** The place in the order where the running sum of \`measure\` over the kept tokens first reaches \`goal\` (passes it, when \`strict\`). */
+  __device__ __noinline__ Cut reach(const Cut& cut, const Measure& measure, double goal, bool strict) const {
+    // The highest logit from which on the sum is reached; that from the cut on it is, is given.
+    uint32_t key = 0;
+    for (int bit = 31; bit >= 0; bit--) {
+      const uint32_t candidate = key | 1u << bit;
+      const double sum = candidate <= cut.key ? INFINITY : total(cut, measure, candidate);
+      if (strict ? sum > goal : sum >= goal) key = candidate;
+    }
+    // Of the tokens with this logit, as many as it takes.
+    const double above = total(cut, measure, key + 1), each = measure.of(unordered(key)), missing = (goal - above) / each;
+    const double wanted = fmin(fmax(strict ? floor(missing) + 1.0 : ceil(missing), 1.0), ties(cut, key, count - 1));
+    int32_t low = 0, high = count - 1;
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      if (ties(cut, key, middle) >= wanted) high = middle;
+      else low = middle + 1;
+    }
+    return {key, low};
+  }
+};
+
+/** The lowest token of the highest logit, in every thread; -1 after a NaN. */
+__device__ int32_t argmax(const float* logits, int32_t count, const Faults& faults, float* highest) {
+  __shared__ float values[kThreads / 32];
+  __shared__ int32_t tokens[kThreads / 32], bads[kThreads / 32];
+  float most = -INFINITY;
+  int32_t best = INT_MAX, bad = INT_MAX;
+  for (int32_t i = threadIdx.x; i < count; i += kThreads) {
+    const float x = logits[i];
+    if (isnan(x)) bad = min(bad, i);
+    if (best == INT_MAX || x > most) most = x, best = i;
+  }
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) {
+    const float x = __shfl_xor_sync(0xffffffffu, most, o);
+    const int32_t i = __shfl_xor_sync(0xffffffffu, best, o);
+    if (x > most || (x == most && i < best)) most = x, best = i;
+  }
+  bad = __reduce_min_sync(0xffffffffu, bad);
+  if ((threadIdx.x & 31) == 0) values[threadIdx.x >> 5] = most, tokens[threadIdx.x >> 5] = best, bads[threadIdx.x >> 5] = bad;
+  __syncthreads();
+  most = values[0], best = tokens[0], bad = bads[0];
+  for (int w = 1; w < kThreads / 32; w++) {
+    if (values[w] > most || (values[w] == most && tokens[w] < best)) most = values[w], best = tokens[w];
+    bad = min(bad, bads[w]);
+  }
+  *highest = most;
+  if (bad == INT_MAX) return best;
+  if (threadIdx.x == 0) faults.report(Fault::NanLogit, bad);
+  return -1;
+}
+
+__global__ void __launch_bounds__(kThreads) sample_kernel(int32_t* tokens, const float* logits, int32_t count, const float* settings, int32_t* rng, Faults faults) {
+  __shared__ double area[32];
+  const int64_t b = blockIdx.x;
+  const Row row{logits + b * count, count, area};
+  const float temperature = settings[b * 4], top_k = settings[b * 4 + 1], top_p = settings[b * 4 + 2], min_p = settings[b * 4 + 3];
+  float most;
+  int32_t token = argmax(row.logits, count, faults, &most);
+  if (token < 0) return;
+  if (temperature > 0.0f) {
+    // Tokens of less than e^-30 of the best one's probability cannot be drawn with 24 random bits.
+    const float floor = most + (min_p > 0.0f && (top_p <= 0.0f || top_p >= 1.0f) ? logf(min_p) : -30.0f * fmaxf(1.0f, temperature));
+    Cut cut{ordered(floor), INT_MAX};
+    const Measure one{true, 1.0f, most}, probability{false, 1.0f, most}, weight{false, temperature, most};
+    if (top_k >= 1.0f && row.total(cut, one, 0) > floorf(top_k)) cut = row.reach(cut, one, floorf(top_k), false);
+    if (top_p > 0.0f && top_p < 1.0f) cut = row.reach(cut, probability, top_p * row.total(cut, probability, 0), false);
+    if (min_p > 0.0f) {
+      const uint32_t least = ordered(most + logf(min_p));
+      if (least > cut.key) cut = {least, INT_MAX};
+    }
+    const uint64_t seed = static_cast<uint32_t>(rng[b * 4]) | static_cast<uint64_t>(static_cast<uint32_t>(rng[b * 4 + 1])) << 32;
+    const double goal = static_cast<double>(wkv_uniform(seed, static_cast<uint32_t>(rng[b * 4 + 2]))) * row.total(cut, weight, 0);
+    token = row.reach(cut, weight, goal, true).token;
+    if (threadIdx.x == 0) rng[b * 4 + 2] = static_cast<int32_t>(static_cast<uint32_t>(rng[b * 4 + 2]) + 1);
+  }
+  if (threadIdx.x == 0) tokens[b] = token;
+}
+
+__global__ void __launch_bounds__(kThreads) log_prob_kernel(float* out, const float* logits, int32_t count, const int32_t* targets, Faults faults) {
+  __shared__ double area[32];
+  __shared__ float highest[32];
+  const int64_t b = blockIdx.x;
+  const float* row = logits + b * count;
+  const int32_t id = targets[b];
+  if (id < 0 || id >= count) {
+    if (threadIdx.x == 0) faults.report(Fault::Target, id, count);
+    return;
+  }
+  float most = -INFINITY;
+  for (int32_t i = threadIdx.x; i < count; i += kThreads) most = fmaxf(most, row[i]);
+  most = block_max(most, highest);
+  double sum = 0.0;
+  for (int32_t i = threadIdx.x; i < count; i += kThreads) sum += expf(row[i] - most);
+  sum = block_sum(sum, area);
+  if (threadIdx.x == 0) out[b] = row[id] - most - static_cast<float>(log(sum));
+}
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_sample(int32_t context, int32_t tokens, int32_t logits, int32_t settings, int32_t rng) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef from = find_tensor(context, logits, "logits", WKV_F32, 1, -1);
+    const TensorRef rules = find_tensor(context, settings, "settings", WKV_F32, from->rows, 4);
+    const TensorRef state = find_tensor(context, rng, "rng", WKV_I32, from->rows, 4);
+    const TensorRef to = find_tensor(context, tokens, "tokens", WKV_I32, 1, -1);
+    require(to->columns >= from->rows, "tokens has fewer columns than logits has rows");
+    ctx.hold(from, rules, state, to);
+    sample_kernel<<<from->rows, kThreads, 0, ctx.stream>>>(to->i32(), from->f32(), from->columns, rules->f32(), state->i32(), ctx.faults());
+    ctx.submitted();
+  });
+}
+
+int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targets, int32_t rows) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef from = find_tensor(context, logits, "logits", WKV_F32, rows, -1);
+    const TensorRef ids = find_tensor(context, targets, "targets", WKV_I32, 1, -1);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, 1, -1);
+    require(rows >= 1 && ids->columns >= rows && to->columns >= rows, "targets and out must have at least \`rows\` columns, and rows be at least 1");
+    ctx.hold(from, ids, to);
+    log_prob_kernel<<<rows, kThreads, 0, ctx.stream>>>(to->f32(), from->f32(), from->columns, ids->i32(), ctx.faults());
+    ctx.submitted();
+  });
+}
+`,
+  "handles.cpp": `/** handles.cpp: the handle table, and the entries of wkv.h that know no device. */
+#include "handles.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace wkv {
+
+// ---- handles: 20 bits of place, 11 of generation, so that a closed handle is not taken for a new one ----
+
+namespace {
+struct Place {
+  std::shared_ptr<Object> object;
+  int32_t generation = 1;
+};
+std::mutex handles_mutex;
+std::vector<Place> places;
+std::vector<int32_t> free_places;
+int32_t live = 0;
+std::string open_text;
+
+constexpr int32_t kPlaceBits = 20;
+constexpr int32_t kPlaceMask = (1 << kPlaceBits) - 1;
+
+Place* locate(int32_t handle) {
+  const int32_t place = handle & kPlaceMask;
+  if (handle <= 0 || place >= static_cast<int32_t>(places.size())) return nullptr;
+  Place& p = places[place];
+  return p.object && p.generation == handle >> kPlaceBits ? &p : nullptr;
+}
+
+void release(Place& place, int32_t handle) {
+  place.object.reset();
+  place.generation = place.generation % 2047 + 1;
+  free_places.push_back(handle & kPlaceMask);
+  live--;
+}
+
+const char* name(Kind kind) {
+  switch (kind) {
+    case Kind::Context: return "context";
+    case Kind::Tensor: return "tensor";
+    case Kind::Rope: return "rotation";
+    case Kind::Cache: return "cache";
+    default: return "graph";
+  }
+}
+}  // namespace
+
+int32_t add_handle(int32_t context, std::shared_ptr<Object> object) {
+  std::lock_guard<std::mutex> lock(handles_mutex);
+  object->context = context;
+  if (free_places.empty()) {
+    if (places.size() > static_cast<size_t>(kPlaceMask)) fail(WKV_MEMORY, "Too many open handles");
+    free_places.push_back(static_cast<int32_t>(places.size()));
+    places.emplace_back();
+  }
+  const int32_t place = free_places.back();
+  free_places.pop_back();
+  places[place].object = std::move(object);
+  live++;
+  return places[place].generation << kPlaceBits | place;
+}
+
+std::shared_ptr<Object> find_handle(int32_t context, int32_t handle, Kind kind, const char* what) {
+  std::lock_guard<std::mutex> lock(handles_mutex);
+  Place* place = locate(handle);
+  if (!place) fail(WKV_HANDLE, std::string(what) + ": handle " + std::to_string(handle) + " is closed or was never open");
+  if (place->object->kind != kind) fail(WKV_HANDLE, std::string(what) + " is a " + name(place->object->kind) + ", expected a " + name(kind));
+  if (kind != Kind::Context && place->object->context != context) fail(WKV_HANDLE, std::string(what) + " belongs to another context");
+  return place->object;
+}
+
+std::shared_ptr<ContextBase> find_context(int32_t context) {
+  return std::static_pointer_cast<ContextBase>(find_handle(0, context, Kind::Context, "Context"));
+}
+
+int32_t report(const std::shared_ptr<ContextBase>& context, int32_t status, const std::string& text) {
+  std::mutex& mutex = context ? context->text_mutex : handles_mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  (context ? context->text : open_text) = text;
+  return status;
+}
+
+void give_text(const std::string& text, char* out, int32_t out_bytes) {
+  const size_t length = std::min(text.size(), static_cast<size_t>(out_bytes) - 1);
+  std::memcpy(out, text.data(), length);
+  out[length] = 0;
+}
+
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_abi_version(void) { return WKV_ABI_VERSION; }
+
+int32_t wkv_source_hash(char* out, int32_t out_bytes) {
+#ifndef WKV_SOURCE_HASH
+#define WKV_SOURCE_HASH "unknown"
+#endif
+  const std::string text = WKV_SOURCE_HASH;
+  if (!out || out_bytes < static_cast<int32_t>(text.size()) + 1) return WKV_INVALID;
+  give_text(text, out, out_bytes);
+  return WKV_OK;
+}
+
+int32_t wkv_live_handles(void) {
+  std::lock_guard<std::mutex> lock(handles_mutex);
+  return live;
+}
+
+int32_t wkv_error(int32_t context, char* out, int32_t out_bytes) {
+  if (!out || out_bytes < 1) return WKV_INVALID;
+  std::string text;
+  try {
+    const auto found = find_context(context);
+    std::lock_guard<std::mutex> lock(found->text_mutex);
+    text = found->text;
+  } catch (const std::exception&) {
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    text = open_text;
+  }
+  give_text(text, out, out_bytes);
+  return WKV_OK;
+}
+
+int32_t wkv_close(int32_t context, int32_t handle) {
+  std::vector<std::shared_ptr<Object>> gone;  // destroyed outside both locks, the context last
+  return entry_of<ContextBase>(context, [&](ContextBase&) {
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    Place* place = locate(handle);
+    if (!place || (handle != context && place->object->context != context)) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
+    if (handle == context) {
+      for (size_t i = 0; i < places.size(); i++) {
+        if (!places[i].object || places[i].object->context != context) continue;
+        gone.push_back(places[i].object);
+        release(places[i], static_cast<int32_t>(i));
+      }
+    }
+    gone.push_back(place->object);
+    release(*place, handle);
+  });
+}
+
+int32_t wkv_bytes(int32_t context, int32_t handle, double* out, int32_t out_bytes) {
+  return entry_of<ContextBase>(context, [&](ContextBase&) {
+    require_buffer(out, out_bytes, 8, "out");
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    Place* place = locate(handle);
+    if (!place || place->object->context != context) fail(WKV_HANDLE, "Handle " + std::to_string(handle) + " is closed or was never open in this context");
+    *out = static_cast<double>(place->object->bytes());
+  });
+}
+`,
+  "handles.hpp": `/** handles.hpp: errors, handles and the wrapper of every C entry; shared by both libraries (handles.cpp). */
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "wkv.h"
+
+namespace wkv {
+
+/** A failure on its way to the C boundary: a status and what wkv_error will say. */
+struct Failure : std::runtime_error {
+  int32_t status;
+  Failure(int32_t status, const std::string& text) : std::runtime_error(text), status(status) {}
+};
+
+[[noreturn]] inline void fail(int32_t status, const std::string& text) { throw Failure(status, text); }
+
+inline void require(bool holds, const std::string& text) {
+  if (!holds) fail(WKV_INVALID, text);
+}
+
+enum class Kind { Context, Tensor, Rope, Cache, Graph };
+
+/** What a handle stands for. */
+struct Object {
+  Kind kind;
+  int32_t context = 0;
+  explicit Object(Kind kind) : kind(kind) {}
+  virtual ~Object() = default;
+  virtual size_t bytes() const { return 0; }
+};
+
+/** What a context of either library has: its lock and the text of its last failure. Every entry holds \`mutex\`. */
+struct ContextBase : Object {
+  std::mutex mutex, text_mutex;
+  std::string text;
+  bool recording_failed = false;  // since wkv_graph_begin
+  bool running = false;           // in wkv_graph_run, whose failures leave a recording alone
+  ContextBase() : Object(Kind::Context) {}
+};
+
+int32_t add_handle(int32_t context, std::shared_ptr<Object> object);
+std::shared_ptr<Object> find_handle(int32_t context, int32_t handle, Kind kind, const char* what);
+std::shared_ptr<ContextBase> find_context(int32_t context);
+
+template <typename T>
+std::shared_ptr<T> find(int32_t context, int32_t handle, Kind kind, const char* what) {
+  return std::static_pointer_cast<T>(find_handle(context, handle, kind, what));
+}
+
+/** Keeps the text of a failure for wkv_error (null: that of wkv_context_open), and gives its status. */
+int32_t report(const std::shared_ptr<ContextBase>& context, int32_t status, const std::string& text);
+
+/** Runs body() and turns every exception into a status. */
+template <typename Body>
+int32_t guarded(const std::shared_ptr<ContextBase>& context, Body body) {
+  try {
+    body();
+    return WKV_OK;
+  } catch (const Failure& failure) {
+    return report(context, failure.status, failure.what());
+  } catch (const std::bad_alloc&) {
+    return report(context, WKV_MEMORY, "Out of memory");
+  } catch (const std::exception& error) {
+    return report(context, WKV_INTERNAL, error.what());
+  } catch (...) {
+    return report(context, WKV_INTERNAL, "Unknown failure");
+  }
+}
+
+/** Wraps the body of a C entry: looks the context up and takes its lock. */
+template <typename ContextType, typename Body>
+int32_t entry_of(int32_t handle, Body body) {
+  std::shared_ptr<ContextBase> context;
+  const int32_t found = guarded(nullptr, [&] { context = find_context(handle); });
+  if (found != WKV_OK) return found;
+  std::lock_guard<std::mutex> lock(context->mutex);
+  const int32_t status = guarded(context, [&] { body(static_cast<ContextType&>(*context)); });
+  if (status != WKV_OK && !context->running) context->recording_failed = true;
+  context->running = false;
+  return status;
+}
+
+inline void require_buffer(const void* data, int64_t have, int64_t want, const char* what) {
+  require(data != nullptr, std::string(what) + " is null");
+  require(have == want, std::string(what) + " has " + std::to_string(have) + " bytes, expected " + std::to_string(want));
+}
+
+/** Copies a text out, cut to out_bytes and ended by a zero. */
+void give_text(const std::string& text, char* out, int32_t out_bytes);
 
 }  // namespace wkv
 `,

@@ -1,0 +1,259 @@
+/**
+ * cache.cu: rotations and caches, and wkv_insert: steps 3 to 6 with given weights (select, merge and insert are settle in cache.cuh).
+ *
+ *   a[i] += weights[rank[i]];  then one settle a head                kv [B, 2 N D], weights [B, N (M + 1)]
+ *
+ * A block owns one KV head of one sequence. Bytes moved: the head's state (12 bytes a slot, read and written), its weights, three rows.
+ */
+#include "cache.cuh"
+
+#include <cmath>
+#include <cstring>
+
+namespace wkv {
+
+void Cache::check_layer(int32_t layer) const {
+  require(layer >= 0 && layer < layers, "layer must be between 0 and " + std::to_string(layers - 1) + ": " + std::to_string(layer));
+}
+
+CacheView Cache::view(int32_t layer) const {
+  CacheView v;
+  v.sequences = sequences, v.heads = heads, v.kv_heads = kv_heads, v.head_dim = head_dim, v.slots = slots, v.sinks = sinks, v.recent = recent, v.select = select, v.merge = merge;
+  v.text = positions == WKV_POSITIONS_TEXT;
+  v.first = head(layer, 0, 0);
+  v.keys = memory->as<uint8_t>(keys_at);
+  v.values = memory->as<uint8_t>(values_at);
+  v.scores = memory->as<float>(scores_at);
+  v.births = memory->as<int32_t>(births_at);
+  v.ranks = memory->as<int32_t>(ranks_at);
+  v.gaps = gapped() ? memory->as<float>(gaps_at) : nullptr;
+  v.averages = gapped() ? memory->as<float>(averages_at) : nullptr;
+  v.counts = memory->as<Counts>(counts_at);
+  v.rope = rope->view();
+  return v;
+}
+
+CacheRef find_cache(int32_t context, int32_t handle, int32_t layer) {
+  const CacheRef cache = find<Cache>(context, handle, Kind::Cache, "cache");
+  cache->check_layer(layer);
+  return cache;
+}
+
+TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache) {
+  return handle ? find_tensor(context, handle, "victims", WKV_I32, cache.sequences, cache.kv_heads) : TensorRef();
+}
+
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(256) insert_kernel(CacheView c, const float* kv, const float* weights, const int32_t* victims, Faults faults) {
+  __shared__ SettleArea area;
+  __shared__ T key[512], value[512];
+  const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
+  const int64_t head = c.first + unit, b = unit / c.kv_heads;
+  Counts& counts = c.counts[head];
+  const int32_t kept = counts.kept, step = counts.steps + 1;
+  const Entries e = c.entries(head);
+  const float *k = kv + b * 2 * c.kv_heads * dim + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
+  for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
+    float x = k[c.rope.source(i)];
+    if (c.text && i < 2 * c.rope.pairs) {
+      const int32_t pair = i % c.rope.pairs;
+      const float2 turn = c.rope.at(step - 1, pair);
+      const float other = k[c.rope.source(i < c.rope.pairs ? i + c.rope.pairs : pair)];
+      x = i < c.rope.pairs ? x * turn.x - other * turn.y : other * turn.y + x * turn.x;
+    }
+    key[i] = from_float<T>(x);
+    value[i] = from_float<T>(v[i]);
+  }
+  const float* given = weights + int64_t{unit} * (c.slots + 1);
+  for (int32_t i = threadIdx.x; i <= kept; i += blockDim.x) {
+    if (i == kept) e.score[i] = given[kept], e.birth[i] = step, e.rank[i] = kept;
+    else e.score[i] += given[e.rank[i]];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) counts.steps = step;
+  __syncthreads();
+  settle<T>(c, head, e, kept, 1, key, value, victims ? victims[unit] : -1, faults, area);
+}
+
+constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}};
+
+}  // namespace
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const float* frequencies, int32_t frequencies_bytes, int32_t positions, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require_buffer(out, out_bytes, 4, "out");
+    require(head_dim >= 2 && head_dim <= 512, "head_dim must be between 2 and 512: " + std::to_string(head_dim));
+    require(pairs == WKV_PAIRS_HALF || pairs == WKV_PAIRS_INTERLEAVED, "pairs " + std::to_string(pairs) + " is unknown");
+    require(positions >= 0 && positions <= 1 << 21, "positions must be between 0 and 2097152: " + std::to_string(positions));
+    require(frequencies != nullptr && frequencies_bytes > 0 && frequencies_bytes % 4 == 0 && frequencies_bytes / 4 * 2 <= head_dim, "frequencies must hold between 1 and head_dim / 2 floats");
+    auto rope = std::make_shared<Rope>();
+    rope->head_dim = head_dim;
+    rope->pairs = pairs;
+    rope->count = frequencies_bytes / 4;
+    rope->positions = positions;
+    std::vector<double> wide;
+    for (int32_t i = 0; i < rope->count; i++) {
+      require(std::isfinite(frequencies[i]), "frequency " + std::to_string(i) + " is not finite");
+      wide.push_back(frequencies[i]);
+    }
+    const size_t count = size_t(positions) * rope->count;
+    std::vector<float> tables(count * 2);
+    for (size_t i = 0; i < count; i++) {
+      const double angle = wide[i % rope->count] * static_cast<double>(i / rope->count);
+      tables[i] = static_cast<float>(std::cos(angle));
+      tables[i + count] = static_cast<float>(std::sin(angle));
+    }
+    rope->tables = std::make_shared<DeviceMemory>(count * 8);
+    rope->frequencies = std::make_shared<DeviceMemory>(wide.size() * 8);
+    if (count) ctx.copy(rope->tables->as<void>(), tables.data(), count * 8);
+    ctx.copy(rope->frequencies->as<void>(), wide.data(), wide.size() * 8);
+    *out = add_handle(context, rope);
+  });
+}
+
+int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require_buffer(out, out_bytes, 4, "out");
+    auto cache = std::make_shared<Cache>();
+    cache->rope = find<Rope>(context, rope, Kind::Rope, "rope");
+    require(layers >= 1 && layers <= 1024 && sequences >= 1 && sequences <= 4096, "layers must be between 1 and 1024, sequences between 1 and 4096");
+    require(kv_heads >= 1 && kv_heads <= 1024 && heads >= kv_heads && heads % kv_heads == 0, "heads must be a multiple of kv_heads: " + std::to_string(heads) + ", " + std::to_string(kv_heads));
+    require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
+    require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
+    require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
+    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_MERGE_COST_LINEAR, "select " + std::to_string(select) + " is unknown");
+    require(merge == WKV_MERGE_NONE || merge == WKV_MERGE_RIGHT, "merge " + std::to_string(merge) + " is unknown");
+    require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
+    require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
+    require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
+    cache->layers = layers;
+    cache->sequences = sequences;
+    cache->heads = heads;
+    cache->kv_heads = kv_heads;
+    cache->head_dim = head_dim;
+    cache->slots = slots;
+    cache->sinks = sinks;
+    cache->recent = recent;
+    cache->select = select;
+    cache->merge = merge;
+    cache->positions = positions;
+    cache->dtype = dtype;
+    require(heads / kv_heads <= 16, "the CUDA library takes at most 16 query heads a KV head: " + std::to_string(heads / kv_heads));
+    require(head_dim % 2 == 0, "the CUDA library takes even head dimensions: " + std::to_string(head_dim));
+    const size_t all = size_t(layers) * sequences * kv_heads, entries = all * (size_t(slots) + 1);
+    size_t bytes = 0;
+    const auto take = [&](size_t part) {
+      const size_t at = bytes;
+      bytes += round_up(part);
+      return at;
+    };
+    cache->keys_at = take(all * slots * cache->row_bytes());
+    cache->values_at = take(all * slots * cache->row_bytes());
+    cache->scores_at = take(entries * 4);
+    cache->births_at = take(entries * 4);
+    cache->ranks_at = take(entries * 4);
+    cache->gaps_at = take(cache->gapped() ? entries * 4 : 0);
+    cache->averages_at = take(cache->gapped() ? entries * 4 : 0);
+    cache->counts_at = take(all * sizeof(Counts));
+    cache->memory = std::make_shared<DeviceMemory>(bytes);
+    ctx.zero(cache->memory->as<void>(), bytes);
+    const std::vector<Counts> empty(all, kEmpty);
+    ctx.copy(cache->memory->as<void>(cache->counts_at), empty.data(), all * sizeof(Counts));
+    *out = add_handle(context, cache);
+  });
+}
+
+int32_t wkv_cache_reset(int32_t context, int32_t handle, int32_t sequence) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, 0);
+    require(sequence >= -1 && sequence < cache->sequences, "sequence must be between -1 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
+    const size_t a_layer = size_t(cache->sequences) * cache->kv_heads, count = sequence < 0 ? a_layer * cache->layers : size_t(cache->kv_heads);
+    const std::vector<Counts> empty(count, kEmpty);
+    Counts* counts = cache->memory->as<Counts>(cache->counts_at);
+    if (sequence < 0) {
+      ctx.copy(counts, empty.data(), count * sizeof(Counts));
+      return;
+    }
+    for (int32_t layer = 0; layer < cache->layers; layer++) ctx.copy(counts + cache->head(layer, sequence, 0), empty.data(), count * sizeof(Counts));
+  });
+}
+
+int32_t wkv_cache_read(int32_t context, int32_t handle, int32_t field, int32_t layer, int32_t sequence, int32_t kv_head, void* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
+    require(kv_head >= 0 && kv_head < cache->kv_heads, "kv_head must be between 0 and " + std::to_string(cache->kv_heads - 1) + ": " + std::to_string(kv_head));
+    const int64_t head = cache->head(layer, sequence, kv_head);
+    const CacheView view = cache->view(layer);
+    Counts counts;
+    ctx.copy(&counts, view.counts + head, sizeof counts);
+    const bool rows = field == WKV_CACHE_KEYS || field == WKV_CACHE_VALUES;
+    const int64_t kept = counts.kept, want = field == WKV_CACHE_COUNTS || field == WKV_CACHE_EVENT ? 16 : kept * (rows ? cache->head_dim : 1) * 4;
+    require(out_bytes == want, "out has " + std::to_string(out_bytes) + " bytes, expected " + std::to_string(want));
+    if (want == 0) return;
+    require(out != nullptr, "out is null");
+    if (field == WKV_CACHE_COUNTS || field == WKV_CACHE_EVENT) {
+      std::memcpy(out, field == WKV_CACHE_COUNTS ? static_cast<const void*>(&counts) : counts.event, 16);
+      return;
+    }
+    // Everything else comes out in rank order.
+    const int64_t at = head * (cache->slots + 1);
+    std::vector<int32_t> ranks(kept), slots(kept);
+    ctx.copy(ranks.data(), view.ranks + at, size_t(kept) * 4);
+    for (int64_t slot = 0; slot < kept; slot++) {
+      if (ranks[slot] < 0 || ranks[slot] >= kept) fail(WKV_INTERNAL, "Slot " + std::to_string(slot) + " has rank " + std::to_string(ranks[slot]) + " of " + std::to_string(kept));
+      slots[ranks[slot]] = static_cast<int32_t>(slot);
+    }
+    auto* ints = static_cast<int32_t*>(out);
+    auto* floats = static_cast<float*>(out);
+    if (field == WKV_CACHE_SLOTS) {
+      std::memcpy(out, slots.data(), size_t(want));
+      return;
+    }
+    if (field == WKV_CACHE_POSITIONS || field == WKV_CACHE_STEPS || field == WKV_CACHE_SCORES) {
+      std::vector<int32_t> state(kept);
+      const void* from = view.births + at;
+      if (field == WKV_CACHE_SCORES) from = view.scores + at;
+      ctx.copy(state.data(), from, size_t(kept) * 4);
+      for (int64_t i = 0; i < kept; i++) {
+        const int32_t x = state[slots[i]];
+        ints[i] = field == WKV_CACHE_POSITIONS ? x - 1 : field == WKV_CACHE_STEPS ? counts.steps - x + 1 : x;
+      }
+      return;
+    }
+    require(rows, "field " + std::to_string(field) + " is unknown");
+    const int32_t dim = cache->head_dim;
+    std::vector<uint8_t> stored(size_t(kept * cache->row_bytes()));
+    ctx.copy(stored.data(), (field == WKV_CACHE_KEYS ? view.keys : view.values) + head * cache->slots * cache->row_bytes(), stored.size());
+    for (int64_t i = 0; i < kept; i++, floats += dim) {
+      const uint8_t* from = stored.data() + slots[i] * cache->row_bytes();
+      for (int32_t d = 0; d < dim; d++) {
+        float x;
+        if (cache->dtype == WKV_F32) std::memcpy(&x, from + d * 4, 4);
+        else if (cache->dtype == WKV_F16) x = __half2float(reinterpret_cast<const __half*>(from)[d]);
+        else x = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(from)[d]);
+        floats[field == WKV_CACHE_KEYS ? view.rope.source(d) : d] = x;
+      }
+    }
+  });
+}
+
+int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, int32_t weights, int32_t victims) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    const int32_t n_heads = cache->kv_heads;
+    const TensorRef rows = find_tensor(context, kv, "kv", WKV_F32, cache->sequences, 2 * n_heads * cache->head_dim);
+    const TensorRef given = find_tensor(context, weights, "weights", WKV_F32, cache->sequences, n_heads * (cache->slots + 1));
+    const TensorRef forced = find_victims(context, victims, *cache);
+    ctx.hold(cache, rows, given, forced);
+    by_cache_type(cache->dtype, [&](auto type) {
+      insert_kernel<decltype(type)><<<cache->sequences * n_heads, 256, 0, ctx.stream>>>(cache->view(layer), rows->f32(), given->f32(), forced ? forced->i32() : nullptr, ctx.faults());
+    });
+    ctx.submitted();
+  });
+}

@@ -1,0 +1,269 @@
+/** common.cuh: what every file of the CUDA library shares: the context with its stream, device memory, tensors, data errors, reductions. */
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../handles.hpp"
+
+namespace wkv {
+
+/** Turns a CUDA error into a failure. */
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error that is not sticky must not reach the next call
+  fail(error == cudaErrorMemoryAllocation ? WKV_MEMORY : WKV_DEVICE, std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+/** Device memory, given back with its last owner. */
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(size_t bytes) : bytes_(bytes) {
+    check(cudaMalloc(&data_, bytes ? bytes : 1), ("Allocating " + std::to_string(bytes) + " bytes on the device").c_str());
+  }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+  ~DeviceMemory() { cudaFree(data_); }
+  template <typename T>
+  T* as(size_t byte = 0) const { return reinterpret_cast<T*>(static_cast<uint8_t*>(data_) + byte); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+using DeviceRef = std::shared_ptr<DeviceMemory>;
+
+// ---- data errors: found on the device, read after a run ----
+
+enum class Fault : int32_t { None, Token, Target, NanLogit, NanAttention, NanScore, Full, Rank };
+
+/** What the first faulty thread left. */
+struct FaultWord {
+  Fault fault;
+  int32_t values[4];
+};
+
+/** Where kernels report; passed by value. The first report since the last read wins. */
+struct Faults {
+  int32_t* taken;   // device memory
+  FaultWord* word;  // host memory, mapped
+  __device__ void report(Fault fault, int32_t a, int32_t b = 0, int32_t c = 0, int32_t d = 0) const {
+    if (atomicCAS(taken, 0, 1) != 0) return;
+    word->values[0] = a, word->values[1] = b, word->values[2] = c, word->values[3] = d;
+    word->fault = fault;
+    __threadfence_system();
+  }
+};
+
+// ---- tensors ----
+
+constexpr bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
+
+/** A weight as kernels see it. Quantised rows lie in two planes: 32 (Q8_0) or 16 bytes of quants a block of 32 columns, in file order,
+ *  and one f16 scale a block, with Q4_1 a pair (scale, minimum). */
+struct WeightView {
+  int32_t dtype, rows, columns;
+  const uint8_t* data;
+  const __half* scales;
+};
+
+struct Tensor : Object {
+  int32_t dtype, rows, columns;
+  size_t scales_at = 0;  // where the plane of scales begins
+  DeviceRef memory;
+  Tensor(int32_t dtype, int32_t rows, int32_t columns);
+  size_t bytes() const override { return memory->bytes(); }
+  float* f32() const { return memory->as<float>(); }
+  int32_t* i32() const { return memory->as<int32_t>(); }
+  float* row(int64_t r) const { return f32() + r * columns; }
+  WeightView view() const { return {dtype, rows, columns, memory->as<uint8_t>(), memory->as<__half>(scales_at)}; }
+};
+using TensorRef = std::shared_ptr<Tensor>;
+
+inline TensorRef find_tensor(int32_t context, int32_t handle, const char* what) {
+  return find<Tensor>(context, handle, Kind::Tensor, what);
+}
+/** A tensor of this dtype with at least these rows and exactly these columns (-1: any). */
+TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns);
+
+// ---- context ----
+
+/** A captured graph, and all that its kernels read and write. */
+struct Graph : Object {
+  cudaGraphExec_t run = nullptr;
+  std::vector<std::shared_ptr<void>> holds;
+  Graph() : Object(Kind::Graph) {}
+  ~Graph() override {
+    if (run) cudaGraphExecDestroy(run);
+  }
+};
+
+/** One GPU. Ops go to `stream`, which may be recording; graphs and copies to `side`, as they may run meanwhile. Between two entries
+ *  nothing runs, so the two need no order. */
+struct Context : ContextBase {
+  int32_t device = 0, processors = 0, shared_limit = 0, capability = 0;  // capability: 90 for 9.0
+  std::string name;
+  cudaStream_t stream = nullptr, side = nullptr;
+  DeviceRef taken;
+  FaultWord* word = nullptr;
+  std::shared_ptr<Graph> recording;
+  DeviceRef scratch;  // an op's intermediate results; a graph holds the one it was recorded with
+  Context();
+  ~Context() override;
+
+  Faults faults() const { return {taken->as<int32_t>(), word}; }
+  /** Memory for this op's intermediate results, good until the op ends. */
+  uint8_t* reserve(size_t bytes);
+  /** Keeps what an op uses for as long as the graph that is recorded. */
+  template <typename... Refs>
+  void hold(const Refs&... refs) {
+    if (recording) (recording->holds.push_back(refs), ...);
+  }
+  /** Ends an op: checks its launches and, unless a graph is recorded, waits for it and for its faults. */
+  void submitted();
+  /** Waits for a stream, and fails with the fault that kernels left. */
+  void finish(cudaStream_t ran);
+  void copy(void* to, const void* from, size_t bytes);
+  void zero(void* to, size_t bytes);
+
+ private:
+  void release();
+};
+
+template <typename Body>
+int32_t entry(int32_t handle, Body body) {
+  return entry_of<Context>(handle, [&](Context& context) {
+    check(cudaSetDevice(context.device), "Choosing the device");
+    body(context);
+  });
+}
+
+/** Lets a kernel use this much shared memory: what it declares itself, 8 KB at most, counts towards the 48 KB that need no leave. */
+template <typename Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+  if (bytes > 40 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
+}
+
+/** How a kernel is launched; `cluster`: blocks along x that share their memory. */
+struct Shape {
+  dim3 grid, block;
+  size_t shared = 0;
+  uint32_t cluster = 1;
+};
+
+/** Launches a kernel on the context's stream, through which all ops go. From sm_90 on its blocks may start while the kernel before it
+ *  ends (programmatic dependent launch), so every kernel calls wait_for_previous() before it reads or writes what earlier kernels did. */
+template <typename... Parameters, typename... Arguments>
+void launch(Context& ctx, void (*kernel)(Parameters...), const Shape& shape, Arguments&&... arguments) {
+  allow_shared(kernel, shape.shared);
+  cudaLaunchAttribute attributes[2];
+  uint32_t count = 0;
+  if (ctx.capability >= 90) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim = {shape.cluster, 1, 1};
+    count++;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid, config.blockDim = shape.block, config.dynamicSmemBytes = shape.shared, config.stream = ctx.stream;
+  config.attrs = attributes, config.numAttrs = count;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "Launching a kernel");
+}
+
+inline int32_t divide_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
+inline size_t round_up(size_t bytes, size_t to = 256) { return (bytes + to - 1) / to * to; }
+
+// ---- device helpers ----
+
+/** Waits until the kernels before this one have ended and what they wrote can be seen. */
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/** Lets the next kernel's blocks start where there is room for them. Only after wait_for_previous(): so a kernel that runs knows that all
+ *  but the one before it have ended. */
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+  return x;
+}
+__device__ inline double warp_sum(double x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o));
+  return x;
+}
+
+/** The block's sum in a fixed order, in every thread; `area` holds 32 doubles. */
+__device__ inline double block_sum(double x, double* area) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  x = warp_sum(x);
+  __syncthreads();
+  if (lane == 0) area[warp] = x;
+  __syncthreads();
+  double total = 0.0;
+  for (int w = 0; w < warps; w++) total += area[w];
+  return total;
+}
+
+/** The block's highest, in every thread; `area` holds 32 floats. */
+__device__ inline float block_max(float x, float* area) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  x = warp_max(x);
+  __syncthreads();
+  if (lane == 0) area[warp] = x;
+  __syncthreads();
+  float most = area[0];
+  for (int w = 1; w < warps; w++) most = fmaxf(most, area[w]);
+  return most;
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+template <>
+__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+/** One number of a weight. */
+__device__ inline float weight_at(const WeightView& w, int64_t row, int32_t column) {
+  const int64_t i = row * w.columns + column;
+  switch (w.dtype) {
+    case WKV_F32: return reinterpret_cast<const float*>(w.data)[i];
+    case WKV_F16: return __half2float(reinterpret_cast<const __half*>(w.data)[i]);
+    case WKV_BF16: return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(w.data)[i]);
+    default: break;
+  }
+  const int64_t block = row * (w.columns / 32) + column / 32;
+  const int32_t within = column % 32;
+  if (w.dtype == WKV_Q8_0) return reinterpret_cast<const int8_t*>(w.data)[block * 32 + within] * __half2float(w.scales[block]);
+  const int32_t nibble = w.data[block * 16 + within % 16] >> (within / 16 * 4) & 15;
+  if (w.dtype == WKV_Q4_0) return (nibble - 8) * __half2float(w.scales[block]);
+  return fmaf(nibble, __half2float(w.scales[block * 2]), __half2float(w.scales[block * 2 + 1]));
+}
+
+}  // namespace wkv

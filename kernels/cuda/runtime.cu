@@ -1,0 +1,266 @@
+/** runtime.cu: contexts, tensors and graphs of the CUDA library. */
+#include <cmath>
+#include <cstring>
+
+#include "common.cuh"
+
+namespace wkv {
+
+// ---- context ----
+
+namespace {
+__global__ void probe() {}
+
+std::string fault_text(const FaultWord& word, int32_t* status) {
+  const auto n = [&](int i) { return std::to_string(word.values[i]); };
+  *status = word.fault == Fault::Full || word.fault == Fault::Rank ? WKV_INVALID : WKV_DATA;
+  switch (word.fault) {
+    case Fault::Token: return "Token " + n(0) + " is outside the table of " + n(1);
+    case Fault::Target: return "Target " + n(0) + " is outside the vocabulary of " + n(1);
+    case Fault::NanLogit: return "The logit of token " + n(0) + " is not a number";
+    case Fault::NanAttention: return "The attention of layer " + n(0) + " is not a number";
+    case Fault::NanScore: return "The merge cost of rank " + n(0) + " is not a number";
+    case Fault::Full: return "The cache is full: its policy keeps every token, and it has " + n(0) + " slots";
+    default: return "Rank " + n(0) + " may not leave a cache of " + n(1) + " tokens with " + n(2) + " sinks and " + n(3) + " recent";
+  }
+}
+}  // namespace
+
+Context::Context() {
+  int32_t count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) fail(WKV_DEVICE, std::string("No CUDA device can be used: ") + cudaGetErrorString(error));
+  if (count == 0) fail(WKV_DEVICE, "There is no CUDA device");
+  check(cudaSetDevice(device), "Choosing the device");
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "Asking for the device's properties");
+  processors = properties.multiProcessorCount;
+  capability = properties.major * 10 + properties.minor;
+  shared_limit = static_cast<int32_t>(properties.sharedMemPerBlockOptin);
+  name = std::string(properties.name) + ", sm_" + std::to_string(capability) + ", " + std::to_string(processors) + " multiprocessors";
+  if (properties.major < 8) fail(WKV_DEVICE, name + " is too old: compute capability 8.0 or later is needed");
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, probe) != cudaSuccess) {
+    cudaGetLastError();
+    fail(WKV_DEVICE, "The library was built for other GPUs than " + name);
+  }
+  try {
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "Opening a stream");
+    check(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking), "Opening a stream");
+    taken = std::make_shared<DeviceMemory>(sizeof(int32_t));
+    zero(taken->as<void>(), sizeof(int32_t));
+    check(cudaHostAlloc(reinterpret_cast<void**>(&word), sizeof(FaultWord), cudaHostAllocMapped), "Allocating host memory");
+    *word = FaultWord{};
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+Context::~Context() { release(); }
+
+void Context::release() {
+  if (word) cudaFreeHost(word);
+  if (side) cudaStreamDestroy(side);
+  if (stream) cudaStreamDestroy(stream);
+}
+
+uint8_t* Context::reserve(size_t bytes) {
+  if (!scratch || scratch->bytes() < bytes) scratch = std::make_shared<DeviceMemory>(round_up(bytes, size_t{1} << 20));
+  hold(scratch);
+  return scratch->as<uint8_t>();
+}
+
+void Context::submitted() {
+  check(cudaGetLastError(), "Launching a kernel");
+  if (!recording) finish(stream);
+}
+
+void Context::finish(cudaStream_t ran) {
+  check(cudaStreamSynchronize(ran), "Running kernels");
+  if (word->fault == Fault::None) return;
+  int32_t status;
+  const std::string text = fault_text(*word, &status);
+  *word = FaultWord{};
+  zero(taken->as<void>(), sizeof(int32_t));
+  fail(status, text);
+}
+
+void Context::copy(void* to, const void* from, size_t bytes) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, side), "Copying");
+  check(cudaStreamSynchronize(side), "Copying");
+}
+
+void Context::zero(void* to, size_t bytes) {
+  check(cudaMemsetAsync(to, 0, bytes, side), "Clearing memory");
+  check(cudaStreamSynchronize(side), "Clearing memory");
+}
+
+// ---- tensors ----
+
+namespace {
+int32_t quant_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 32 : 16; }
+int32_t scale_bytes(int32_t dtype) { return dtype == WKV_Q4_1 ? 4 : 2; }
+int64_t row_bytes(int32_t dtype, int32_t columns) {
+  if (is_quantised(dtype)) return int64_t{columns} / 32 * (quant_bytes(dtype) + scale_bytes(dtype));
+  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
+}
+bool finite(const uint8_t* half) { return (half[1] & 0x7c) != 0x7c; }
+
+/** Spreads rows in file order over the two planes. */
+void split(const Tensor& tensor, int32_t row, int32_t rows, const uint8_t* from, std::vector<uint8_t>& quants, std::vector<uint8_t>& scales) {
+  const int64_t blocks = tensor.columns / 32;
+  const int32_t q = quant_bytes(tensor.dtype), s = scale_bytes(tensor.dtype);
+  quants.resize(size_t(rows * blocks * q));
+  scales.resize(size_t(rows * blocks * s));
+  for (int64_t i = 0; i < rows * blocks; i++, from += q + s) {
+    if (!finite(from) || (s == 4 && !finite(from + 2))) fail(WKV_DATA, "Row " + std::to_string(row + i / blocks) + ": The scale of block " + std::to_string(i % blocks) + " is not finite");
+    std::memcpy(scales.data() + i * s, from, size_t(s));
+    std::memcpy(quants.data() + i * q, from + s, size_t(q));
+  }
+}
+
+float half_to_float(const uint8_t* p) {
+  __half_raw raw;
+  std::memcpy(&raw.x, p, 2);
+  return __half2float(__half(raw));
+}
+
+void check_rows(const Tensor& tensor, int32_t row, int32_t rows) {
+  require(row >= 0 && rows >= 1 && row <= tensor.rows - rows, "rows " + std::to_string(row) + " to " + std::to_string(int64_t{row} + rows) + " of " + std::to_string(tensor.rows) + " asked for");
+}
+}  // namespace
+
+Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
+  size_t bytes = size_t(rows) * row_bytes(dtype, columns);
+  if (is_quantised(dtype)) {
+    const size_t blocks = size_t(rows) * (columns / 32);
+    scales_at = round_up(blocks * quant_bytes(dtype));
+    bytes = scales_at + blocks * scale_bytes(dtype);
+  }
+  memory = std::make_shared<DeviceMemory>(bytes);
+}
+
+TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t dtype, int32_t rows, int32_t columns) {
+  TensorRef tensor = find_tensor(context, handle, what);
+  require(tensor->dtype == dtype, std::string(what) + " is of another dtype (" + std::to_string(tensor->dtype) + ", expected " + std::to_string(dtype) + ")");
+  require(rows >= 0 && tensor->rows >= rows, std::string(what) + " has " + std::to_string(tensor->rows) + " rows, expected at least " + std::to_string(rows));
+  require(columns < 0 || tensor->columns == columns, std::string(what) + " has " + std::to_string(tensor->columns) + " columns, expected " + std::to_string(columns));
+  return tensor;
+}
+
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
+  return guarded(nullptr, [&] {
+    require(out != nullptr && out_bytes >= 4, "out must hold 4 bytes");
+    require(threads >= 0 && threads <= 1024, "threads must be between 0 and 1024: " + std::to_string(threads));
+    *out = add_handle(0, std::make_shared<Context>());
+  });
+}
+
+int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require(out != nullptr && out_bytes >= 1, "out must hold a text");
+    give_text("CUDA, " + ctx.name, out, out_bytes);
+  });
+}
+
+int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require_buffer(out, out_bytes, 4, "out");
+    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
+    require(!is_quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    const auto tensor = std::make_shared<Tensor>(dtype, rows, columns);
+    ctx.zero(tensor->memory->as<void>(), tensor->memory->bytes());
+    *out = add_handle(context, tensor);
+  });
+}
+
+int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t rows, const void* data, int32_t data_bytes) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef tensor = find_tensor(context, handle, "tensor");
+    check_rows(*tensor, row, rows);
+    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    require_buffer(data, data_bytes, rows * bytes, "data");
+    if (!is_quantised(tensor->dtype)) {
+      ctx.copy(tensor->memory->as<uint8_t>(row * bytes), data, size_t(rows * bytes));
+      return;
+    }
+    std::vector<uint8_t> quants, scales;
+    split(*tensor, row, rows, static_cast<const uint8_t*>(data), quants, scales);
+    const size_t first = size_t(row) * (tensor->columns / 32);
+    ctx.copy(tensor->memory->as<uint8_t>(first * quant_bytes(tensor->dtype)), quants.data(), quants.size());
+    ctx.copy(tensor->memory->as<uint8_t>(tensor->scales_at + first * scale_bytes(tensor->dtype)), scales.data(), scales.size());
+  });
+}
+
+int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t rows, void* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef tensor = find_tensor(context, handle, "tensor");
+    check_rows(*tensor, row, rows);
+    const bool as_floats = is_quantised(tensor->dtype);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    require_buffer(out, out_bytes, rows * bytes, "out");
+    if (!as_floats) {
+      ctx.copy(out, tensor->memory->as<uint8_t>(row * bytes), size_t(rows * bytes));
+      return;
+    }
+    const int32_t dtype = tensor->dtype, q = quant_bytes(dtype), s = scale_bytes(dtype);
+    const size_t blocks = size_t(tensor->columns / 32), first = row * blocks, count = rows * blocks;
+    std::vector<uint8_t> quants(count * q), scales(count * s);
+    ctx.copy(quants.data(), tensor->memory->as<uint8_t>(first * q), quants.size());
+    ctx.copy(scales.data(), tensor->memory->as<uint8_t>(tensor->scales_at + first * s), scales.size());
+    auto* to = static_cast<float*>(out);
+    for (size_t b = 0; b < count; b++, to += 32) {
+      const float scale = half_to_float(scales.data() + b * s), least = s == 4 ? half_to_float(scales.data() + b * s + 2) : 0.0f;
+      const uint8_t* from = quants.data() + b * q;
+      for (int32_t i = 0; i < 32; i++) {
+        if (dtype == WKV_Q8_0) to[i] = static_cast<float>(static_cast<int8_t>(from[i])) * scale;
+        else to[i] = static_cast<float>((from[i % 16] >> (i / 16 * 4) & 15) - (dtype == WKV_Q4_0 ? 8 : 0)) * scale + least;
+      }
+    }
+  });
+}
+
+// ---- graphs ----
+
+int32_t wkv_graph_begin(int32_t context) {
+  return entry(context, [&](Context& ctx) {
+    if (ctx.recording) fail(WKV_INVALID, "A graph is being recorded already");
+    check(cudaStreamBeginCapture(ctx.stream, cudaStreamCaptureModeRelaxed), "Starting to record");
+    ctx.recording = std::make_shared<Graph>();
+    ctx.recording_failed = false;
+  });
+}
+
+int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    require(ctx.recording != nullptr, "No graph is being recorded");
+    const std::shared_ptr<Graph> graph = std::move(ctx.recording);
+    ctx.recording.reset();
+    cudaGraph_t captured = nullptr;
+    const cudaError_t error = cudaStreamEndCapture(ctx.stream, &captured);
+    const std::shared_ptr<void> owner(captured, [](void* g) {
+      if (g) cudaGraphDestroy(static_cast<cudaGraph_t>(g));
+    });
+    require(!ctx.recording_failed, "An op of the graph failed when it was recorded");
+    check(error, "Recording a graph");
+    require_buffer(out, out_bytes, 4, "out");
+    check(cudaGraphInstantiate(&graph->run, captured, 0), "Making a graph");
+    *out = add_handle(context, graph);
+  });
+}
+
+int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
+  return entry(context, [&](Context& ctx) {
+    ctx.running = true;  // perhaps while another thread records a graph, which this leaves alone
+    require(times >= 0, "times must not be negative: " + std::to_string(times));
+    const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
+    for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
+    ctx.finish(ctx.side);
+  });
+}
