@@ -28,6 +28,7 @@ CacheView Cache::view(int32_t layer) const {
   v.ranks = memory->as<int32_t>(ranks_at);
   v.gaps = gapped() ? memory->as<float>(gaps_at) : nullptr;
   v.averages = gapped() ? memory->as<float>(averages_at) : nullptr;
+  v.places = gapped() ? memory->as<int32_t>(places_at) : nullptr;
   v.counts = memory->as<Counts>(counts_at);
   v.rope = rope->view();
   return v;
@@ -49,6 +50,8 @@ template <typename T>
 __global__ void __launch_bounds__(256) insert_kernel(CacheView c, const float* kv, const float* weights, const int32_t* victims, Faults faults) {
   __shared__ SettleArea area;
   __shared__ T key[512], value[512];
+  wait_for_previous();
+  let_next_start();
   const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
   const int64_t head = c.first + unit, b = unit / c.kv_heads;
   Counts& counts = c.counts[head];
@@ -77,6 +80,13 @@ __global__ void __launch_bounds__(256) insert_kernel(CacheView c, const float* k
   settle<T>(c, head, e, kept, 1, key, value, victims ? victims[unit] : -1, faults, area);
 }
 
+/** An angle in turns of 2^64, so that its multiples wrap as turns do. */
+uint64_t phase_of(float frequency) {
+  const long double turns = static_cast<long double>(frequency) / 6.283185307179586476925286766559L;
+  const long double part = turns - std::floor(turns);
+  return part < 1.0L ? static_cast<uint64_t>(std::ldexp(part, 64)) : 0;
+}
+
 constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}};
 
 }  // namespace
@@ -97,9 +107,11 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     rope->count = frequencies_bytes / 4;
     rope->positions = positions;
     std::vector<double> wide;
+    std::vector<uint64_t> phases;
     for (int32_t i = 0; i < rope->count; i++) {
       require(std::isfinite(frequencies[i]), "frequency " + std::to_string(i) + " is not finite");
       wide.push_back(frequencies[i]);
+      phases.push_back(phase_of(frequencies[i]));
     }
     const size_t count = size_t(positions) * rope->count;
     std::vector<float> tables(count * 2);
@@ -110,8 +122,10 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     }
     rope->tables = std::make_shared<DeviceMemory>(count * 8);
     rope->frequencies = std::make_shared<DeviceMemory>(wide.size() * 8);
+    rope->phases = std::make_shared<DeviceMemory>(phases.size() * 8);
     if (count) ctx.copy(rope->tables->as<void>(), tables.data(), count * 8);
     ctx.copy(rope->frequencies->as<void>(), wide.data(), wide.size() * 8);
+    ctx.copy(rope->phases->as<void>(), phases.data(), phases.size() * 8);
     *out = add_handle(context, rope);
   });
 }
@@ -159,6 +173,7 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->ranks_at = take(entries * 4);
     cache->gaps_at = take(cache->gapped() ? entries * 4 : 0);
     cache->averages_at = take(cache->gapped() ? entries * 4 : 0);
+    cache->places_at = take(cache->gapped() ? entries * 4 : 0);
     cache->counts_at = take(all * sizeof(Counts));
     cache->memory = std::make_shared<DeviceMemory>(bytes);
     ctx.zero(cache->memory->as<void>(), bytes);
@@ -252,7 +267,7 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
     const TensorRef forced = find_victims(context, victims, *cache);
     ctx.hold(cache, rows, given, forced);
     by_cache_type(cache->dtype, [&](auto type) {
-      insert_kernel<decltype(type)><<<cache->sequences * n_heads, 256, 0, ctx.stream>>>(cache->view(layer), rows->f32(), given->f32(), forced ? forced->i32() : nullptr, ctx.faults());
+      launch(ctx, insert_kernel<decltype(type)>, {cache->sequences * n_heads, 256}, cache->view(layer), rows->f32(), given->f32(), forced ? forced->i32() : nullptr, ctx.faults());
     });
     ctx.submitted();
   });

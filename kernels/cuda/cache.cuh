@@ -31,6 +31,7 @@ struct RopeView {
   bool interleaved;              // the model's order
   const float *cosines, *sines;  // [positions, pairs]
   const double* frequencies;
+  const uint64_t* phases;        // each pair's angle a position, in turns of 2^64
 
   /** Where dimension d of the library's own order, in which the rotated pairs are (i, i + pairs), lies in the model's. */
   __host__ __device__ int32_t source(int32_t d) const {
@@ -46,12 +47,12 @@ struct RopeView {
 
 struct Rope : Object {
   int32_t head_dim, pairs, count, positions;
-  DeviceRef tables, frequencies;
+  DeviceRef tables, frequencies, phases;
   Rope() : Object(Kind::Rope) {}
   size_t bytes() const override { return tables->bytes(); }
   RopeView view() const {
     const float* cosines = tables->as<float>();
-    return {count, positions, pairs == WKV_PAIRS_INTERLEAVED, cosines, cosines + int64_t{positions} * count, frequencies->as<double>()};
+    return {count, positions, pairs == WKV_PAIRS_INTERLEAVED, cosines, cosines + int64_t{positions} * count, frequencies->as<double>(), phases->as<uint64_t>()};
   }
 };
 using RopeRef = std::shared_ptr<Rope>;
@@ -74,6 +75,7 @@ struct CacheView {
   uint8_t *keys, *values;
   float *scores, *gaps, *averages;
   int32_t *births, *ranks;
+  int32_t* places;  // [ranks] scratch of rules that ask for gaps: the slot of each rank
   Counts* counts;
   RopeView rope;
 
@@ -93,7 +95,7 @@ struct Cache : Object {
   RopeRef rope;
   int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge, positions, dtype;
   DeviceRef memory;
-  size_t keys_at, values_at, scores_at, births_at, ranks_at, gaps_at, averages_at, counts_at;
+  size_t keys_at, values_at, scores_at, births_at, ranks_at, gaps_at, averages_at, places_at, counts_at;
   Cache() : Object(Kind::Cache) {}
   size_t bytes() const override { return memory->bytes(); }
   bool gapped() const { return wkv_select_uses_gap(select); }
