@@ -31,11 +31,6 @@ __device__ inline int4 load_once(const uint8_t* from) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
 }
-__device__ inline float4 load_early(const float* from) {  // stays before wait_for_previous()
-  float4 v;
-  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from));
-  return v;
-}
 __device__ inline uint32_t load_scale2(const __half* from) {
   uint32_t v;
   asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
@@ -137,7 +132,7 @@ __device__ inline float norm_scale(const double (*area)[kRows], int32_t t, const
 
 /** x into shared memory in 8 bits; waits for the norm. */
 template <int kType, int kRows>
-__device__ inline void stage_int8(const InputView& in, const float* x, int32_t rows, float4 first_norm, int4* shared, double (*area)[kRows]) {
+__device__ inline void stage_int8(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
   const int32_t fours = in.columns / 4, blocks = in.columns / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = Staged<kType, true>::row(in.columns);
   const float4* x4 = reinterpret_cast<const float4*>(x);
   if (in.norm) {
@@ -165,7 +160,7 @@ __device__ inline void stage_int8(const InputView& in, const float* x, int32_t r
       float4 v = make_float4(0, 0, 0, 0);
       if (inside && t < rows) v = x4[int64_t{t} * fours + i];
       if (inside && in.norm) {
-        const float4 n = i == int32_t(threadIdx.x) ? first_norm : __ldg(reinterpret_cast<const float4*>(in.norm) + i);
+        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
         v = make_float4(v.x * norm * n.x, v.y * norm * n.y, v.z * norm * n.z, v.w * norm * n.w);
       }
       float2 of;
@@ -180,7 +175,7 @@ __device__ inline void stage_int8(const InputView& in, const float* x, int32_t r
 
 /** x, times the norm's weight, into shared memory; the scale that norm_scale() gives is left to do. */
 template <int kType, int kRows>
-__device__ inline void stage_f32(const InputView& in, const float* x, int32_t rows, float4 first_norm, int4* shared, double (*area)[kRows]) {
+__device__ inline void stage_f32(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
   constexpr int kFours = Chunk<kType>::kFours;
   const int32_t fours = in.columns / 4, plane = Staged<kType, false>::plane(in.columns), row = Staged<kType, false>::row(in.columns);
 #pragma unroll
@@ -192,7 +187,7 @@ __device__ inline void stage_f32(const InputView& in, const float* x, int32_t ro
     for (int32_t i = threadIdx.x; i < fours; i += blockDim.x) {
       float4 v = t < rows ? from[i] : make_float4(0, 0, 0, 0);
       if (in.norm) {
-        const float4 n = i == int32_t(threadIdx.x) ? first_norm : __ldg(reinterpret_cast<const float4*>(in.norm) + i);
+        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
         squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
         v = make_float4(v.x * n.x, v.y * n.y, v.z * n.z, v.w * n.w);
       }
@@ -240,14 +235,15 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1) matvec_kernel(In
   };
 #pragma unroll
   for (int slot = 0; slot < kDepth; slot++) load(slot);
-  float4 first_norm = make_float4(0, 0, 0, 0);
-  if (in.norm && int32_t(threadIdx.x) < in.columns / 4) first_norm = load_early(in.norm + threadIdx.x * 4);
+  if (in.norm) {  // into the second-level cache
+    for (int32_t c = threadIdx.x * 32; c < in.columns; c += blockDim.x * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.norm + c) : "memory");
+  }
 
   wait_for_previous();
   let_next_start();
   const float* x = in.x + int64_t{t0} * in.columns;
-  if constexpr (kInt8) stage_int8<kType, kRows>(in, x, rows, first_norm, shared, area);
-  else stage_f32<kType, kRows>(in, x, rows, first_norm, shared, area);
+  if constexpr (kInt8) stage_int8<kType, kRows>(in, x, rows, shared, area);
+  else stage_f32<kType, kRows>(in, x, rows, shared, area);
   __syncthreads();
   if (threadIdx.x < kRows) norm_scales[threadIdx.x] = kInt8 || !in.norm ? 1.0f : norm_scale(area, threadIdx.x, in);
 
