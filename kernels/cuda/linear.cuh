@@ -1,0 +1,82 @@
+/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), matmul.cu (more rows). */
+#pragma once
+#include <type_traits>
+
+#include "common.cuh"
+
+namespace wkv {
+
+/** An input: rows [0, rows) of x with their norm (null: none). */
+struct InputView {
+  const float* x;
+  int32_t rows, columns;
+  const float* norm;
+  float epsilon;
+};
+
+/** Where results go: row t at out + t * stride. */
+struct OutputView {
+  float* out;
+  int64_t stride;
+  const float* bias;
+  int32_t add;
+  __device__ void put(int32_t t, int32_t j, float value) const {
+    float* to = out + t * stride + j;
+    if (bias) value += bias[j];
+    *to = add ? *to + value : value;
+  }
+};
+
+/** out = norm(in) . w^T, or silu(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
+ *  reads in as it is. False, and nothing launched, when the shape needs matmul. */
+bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
+
+/** x as matmul reads it: floats after the norm, or 8 bits with a scale and a sum (scale times the sum of the rounded) a block of 32. */
+struct Prepared {
+  const float* x;
+  int8_t* q;
+  float *scales, *sums;
+};
+
+/** Bytes of scratch that prepare() needs. */
+inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * in.columns * 4); }
+Prepared prepare(Context& ctx, const InputView& in, bool int8, uint8_t* scratch);
+/** out = p . w^T. */
+void matmul(Context& ctx, const Prepared& p, int32_t rows, bool int8, const WeightView& w, const OutputView& to);
+
+/** Calls body with the weight's type as a constant. */
+template <typename Body>
+auto by_type(int32_t dtype, Body body) {
+  switch (dtype) {
+    case WKV_F32: return body(std::integral_constant<int, WKV_F32>());
+    case WKV_F16: return body(std::integral_constant<int, WKV_F16>());
+    case WKV_BF16: return body(std::integral_constant<int, WKV_BF16>());
+    case WKV_Q8_0: return body(std::integral_constant<int, WKV_Q8_0>());
+    case WKV_Q4_0: return body(std::integral_constant<int, WKV_Q4_0>());
+    default: return body(std::integral_constant<int, WKV_Q4_1>());
+  }
+}
+
+__device__ inline float silu_times(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+
+/** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32
+ *  lanes take part. Gives the four as a word, and the block's scale and sum in every lane. */
+__device__ inline int32_t round_four(float4 v, float* scale, float* sum) {
+  const auto bits = [](float x) { return __float_as_uint(fabsf(x)); };
+  uint32_t high = max(max(bits(v.x), bits(v.y)), max(bits(v.z), bits(v.w)));
+#pragma unroll
+  for (int o = 1; o < 8; o <<= 1) high = max(high, __shfl_xor_sync(0xffffffffu, high, o));
+  const float most = __uint_as_float(high);
+  const bool finite = most <= 3.402823466e38f;  // or else nothing that comes of it is
+  const float inverse = finite && most > 0.0f ? 127.0f / most : 0.0f;
+  const auto rounded = [&](float x) { return finite ? static_cast<int32_t>(rintf(x * inverse)) : 0; };
+  const int32_t a = rounded(v.x), b = rounded(v.y), c = rounded(v.z), d = rounded(v.w);
+  int32_t total = a + b + c + d;
+#pragma unroll
+  for (int o = 1; o < 8; o <<= 1) total += __shfl_xor_sync(0xffffffffu, total, o);
+  *scale = finite ? most / 127.0f : __uint_as_float(0x7fc00000u);
+  *sum = *scale * static_cast<float>(total);
+  return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+}
+
+}  // namespace wkv
