@@ -153,15 +153,16 @@ constexpr int kStride = kDim + 8;
 __device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 __device__ inline void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-/** Starts the copy of kRows rows from `from` into shared memory, zeros from row `count` on. */
+/** Starts the copy of kRows rows from `from` into shared memory, zeros from row `count` on (of which nothing is read). */
 template <int kDim, int kRows>
-__device__ void copy_rows(__half* to, const __half* from, int64_t count) {
-  constexpr int kParts = kDim / 8;
+__device__ void copy_rows(__half* to, const __half* from, int32_t count) {
+  constexpr int kParts = kDim / 8, kStep = kThreads / kParts;  // 16 bytes a part; rows a step
+  const int32_t row = threadIdx.x / kParts, part = threadIdx.x % kParts;
+  const uint32_t to_at = shared_address(to + row * kStride<kDim> + part * 8);
+  from += threadIdx.x * 8;
 #pragma unroll
-  for (int k = 0; k < kRows * kParts / kThreads; k++) {
-    const int i = threadIdx.x + k * kThreads, row = i / kParts, part = i % kParts;
-    const bool there = row < count;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + row * kStride<kDim> + part * 8)), "l"(from + (there ? i * 8 : 0)), "r"(there ? 16 : 0)
+  for (int k = 0; k < kRows / kStep; k++) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_at + k * kStep * kStride<kDim> * 2), "l"(from + k * kThreads * 8), "r"(row + k * kStep < count ? 16 : 0)
                  : "memory");
   }
 }
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
   const int32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31, h = blockIdx.x, n = h / c.group();
   const int32_t t0 = (gridDim.y - 1 - blockIdx.y) * kRows;  // the longest first
   const int32_t kept = c.counts[p.head(n)].kept, length = kept + min(t0 + kRows, p.rows);
-  const int32_t warp_t = t0 + warp * kTiles * 16, own_t = warp_t + lane / 4;
+  const int32_t warp_t = t0 + warp * kTiles * 16, reach = kept + warp_t;  // the last entry that the warp's first row sees
   __half* q = reinterpret_cast<__half*>(shared16);
   __half *key = q + kRows * kStride<kDim>, *value = key + kKeys * kStride<kDim>;
   const __half *keys = p.keys_of<__half>(n), *values = p.values_of<__half>(n);
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
   for (int m = 0; m < kTiles; m++) most[m][0] = most[m][1] = -INFINITY;
 
   for (int32_t first = 0; first < length; first += kKeys) {
-    const bool seen = first <= kept + warp_t + kTiles * 16 - 1;  // by some row of this warp
+    const bool seen = first <= reach + kTiles * 16 - 1;  // by some row of this warp
     float s[kTiles][kKeys / 8][4] = {};
     copy_wait();
     __syncthreads();
@@ -266,14 +267,15 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
     __syncthreads();
     if (first + kKeys < length) copy_rows<kDim, kKeys>(key, keys + int64_t{first + kKeys} * kDim, length - first - kKeys);
     if (!seen) continue;
-    if (first + kKeys - 1 > kept + warp_t) {
+    if (first + kKeys - 1 > reach) {
+      const int32_t ahead = reach - first + lane / 4 - lane % 4 * 2;
 #pragma unroll
       for (int m = 0; m < kTiles; m++) {
 #pragma unroll
         for (int i = 0; i < kKeys / 8; i++) {
 #pragma unroll
           for (int x = 0; x < 4; x++) {
-            if (first + i * 8 + lane % 4 * 2 + x % 2 > kept + own_t + m * 16 + x / 2 * 8) s[m][i][x] = -INFINITY;
+            if (i * 8 + x % 2 > ahead + m * 16 + x / 2 * 8) s[m][i][x] = -INFINITY;
           }
         }
       }
@@ -323,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
   for (int m = 0; m < kTiles; m++) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int32_t t = own_t + m * 16 + r * 8;
+      const int32_t t = warp_t + lane / 4 + m * 16 + r * 8;
       const float total = quad_sum(sum[m][r]), inverse = 1.0f / total;
       if (t >= p.rows) continue;
       if (lane % 4 == 0) {
