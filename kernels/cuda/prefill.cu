@@ -6,225 +6,621 @@
  *
  * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
  * tokens (softmax and sums do not mind the order).
- * 1. arrive: rotates q [H, rows, D], rounds k and v to what will be stored. A block owns one head of one row.
- * 2. forward: a block owns 16 rows of one query head and walks over the entries, 32 at a time, with a running maximum; it leaves out and
- *    each row's highest score and 1 / sum. Bytes moved: K and V once a 16 rows of each query head, mostly from the second-level cache.
- * 3. columns: a block owns 32 entries of one KV head, rotated once, and walks over all rows that see them. Bytes moved: K once, q once
- *    a 32 entries.
- * 4. settle: a block owns one KV head, and brings it back to its budget.
+ * 1. arrive: rounds the new k and v to what will be stored, and leaves q, scaled, and all k, both rotated, and all v in scratch, as rows
+ *    of one width, so that whatever follows loads plain tiles. A warp owns a row.
+ * 2. forward: a block owns 64 or 128 rows of one query head and walks over the entries with a running maximum; it leaves out and each
+ *    row's logarithm of its sum, `lse`. Bytes moved: K and V once a block, mostly from the second-level cache.
+ * 3. columns: a block owns 64 or 128 entries for one query head and walks over the rows that see them: p = 2^(score - lse). Bytes moved:
+ *    q once a block, from the second-level cache.
+ * 4. settle: a block owns one KV head, adds its query heads' columns to the scores, and brings it back to its budget.
+ * Scores are in units of ln 2: q is scaled by scale / ln 2.
+ *
+ * 2 and 3 come twice. With a 16-bit cache: on tensor cores, q, rotated k, v and p rounded to f16 (bf16 values are exact in it unless
+ * tiny), sums in f32. With an f32 cache, or heads wider than 256: in f32 throughout.
  */
 #include <algorithm>
+#include <type_traits>
 
 #include "cache.cuh"
 
 namespace wkv {
 namespace {
 
-constexpr int kRows = 16, kColumns = 32;
+constexpr float kPerLn2 = 1.44269504f;
 
 struct PrefillView {
   CacheView cache;
   int32_t layer, sequence, rows;
+  int32_t width;  // of a scratch row: D and zeros
   const float* qkv;
   float* out;
-  float scale;
+  float scale;  // in units of ln 2
   // Scratch.
-  float* q;                    // [H, rows, D], rotated, in the library's order
-  uint8_t *keys, *values;      // [N, rows, D], as stored
-  float *highest, *inverse;    // [H, rows]
-  float* columns;              // [N, entries]
-  int64_t entries;             // slots + rows
-  float *score, *gap, *average;
+  void* q;                          // [H, rows, width], rotated, in the library's order, scaled
+  void *keys, *values;              // [N, entries, width], keys rotated
+  uint8_t *new_keys, *new_values;   // [N, rows, D], as stored
+  float* lse;                       // [H, rows]
+  float* columns;                   // [H, entries]
+  int64_t entries;                  // slots + rows
+  float *score, *gap, *average;     // [N, entries]
   int32_t *birth, *rank, *freed;
 
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
   template <typename T>
-  __device__ T* new_keys(int32_t n) const { return reinterpret_cast<T*>(keys) + int64_t{n} * rows * cache.head_dim; }
+  __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }
   template <typename T>
-  __device__ T* new_values(int32_t n) const { return reinterpret_cast<T*>(values) + int64_t{n} * rows * cache.head_dim; }
+  __device__ T* new_values_of(int32_t n) const { return reinterpret_cast<T*>(new_values) + int64_t{n} * rows * cache.head_dim; }
+  template <typename S>
+  __device__ S* queries_of(int32_t h) const { return static_cast<S*>(q) + int64_t{h} * rows * width; }
+  template <typename S>
+  __device__ S* keys_of(int32_t n) const { return static_cast<S*>(keys) + n * entries * width; }
+  template <typename S>
+  __device__ S* values_of(int32_t n) const { return static_cast<S*>(values) + n * entries * width; }
 };
 
+// ---- arrive ----
+
+/** As scratch holds it; what f16 does not reach is cut off, but what is no number or infinite stays so, to be found. */
+template <typename S>
+__device__ S narrowed(float x);
+template <>
+__device__ float narrowed<float>(float x) { return x; }
+template <>
+__device__ __half narrowed<__half>(float x) {
+  return __float2half_rn(fabsf(x) > 65504.0f && fabsf(x) < INFINITY ? copysignf(65504.0f, x) : x);
+}
+
+__device__ inline float2 turned(float2 x, float2 turn) { return make_float2(x.x * turn.x - x.y * turn.y, x.y * turn.x + x.x * turn.y); }
 template <typename T>
-__global__ void __launch_bounds__(128) arrive_kernel(PrefillView p) {
+__device__ float2 rounded(float2 x) { return make_float2(to_float(from_float<T>(x.x)), to_float(from_float<T>(x.y))); }
+
+/** One row by a warp: pair(i) gives the dimensions i and i + pairs, single(d) those that are not rotated; then zeros. */
+template <typename S, typename Pair, typename Single>
+__device__ void write_row(const PrefillView& p, S* to, Pair pair, Single single) {
+  const int32_t lane = threadIdx.x & 31, pairs = p.cache.rope.pairs, dim = p.cache.head_dim;
+  for (int32_t i = lane; i < pairs; i += 32) {
+    const float2 x = pair(i);
+    to[i] = narrowed<S>(x.x), to[i + pairs] = narrowed<S>(x.y);
+  }
+  for (int32_t d = 2 * pairs + lane; d < dim; d += 32) to[d] = narrowed<S>(single(d));
+  for (int32_t d = dim + lane; d < p.width; d += 32) to[d] = narrowed<S>(0.0f);
+}
+
+/** T: the cache's type, S: that of the scratch rows. */
+template <typename T, typename S>
+__global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
+  wait_for_previous();
+  let_next_start();
   const CacheView& c = p.cache;
-  const int32_t t = blockIdx.x, which = blockIdx.y, dim = c.head_dim, pairs = c.rope.pairs;
-  const int32_t n = which < c.heads ? which / c.group() : (which - c.heads) % c.kv_heads;
+  const RopeView& rope = c.rope;
+  const int32_t which = blockIdx.y, dim = c.head_dim, pairs = rope.pairs, lane = threadIdx.x & 31;
+  const int32_t first = blockIdx.x * 8 + (threadIdx.x >> 5), step = gridDim.x * 8;
+  const int32_t n = which < c.heads ? which / c.group() : which - c.heads;
   const Counts& counts = c.counts[p.head(n)];
-  const int64_t place = int64_t{t} + (c.text ? counts.steps : counts.kept);
-  const float* from = p.qkv + (int64_t{t} * (c.heads + 2 * c.kv_heads) + which) * dim;
-  if (which >= c.heads + c.kv_heads) {
-    T* to = p.new_values<T>(n) + int64_t{t} * dim;
-    for (int32_t d = threadIdx.x; d < dim; d += blockDim.x) to[d] = from_float<T>(from[d]);
+  const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim;
+  const int64_t place = c.text ? counts.steps : kept;
+  const auto source = [&](const float* from, int32_t i) { return make_float2(from[rope.source(i)], from[rope.source(i + pairs)]); };
+  if (which < c.heads) {
+    for (int32_t t = first; t < p.rows; t += step) {
+      const float* from = p.qkv + int64_t{t} * columns + which * dim;
+      const auto pair = [&](int32_t i) {
+        const float2 x = turned(source(from, i), rope.at(place + t, i));
+        return make_float2(x.x * p.scale, x.y * p.scale);
+      };
+      write_row(p, p.queries_of<S>(which) + int64_t{t} * p.width, pair, [&](int32_t d) { return from[d] * p.scale; });
+    }
     return;
   }
-  const bool is_key = which >= c.heads;
-  T* key = p.new_keys<T>(n) + int64_t{t} * dim;
-  float* q = p.q + (int64_t{which} * p.rows + t) * dim;
-  for (int32_t d = threadIdx.x; d < dim; d += blockDim.x) {
-    float x = from[c.rope.source(d)];
-    if (d < 2 * pairs && (!is_key || c.text)) {
-      const int32_t i = d < pairs ? d : d - pairs;
-      const float2 cs = c.rope.at(place, i);
-      const float other = from[c.rope.source(d < pairs ? d + pairs : i)];
-      x = d < pairs ? x * cs.x - other * cs.y : other * cs.y + x * cs.x;
+  const T *stored_keys = c.keys_of<T>(p.head(n)), *stored_values = c.values_of<T>(p.head(n));
+  const int32_t* ranks = c.ranks + p.head(n) * (c.slots + 1);
+  for (int32_t i = first; i < kept + p.rows; i += step) {
+    S *key = p.keys_of<S>(n) + int64_t{i} * p.width, *value = p.values_of<S>(n) + int64_t{i} * p.width;
+    if (i < kept) {
+      const T *from_key = stored_keys + int64_t{i} * dim, *from_value = stored_values + int64_t{i} * dim;
+      const auto pair = [&](int32_t j) {
+        const float2 x = make_float2(to_float(from_key[j]), to_float(from_key[j + pairs]));
+        return c.text ? x : turned(x, rope.at(ranks[i], j));
+      };
+      write_row(p, key, pair, [&](int32_t d) { return to_float(from_key[d]); });
+      for (int32_t d = lane; d < p.width; d += 32) value[d] = narrowed<S>(d < dim ? to_float(from_value[d]) : 0.0f);
+      continue;
     }
-    if (is_key) key[d] = from_float<T>(x);
-    else q[d] = x;
+    const int32_t t = i - kept;
+    const float *from_key = p.qkv + int64_t{t} * columns + (c.heads + n) * dim, *from_value = from_key + c.kv_heads * dim;
+    T *new_key = p.new_keys_of<T>(n) + int64_t{t} * dim, *new_value = p.new_values_of<T>(n) + int64_t{t} * dim;
+    const auto pair = [&](int32_t j) {
+      const float2 x = source(from_key, j), turn = rope.at(place + t, j), kept_as = rounded<T>(c.text ? turned(x, turn) : x);
+      new_key[j] = from_float<T>(kept_as.x), new_key[j + pairs] = from_float<T>(kept_as.y);
+      return c.text ? kept_as : turned(kept_as, turn);
+    };
+    write_row(p, key, pair, [&](int32_t d) { return to_float(new_key[d] = from_float<T>(from_key[d])); });
+    for (int32_t d = lane; d < p.width; d += 32) {
+      float x = 0.0f;
+      if (d < dim) x = to_float(new_value[d] = from_float<T>(from_value[d]));
+      value[d] = narrowed<S>(x);
+    }
   }
 }
 
-/** The entries [first, first + kColumns) of a head as floats, keys rotated; rows of `tile` are dim + 1 apart. */
-template <typename T>
-__device__ void load_keys(const PrefillView& p, int32_t n, int32_t kept, int32_t first, int32_t length, float* tile) {
+// ---- on tensor cores ----
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+/** Shared rows are 16 bytes longer than wide, so that the 8 rows that one ldmatrix reads lie in different banks. */
+template <int kDim>
+constexpr int kStride = kDim + 8;
+
+__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+__device__ inline void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/** Starts the copy of kRows rows from `from` into shared memory, zeros from row `count` on (of which nothing is read). */
+template <int kDim, int kRows>
+__device__ void copy_rows(__half* to, const __half* from, int32_t count) {
+  constexpr int kParts = kDim / 8, kStep = kThreads / kParts;  // 16 bytes a part; rows a step
+  const int32_t row = threadIdx.x / kParts, part = threadIdx.x % kParts;
+  const uint32_t to_at = shared_address(to + row * kStride<kDim> + part * 8);
+  from += threadIdx.x * 8;
+#pragma unroll
+  for (int k = 0; k < kRows / kStep; k++) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_at + k * kStep * kStride<kDim> * 2), "l"(from + k * kThreads * 8), "r"(row + k * kStep < count ? 16 : 0)
+                 : "memory");
+  }
+}
+
+/** Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8 and gets (l / 4, 2 (l % 4)) and its right neighbour. */
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+__device__ inline void load_matrices_across(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+
+/** c [16, 8] += a [16, 16] b [16, 8]. Lane l holds c at row l / 4 (0, 1) and l / 4 + 8 (2, 3), columns 2 (l % 4) and the next. */
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/** Where a lane's ldmatrix of a [16, 16] left factor begins: rows 0-7, 8-15, then the same 8 columns on. */
+template <int kDim>
+__device__ uint32_t left_address(const __half* tile) {
+  const int lane = threadIdx.x & 31;
+  return shared_address(tile + lane % 16 * kStride<kDim> + lane / 16 * 8);
+}
+/** The same for two [16, 8] right factors that lie as rows of [16, 16], each row a column: columns 0-7, then 8-15. */
+template <int kDim>
+__device__ uint32_t right_address(const __half* tile) {
+  const int lane = threadIdx.x & 31;
+  return shared_address(tile + (lane / 16 * 8 + lane % 8) * kStride<kDim> + lane / 8 % 2 * 8);
+}
+template <int kDim>
+__device__ constexpr uint32_t offset_of(int row, int column) { return (row * kStride<kDim> + column) * 2; }
+
+__device__ inline float power_of_2(float x) {
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+__device__ inline uint32_t packed(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+/** Over the four lanes that share a row of c. */
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+/** A warp owns kTiles times 16 rows; kKeys entries at a time. */
+template <int kDim, int kTiles, int kKeys>
+constexpr size_t forward_shared() { return size_t(kTiles * 16 * kWarps + 2 * kKeys) * kStride<kDim> * 2; }
+
+template <int kDim, int kTiles, int kKeys>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Faults faults) {
+  extern __shared__ uint4 shared16[];
+  wait_for_previous();
+  let_next_start();
+  constexpr int kRows = kTiles * 16 * kWarps;
   const CacheView& c = p.cache;
-  const int32_t dim = c.head_dim, pairs = c.text ? 0 : c.rope.pairs;
-  const int64_t head = p.head(n);
-  const T *stored = c.keys_of<T>(head), *fresh = p.new_keys<T>(n);
-  const int32_t* ranks = c.ranks + head * (c.slots + 1);
-  for (int32_t i = threadIdx.x; i < kColumns * dim; i += blockDim.x) {
-    const int32_t entry = first + i / dim, d = i % dim;
-    float x = 0.0f;
-    if (entry < length) {
-      const T* row = entry < kept ? stored + int64_t{entry} * dim : fresh + int64_t{entry - kept} * dim;
-      x = to_float(row[d]);
-      if (d < 2 * pairs) {
-        const int32_t pair = d < pairs ? d : d - pairs;
-        const float2 cs = c.rope.at(entry < kept ? ranks[entry] : entry, pair);
-        const float other = to_float(row[d < pairs ? d + pairs : pair]);
-        x = d < pairs ? x * cs.x - other * cs.y : other * cs.y + x * cs.x;
+  const int32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31, h = blockIdx.x, n = h / c.group();
+  const int32_t t0 = (gridDim.y - 1 - blockIdx.y) * kRows;  // the longest first
+  const int32_t kept = c.counts[p.head(n)].kept, length = kept + min(t0 + kRows, p.rows);
+  const int32_t warp_t = t0 + warp * kTiles * 16, reach = kept + warp_t;  // the last entry that the warp's first row sees
+  __half* q = reinterpret_cast<__half*>(shared16);
+  __half *key = q + kRows * kStride<kDim>, *value = key + kKeys * kStride<kDim>;
+  const __half *keys = p.keys_of<__half>(n), *values = p.values_of<__half>(n);
+  const uint32_t q_at = left_address<kDim>(q + warp * kTiles * 16 * kStride<kDim>), key_at = right_address<kDim>(key);
+  const uint32_t value_at = left_address<kDim>(value);  // across, this gives right factors
+
+  copy_rows<kDim, kRows>(q, p.queries_of<__half>(h) + int64_t{t0} * kDim, p.rows - t0);
+  copy_rows<kDim, kKeys>(key, keys, length);
+  float acc[kTiles][kDim / 8][4] = {}, most[kTiles][2], sum[kTiles][2] = {};
+#pragma unroll
+  for (int m = 0; m < kTiles; m++) most[m][0] = most[m][1] = -INFINITY;
+
+  for (int32_t first = 0; first < length; first += kKeys) {
+    const bool seen = first <= reach + kTiles * 16 - 1;  // by some row of this warp
+    float s[kTiles][kKeys / 8][4] = {};
+    copy_wait();
+    __syncthreads();
+    copy_rows<kDim, kKeys>(value, values + int64_t{first} * kDim, length - first);
+    if (seen) {
+#pragma unroll
+      for (int k = 0; k < kDim; k += 16) {
+        uint32_t a[kTiles][4];
+#pragma unroll
+        for (int m = 0; m < kTiles; m++) load_matrices(a[m], q_at + offset_of<kDim>(m * 16, k));
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; i++) {
+          uint32_t b[4];
+          load_matrices(b, key_at + offset_of<kDim>(i * 16, k));
+#pragma unroll
+          for (int m = 0; m < kTiles; m++) multiply(s[m][2 * i], a[m], b[0], b[1]), multiply(s[m][2 * i + 1], a[m], b[2], b[3]);
+        }
       }
     }
-    tile[i / dim * (dim + 1) + d] = x;
-  }
-}
-
-template <typename T>
-__device__ void load_values(const PrefillView& p, int32_t n, int32_t kept, int32_t first, int32_t length, float* tile) {
-  const int32_t dim = p.cache.head_dim;
-  const T *stored = p.cache.values_of<T>(p.head(n)), *fresh = p.new_values<T>(n);
-  for (int32_t i = threadIdx.x; i < kColumns * dim; i += blockDim.x) {
-    const int32_t entry = first + i / dim, d = i % dim;
-    float x = 0.0f;
-    if (entry < length) x = to_float(entry < kept ? stored[int64_t{entry} * dim + d] : fresh[int64_t{entry - kept} * dim + d]);
-    tile[i / dim * (dim + 1) + d] = x;
-  }
-}
-
-/** Rows [t0, t0 + kRows) of a query head; rows of `tile` are dim + 1 apart. */
-__device__ inline void load_queries(const PrefillView& p, int32_t h, int32_t t0, float* tile) {
-  const int32_t dim = p.cache.head_dim;
-  for (int32_t i = threadIdx.x; i < kRows * dim; i += blockDim.x) {
-    const int32_t t = t0 + i / dim;
-    tile[i / dim * (dim + 1) + i % dim] = t < p.rows ? p.q[(int64_t{h} * p.rows + t) * dim + i % dim] : 0.0f;
-  }
-}
-
-__device__ inline float dot(const float* a, const float* b, int32_t dim) {
-  float sum = 0.0f;
-  for (int32_t d = 0; d < dim; d++) sum = fmaf(a[d], b[d], sum);
-  return sum;
-}
-
-/** 16 threads a row; thread x of them owns the dimensions x + 16 k. */
-template <typename T, int kDim>
-__global__ void __launch_bounds__(256) forward_kernel(PrefillView p, Faults faults) {
-  extern __shared__ float shared[];
-  __shared__ float weights[kRows][kColumns];
-  const CacheView& c = p.cache;
-  const int32_t dim = c.head_dim, h = blockIdx.y, n = h / c.group(), t0 = blockIdx.x * kRows, ty = threadIdx.x / 16, tx = threadIdx.x % 16, t = t0 + ty;
-  const int32_t kept = c.counts[p.head(n)].kept;
-  const int32_t length = kept + min(t0 + kRows, p.rows);  // what the last row sees
-  float *q = shared, *tile = shared + kRows * (dim + 1);
-  load_queries(p, h, t0, q);
-  float acc[kDim / 16] = {}, most = -INFINITY, sum = 0.0f;
-  for (int32_t first = 0; first < length; first += kColumns) {
+    copy_wait();
     __syncthreads();
-    load_keys<T>(p, n, kept, first, length, tile);
-    __syncthreads();
-    float s[2];
+    if (first + kKeys < length) copy_rows<kDim, kKeys>(key, keys + int64_t{first + kKeys} * kDim, length - first - kKeys);
+    if (!seen) continue;
+    if (first + kKeys - 1 > reach) {
+      const int32_t ahead = reach - first + lane / 4 - lane % 4 * 2;
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const int32_t column = tx + 16 * k;
-      s[k] = first + column <= kept + t && first + column < length ? dot(q + ty * (dim + 1), tile + column * (dim + 1), dim) * p.scale : -INFINITY;
-    }
-    float highest = fmaxf(most, fmaxf(s[0], s[1]));
+      for (int m = 0; m < kTiles; m++) {
 #pragma unroll
-    for (int o = 8; o > 0; o >>= 1) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, o));
-    // The first tile holds an entry that every row sees, so `highest` is finite; rows past the end are never written.
-    const float shrink = expf(most - highest);
-    most = highest;
-    sum *= shrink;
-    float add = 0.0f;
+        for (int i = 0; i < kKeys / 8; i++) {
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const float w = expf(s[k] - most);
-      weights[ty][tx + 16 * k] = w;
-      add += w;
+          for (int x = 0; x < 4; x++) {
+            if (i * 8 + x % 2 > ahead + m * 16 + x / 2 * 8) s[m][i][x] = -INFINITY;
+          }
+        }
+      }
     }
 #pragma unroll
-    for (int o = 8; o > 0; o >>= 1) add += __shfl_xor_sync(0xffffffffu, add, o);
-    sum += add;
-    __syncthreads();
-    load_values<T>(p, n, kept, first, length, tile);
-    __syncthreads();
+    for (int m = 0; m < kTiles; m++) {
 #pragma unroll
-    for (int k = 0; k < kDim / 16; k++) {
-      const int32_t d = tx + 16 * k;
-      acc[k] *= shrink;
-      if (d < dim) {
-        for (int i = 0; i < kColumns; i++) acc[k] = fmaf(weights[ty][i], tile[i * (dim + 1) + d], acc[k]);
+      for (int r = 0; r < 2; r++) {
+        // The first entry is seen by every row, so `highest` is finite; rows past the end are never written.
+        float highest = most[m][r];
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; i++) highest = fmaxf(highest, fmaxf(s[m][i][2 * r], s[m][i][2 * r + 1]));
+        highest = quad_max(highest);
+        const float shrink = power_of_2(most[m][r] - highest);
+        most[m][r] = highest;
+        float add = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; i++) {
+          s[m][i][2 * r] = power_of_2(s[m][i][2 * r] - highest);
+          s[m][i][2 * r + 1] = power_of_2(s[m][i][2 * r + 1] - highest);
+          add += s[m][i][2 * r] + s[m][i][2 * r + 1];
+        }
+        sum[m][r] = sum[m][r] * shrink + add;
+#pragma unroll
+        for (int i = 0; i < kDim / 8; i++) acc[m][i][2 * r] *= shrink, acc[m][i][2 * r + 1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; k++) {
+      uint32_t a[kTiles][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; m++) {
+        const float(&left)[4] = s[m][2 * k], (&right)[4] = s[m][2 * k + 1];
+        a[m][0] = packed(left[0], left[1]), a[m][1] = packed(left[2], left[3]), a[m][2] = packed(right[0], right[1]), a[m][3] = packed(right[2], right[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < kDim / 16; i++) {
+        uint32_t b[4];
+        load_matrices_across(b, value_at + offset_of<kDim>(k * 16, i * 16));
+#pragma unroll
+        for (int m = 0; m < kTiles; m++) multiply(acc[m][2 * i], a[m], b[0], b[1]), multiply(acc[m][2 * i + 1], a[m], b[2], b[3]);
       }
     }
   }
-  if (t >= p.rows) return;
-  if (tx == 0 && !is_sum(sum)) faults.report(Fault::NanAttention, p.layer);
-#pragma unroll
-  for (int k = 0; k < kDim / 16; k++) {
-    const int32_t d = tx + 16 * k;
-    if (d < dim) p.out[(int64_t{t} * c.heads + h) * dim + d] = acc[k] / sum;
-  }
-  if (tx == 0) p.highest[int64_t{h} * p.rows + t] = most, p.inverse[int64_t{h} * p.rows + t] = 1.0f / sum;
-}
 
-template <typename T>
-__global__ void __launch_bounds__(256) columns_kernel(PrefillView p) {
-  extern __shared__ float shared[];
-  __shared__ float sums[kRows][kColumns];
-  const CacheView& c = p.cache;
-  const int32_t dim = c.head_dim, n = blockIdx.y, first = blockIdx.x * kColumns, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-  const int32_t kept = c.counts[p.head(n)].kept, length = kept + p.rows;
-  if (first >= length) return;
-  float *q = shared, *tile = shared + kRows * (dim + 1);
-  load_keys<T>(p, n, kept, first, length, tile);
-  float total[2] = {};
-  for (int32_t g = 0; g < c.group(); g++) {
-    const int32_t h = n * c.group() + g;
-    for (int32_t t0 = max(0, first - kept) / kRows * kRows; t0 < p.rows; t0 += kRows) {
-      __syncthreads();
-      load_queries(p, h, t0, q);
-      __syncthreads();
-      const int32_t t = t0 + ty;
+#pragma unroll
+  for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int32_t t = warp_t + lane / 4 + m * 16 + r * 8;
+      const float total = quad_sum(sum[m][r]), inverse = 1.0f / total;
       if (t >= p.rows) continue;
-      const float most = p.highest[int64_t{h} * p.rows + t], inverse = p.inverse[int64_t{h} * p.rows + t];
+      if (lane % 4 == 0) {
+        p.lse[int64_t{h} * p.rows + t] = most[m][r] + log2f(total);
+        if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
+      }
+      float* out = p.out + (int64_t{t} * c.heads + h) * c.head_dim;
 #pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const int32_t column = tx + 16 * k;
-        if (first + column <= kept + t && first + column < length) total[k] += expf(dot(q + ty * (dim + 1), tile + column * (dim + 1), dim) * p.scale - most) * inverse;
+      for (int i = 0; i < kDim / 8; i++) {
+        const int32_t d = i * 8 + lane % 4 * 2;
+        if (d < c.head_dim) *reinterpret_cast<float2*>(out + d) = make_float2(acc[m][i][2 * r] * inverse, acc[m][i][2 * r + 1] * inverse);
       }
     }
   }
-  sums[ty][tx] = total[0], sums[ty][tx + 16] = total[1];
-  __syncthreads();
-  if (threadIdx.x < kColumns && first + threadIdx.x < length) {
-    float sum = 0.0f;
-    for (int i = 0; i < kRows; i++) sum += sums[i][threadIdx.x];
-    p.columns[n * p.entries + first + threadIdx.x] = sum / static_cast<float>(c.group());
+}
+
+constexpr int kQueries = 64;  // rows that the columns take at a time
+template <int kDim>
+constexpr size_t columns_shared() { return size_t(2 * kQueries) * kStride<kDim> * 2 + 2 * kQueries * 4; }
+
+/** A warp holds kTiles times 16 entries in registers. The scores come out across: a row of c is an entry, a column a query. */
+template <int kDim, int kTiles>
+__global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
+  extern __shared__ uint4 shared16[];
+  wait_for_previous();
+  let_next_start();
+  constexpr int kEntries = kTiles * 16 * kWarps;
+  static_assert(kEntries <= 2 * kQueries, "the entries pass through the queries' memory");
+  const CacheView& c = p.cache;
+  const int32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31, h = blockIdx.x, n = h / c.group();
+  const int32_t kept = c.counts[p.head(n)].kept, length = kept + p.rows;
+  __half* tiles = reinterpret_cast<__half*>(shared16);  // [2, kQueries]
+  float* lse = reinterpret_cast<float*>(tiles + 2 * kQueries * kStride<kDim>);
+  const __half* queries = p.queries_of<__half>(h);
+  const auto lse_of = [&](int32_t t) { return t < p.rows ? p.lse[int64_t{h} * p.rows + t] : INFINITY; };  // a row past the end weighs nothing
+
+  for (int32_t first = blockIdx.y * kEntries; first < length; first += gridDim.y * kEntries) {
+    const int32_t own = first + warp * kTiles * 16 + lane / 4;
+    uint32_t key[kTiles][kDim / 16][4];
+    __syncthreads();
+    copy_rows<kDim, kEntries>(tiles, p.keys_of<__half>(n) + int64_t{first} * kDim, length - first);
+    copy_wait();
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+      for (int k = 0; k < kDim / 16; k++) load_matrices(key[m][k], left_address<kDim>(tiles + (warp * kTiles + m) * 16 * kStride<kDim>) + offset_of<kDim>(0, k * 16));
+    }
+    __syncthreads();
+
+    float total[kTiles][2] = {};
+    int32_t t0 = max(0, first - kept) / kQueries * kQueries, turn = 0;
+    copy_rows<kDim, kQueries>(tiles, queries + int64_t{t0} * kDim, p.rows - t0);
+    if (threadIdx.x < kQueries) lse[threadIdx.x] = lse_of(t0 + threadIdx.x);
+    for (; t0 < p.rows; t0 += kQueries, turn ^= 1) {
+      copy_wait();
+      __syncthreads();
+      const int32_t next = t0 + kQueries;
+      float next_lse = 0.0f;
+      if (next < p.rows) {
+        copy_rows<kDim, kQueries>(tiles + (turn ^ 1) * kQueries * kStride<kDim>, queries + int64_t{next} * kDim, p.rows - next);
+        if (threadIdx.x < kQueries) next_lse = lse_of(next + threadIdx.x);
+      }
+      const uint32_t query_at = right_address<kDim>(tiles + turn * kQueries * kStride<kDim>);
+      const bool all_seen = first + kEntries - 1 <= kept + t0;
+#pragma unroll
+      for (int q0 = 0; q0 < kQueries; q0 += 32) {
+        float s[kTiles][4][4] = {};
+#pragma unroll
+        for (int k = 0; k < kDim / 16; k++) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            uint32_t b[4];
+            load_matrices(b, query_at + offset_of<kDim>(q0 + i * 16, k * 16));
+#pragma unroll
+            for (int m = 0; m < kTiles; m++) multiply(s[m][2 * i], key[m][k], b[0], b[1]), multiply(s[m][2 * i + 1], key[m][k], b[2], b[3]);
+          }
+        }
+        if (!all_seen) {
+#pragma unroll
+          for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+#pragma unroll
+              for (int x = 0; x < 4; x++) {
+                if (own + m * 16 + x / 2 * 8 > kept + t0 + q0 + i * 8 + lane % 4 * 2 + x % 2) s[m][i][x] = -INFINITY;
+              }
+            }
+          }
+        }
+        float add[kTiles][2] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float2 l = *reinterpret_cast<const float2*>(lse + turn * kQueries + q0 + i * 8 + lane % 4 * 2);
+#pragma unroll
+          for (int m = 0; m < kTiles; m++) {
+            add[m][0] += power_of_2(s[m][i][0] - l.x) + power_of_2(s[m][i][1] - l.y);
+            add[m][1] += power_of_2(s[m][i][2] - l.x) + power_of_2(s[m][i][3] - l.y);
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < kTiles; m++) total[m][0] += add[m][0], total[m][1] += add[m][1];
+      }
+      if (threadIdx.x < kQueries) lse[(turn ^ 1) * kQueries + threadIdx.x] = next_lse;
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int32_t entry = own + m * 16 + r * 8;
+        const float sum = quad_sum(total[m][r]);
+        if (lane % 4 == 0 && entry < length) p.columns[h * p.entries + entry] = sum;
+      }
+    }
   }
 }
+
+// ---- in f32 ----
+
+constexpr int kSide = 64, kDepth = 32;           // a block takes 64 rows and 64 entries at a time, 32 dimensions of them
+constexpr int kFactor = kSide * (kDepth + 4);    // floats of one factor
+
+/** A block has 16 x 16 threads; thread (y, x) gets the scores of rows 4 y + i and entries x + 16 j. */
+__device__ void exact_scores(float (&s)[4][4], float* area, const float* queries, int32_t rows, const float* keys, int32_t entries, int32_t width) {
+  float *q = area, *k = area + kFactor;
+  const int32_t y = threadIdx.x / 16, x = threadIdx.x % 16;
+#pragma unroll
+  for (int i = 0; i < 4; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
+  for (int32_t d0 = 0; d0 < width; d0 += kDepth) {
+    __syncthreads();
+#pragma unroll
+    for (int part = 0; part < kSide * kDepth / 4 / 256; part++) {
+      const int32_t i = threadIdx.x + part * 256, row = i / (kDepth / 4), d = i % (kDepth / 4) * 4;
+      const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      *reinterpret_cast<float4*>(q + row * (kDepth + 4) + d) = row < rows ? *reinterpret_cast<const float4*>(queries + int64_t{row} * width + d0 + d) : zero;
+      *reinterpret_cast<float4*>(k + row * (kDepth + 4) + d) = row < entries ? *reinterpret_cast<const float4*>(keys + int64_t{row} * width + d0 + d) : zero;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int d = 0; d < kDepth; d += 4) {
+      float4 a[4], b[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        a[i] = *reinterpret_cast<const float4*>(q + (4 * y + i) * (kDepth + 4) + d);
+        b[i] = *reinterpret_cast<const float4*>(k + (x + 16 * i) * (kDepth + 4) + d);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) s[i][j] = fmaf(a[i].x, b[j].x, fmaf(a[i].y, b[j].y, fmaf(a[i].z, b[j].z, fmaf(a[i].w, b[j].w, s[i][j]))));
+      }
+    }
+  }
+}
+
+/** kParts: how often 64 dimensions fit the width, or more. */
+template <int kParts>
+__global__ void __launch_bounds__(256) exact_forward_kernel(PrefillView p, Faults faults) {
+  __shared__ __align__(16) float area[2 * kFactor];  // of exact_scores, then 64 x 64 of the values
+  __shared__ __align__(16) float weights[kSide][kSide + 4];
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t y = threadIdx.x / 16, x = threadIdx.x % 16, h = blockIdx.x, n = h / c.group();
+  const int32_t t0 = (gridDim.y - 1 - blockIdx.y) * kSide, kept = c.counts[p.head(n)].kept, length = kept + min(t0 + kSide, p.rows);
+  const float *queries = p.queries_of<float>(h) + int64_t{t0} * p.width, *keys = p.keys_of<float>(n), *values = p.values_of<float>(n);
+  float acc[kParts][4][4] = {}, most[4], sum[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; i++) most[i] = -INFINITY;
+  for (int32_t first = 0; first < length; first += kSide) {
+    float s[4][4], shrink[4];
+    exact_scores(s, area, queries, p.rows - t0, keys + int64_t{first} * p.width, length - first, p.width);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float highest = most[i], add = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if (first + x + 16 * j > kept + t0 + 4 * y + i) s[i][j] = -INFINITY;
+        highest = fmaxf(highest, s[i][j]);
+      }
+#pragma unroll
+      for (int o = 8; o > 0; o >>= 1) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, o));
+      // The first entry is seen by every row, so `highest` is finite; rows past the end are never written.
+      shrink[i] = exp2f(most[i] - highest);
+      most[i] = highest;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float w = exp2f(s[i][j] - highest);
+        weights[4 * y + i][x + 16 * j] = w;
+        add += w;
+      }
+      sum[i] = sum[i] * shrink[i] + add;
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; part++) {
+      if (part * 64 >= p.width) break;
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kSide * 16 / 256; k++) {
+        const int32_t row = y + k * 16;
+        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (first + row < length) v = *reinterpret_cast<const float4*>(values + int64_t{first + row} * p.width + part * 64 + x * 4);
+        *reinterpret_cast<float4*>(area + row * 64 + x * 4) = v;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int d = 0; d < 4; d++) acc[part][i][d] *= shrink[i];
+      }
+#pragma unroll 4
+      for (int j = 0; j < kSide; j += 4) {
+        float4 w[4], v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          w[i] = *reinterpret_cast<const float4*>(&weights[4 * y + i][j]);
+          v[i] = *reinterpret_cast<const float4*>(area + (j + i) * 64 + x * 4);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const auto add = [&](float weight, const float4& row) {
+            acc[part][i][0] = fmaf(weight, row.x, acc[part][i][0]), acc[part][i][1] = fmaf(weight, row.y, acc[part][i][1]);
+            acc[part][i][2] = fmaf(weight, row.z, acc[part][i][2]), acc[part][i][3] = fmaf(weight, row.w, acc[part][i][3]);
+          };
+          add(w[i].x, v[0]), add(w[i].y, v[1]), add(w[i].z, v[2]), add(w[i].w, v[3]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float total = sum[i];
+#pragma unroll
+    for (int o = 8; o > 0; o >>= 1) total += __shfl_xor_sync(0xffffffffu, total, o);
+    const int32_t t = t0 + 4 * y + i;
+    if (t >= p.rows) continue;
+    if (x == 0) {
+      p.lse[int64_t{h} * p.rows + t] = most[i] + log2f(total);
+      if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; part++) {
+#pragma unroll
+      for (int d = 0; d < 4; d++) {
+        const int32_t column = part * 64 + x * 4 + d;
+        if (column < c.head_dim) p.out[(int64_t{t} * c.heads + h) * c.head_dim + column] = acc[part][i][d] / total;
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(256) exact_columns_kernel(PrefillView p) {
+  __shared__ __align__(16) float area[2 * kFactor];  // of exact_scores, then 16 x 64 sums
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t y = threadIdx.x / 16, x = threadIdx.x % 16, h = blockIdx.x, n = h / c.group();
+  const int32_t kept = c.counts[p.head(n)].kept, length = kept + p.rows;
+  for (int32_t first = blockIdx.y * kSide; first < length; first += gridDim.y * kSide) {
+    float total[4] = {};
+    for (int32_t t0 = max(0, first - kept) / kSide * kSide; t0 < p.rows; t0 += kSide) {
+      float s[4][4], add[4] = {};
+      exact_scores(s, area, p.queries_of<float>(h) + int64_t{t0} * p.width, p.rows - t0, p.keys_of<float>(n) + int64_t{first} * p.width, length - first, p.width);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int32_t t = t0 + 4 * y + i;
+        if (t >= p.rows) continue;
+        const float lse = p.lse[int64_t{h} * p.rows + t];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (first + x + 16 * j <= kept + t) add[j] += exp2f(s[i][j] - lse);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) total[j] += add[j];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 4; j++) area[y * kSide + x + 16 * j] = total[j];
+    __syncthreads();
+    if (threadIdx.x < kSide && first + threadIdx.x < length) {
+      float sum = 0.0f;
+      for (int i = 0; i < 16; i++) sum += area[i * kSide + threadIdx.x];
+      p.columns[h * p.entries + first + threadIdx.x] = sum;
+    }
+  }
+}
+
+// ---- settle ----
 
 template <typename T>
 __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults faults) {
   __shared__ SettleArea area;
+  wait_for_previous();
+  let_next_start();
   const CacheView& c = p.cache;
   const int32_t n = blockIdx.x;
   const int64_t head = p.head(n), at = n * p.entries;
@@ -234,7 +630,9 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   const Entries e{p.score + at, p.birth + at, p.rank + at, c.gapped() ? p.gap + at : nullptr, c.gapped() ? p.average + at : nullptr, p.freed + at};
   for (int32_t i = threadIdx.x; i < kept + p.rows; i += blockDim.x) {
     const bool cached = i < kept;
-    e.score[i] = (cached ? own.score[i] : 0.0f) + p.columns[at + i];
+    float sum = 0.0f;
+    for (int32_t g = 0; g < c.group(); g++) sum += p.columns[(n * c.group() + g) * p.entries + i];
+    e.score[i] = (cached ? own.score[i] : 0.0f) + sum / static_cast<float>(c.group());
     e.birth[i] = cached ? own.birth[i] : steps + 1 + i - kept;
     e.rank[i] = cached ? own.rank[i] : i;
     if (cached && c.gapped()) e.gap[i] = own.gap[i];
@@ -242,18 +640,67 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   __syncthreads();
   if (threadIdx.x == 0) counts.steps = steps + p.rows;
   __syncthreads();
-  settle<T>(c, head, e, kept, p.rows, p.new_keys<T>(n), p.new_values<T>(n), -1, faults, area);
+  settle<T>(c, head, e, kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area);
 }
 
-template <typename T, int kDim>
-void launch(Context& ctx, const Cache& cache, const PrefillView& p) {
-  const size_t shared = size_t(kRows + kColumns) * (cache.head_dim + 1) * 4;
-  allow_shared(forward_kernel<T, kDim>, shared);
-  allow_shared(columns_kernel<T>, shared);
-  arrive_kernel<T><<<dim3(p.rows, cache.heads + 2 * cache.kv_heads), 128, 0, ctx.stream>>>(p);
-  forward_kernel<T, kDim><<<dim3(divide_up(p.rows, kRows), cache.heads), 256, shared, ctx.stream>>>(p, ctx.faults());
-  columns_kernel<T><<<dim3(divide_up(p.entries, kColumns), cache.kv_heads), 256, shared, ctx.stream>>>(p);
-  settle_kernel<T><<<cache.kv_heads, 512, 0, ctx.stream>>>(p, ctx.faults());
+// ---- launches ----
+
+/** Blocks of `size` entries of each query head: no more than keep the chip busy, as all but `kept`, which only the device knows, may be
+ *  empty. A block takes every gridDim.y-th. */
+dim3 entry_blocks(const PrefillView& p, int32_t size) {
+  return dim3(p.cache.heads, std::min(divide_up(p.entries, size), divide_up(2048, p.cache.heads)));
+}
+
+template <typename T, typename S>
+void arrive(Context& ctx, const PrefillView& p) {
+  launch(ctx, arrive_kernel<T, S>, {dim3(std::min(divide_up(p.entries, 32), 64), p.cache.heads + p.cache.kv_heads), 256}, p);
+}
+
+template <int kDim, int kTiles, int kKeys>
+void forward(Context& ctx, const PrefillView& p) {
+  const dim3 grid(p.cache.heads, divide_up(p.rows, kTiles * 16 * kWarps));
+  launch(ctx, forward_kernel<kDim, kTiles, kKeys>, {grid, kThreads, forward_shared<kDim, kTiles, kKeys>()}, p, ctx.faults());
+}
+
+template <int kDim, int kTiles>
+void columns(Context& ctx, const PrefillView& p) {
+  launch(ctx, columns_kernel<kDim, kTiles>, {entry_blocks(p, kTiles * 16 * kWarps), kThreads, columns_shared<kDim>()}, p);
+}
+
+/** Blocks of 64 rows where those of 128 would leave multiprocessors idle. */
+template <int kDim>
+void attend(Context& ctx, const PrefillView& p) {
+  if (int64_t{divide_up(p.rows, 128)} * p.cache.heads < 2 * ctx.processors) forward<kDim, 1, 64>(ctx, p);
+  else forward<kDim, 2, 64>(ctx, p);
+  columns<kDim, 2>(ctx, p);
+}
+
+template <int kParts>
+void attend_exactly(Context& ctx, const PrefillView& p) {
+  launch(ctx, exact_forward_kernel<kParts>, {dim3(p.cache.heads, divide_up(p.rows, kSide)), 256}, p, ctx.faults());
+  launch(ctx, exact_columns_kernel, {entry_blocks(p, kSide), 256}, p);
+}
+
+bool is_exact(const Cache& cache) { return cache.dtype == WKV_F32 || cache.head_dim > 256; }
+
+int32_t width_of(const Cache& cache) {
+  if (is_exact(cache)) return divide_up(cache.head_dim, 64) * 64;
+  return cache.head_dim <= 64 ? 64 : cache.head_dim <= 128 ? 128 : 256;
+}
+
+template <typename T>
+void run(Context& ctx, const Cache& cache, const PrefillView& p) {
+  if (is_exact(cache)) {
+    arrive<T, float>(ctx, p);
+    if (p.width <= 128) attend_exactly<2>(ctx, p);
+    else attend_exactly<8>(ctx, p);
+  } else if constexpr (!std::is_same_v<T, float>) {
+    arrive<T, __half>(ctx, p);
+    if (p.width == 64) attend<64>(ctx, p);
+    else if (p.width == 128) attend<128>(ctx, p);
+    else forward<256, 1, 32>(ctx, p), columns<256, 1>(ctx, p);
+  }
+  launch(ctx, settle_kernel<T>, {cache.kv_heads, 512}, p, ctx.faults());
 }
 
 }  // namespace
@@ -276,7 +723,8 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     p.rows = rows;
     p.qkv = from->f32();
     p.out = to->f32();
-    p.scale = scale;
+    p.width = width_of(*cache);
+    p.scale = scale * kPerLn2;
     p.entries = int64_t{cache->slots} + rows;
     // Cut the scratch memory: once to know its size, once to have it.
     uint8_t* scratch = nullptr;
@@ -290,12 +738,14 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count, 4)); };
       const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count, 4)); };
       const int64_t states = cache->kv_heads * p.entries, gaps = cache->gapped() ? states : 0;
-      p.q = floats(int64_t{cache->heads} * rows * cache->head_dim);
-      p.keys = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
-      p.values = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
-      p.highest = floats(int64_t{cache->heads} * rows);
-      p.inverse = floats(int64_t{cache->heads} * rows);
-      p.columns = floats(states);
+      const int64_t wide = int64_t{p.width} * (is_exact(*cache) ? 4 : 2);
+      p.q = take(int64_t{cache->heads} * rows, wide);
+      p.keys = take(states, wide);
+      p.values = take(states, wide);
+      p.new_keys = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
+      p.new_values = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
+      p.lse = floats(int64_t{cache->heads} * rows);
+      p.columns = floats(cache->heads * p.entries);
       p.score = floats(states);
       p.gap = floats(gaps);
       p.average = floats(gaps);
@@ -304,13 +754,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       p.freed = ints(states);
       if (pass == 0) scratch = ctx.reserve(bytes);
     }
-    by_cache_type(cache->dtype, [&](auto type) {
-      using T = decltype(type);
-      if (cache->head_dim <= 64) launch<T, 64>(ctx, *cache, p);
-      else if (cache->head_dim <= 128) launch<T, 128>(ctx, *cache, p);
-      else if (cache->head_dim <= 256) launch<T, 256>(ctx, *cache, p);
-      else launch<T, 512>(ctx, *cache, p);
-    });
+    by_cache_type(cache->dtype, [&](auto type) { run<decltype(type)>(ctx, *cache, p); });
     ctx.submitted();
   });
 }
