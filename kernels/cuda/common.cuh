@@ -12,18 +12,23 @@
 
 namespace wkv {
 
+/** Throws the failure that a CUDA error is, and remembers it when the device is lost to this process with it. */
+[[noreturn]] void fail_device(cudaError_t error, const std::string& what);
+
+/** Fails once the device is lost to this process, with the text of the first failure. */
+void require_device();
+
 /** Turns a CUDA error into a failure. */
 inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error that is not sticky must not reach the next call
-  fail(error == cudaErrorMemoryAllocation ? WKV_MEMORY : WKV_DEVICE, std::string(what) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) fail_device(error, what);
 }
 
 /** Device memory, given back with its last owner. */
 class DeviceMemory {
  public:
   explicit DeviceMemory(size_t bytes) : bytes_(bytes) {
-    check(cudaMalloc(&data_, bytes ? bytes : 1), ("Allocating " + std::to_string(bytes) + " bytes on the device").c_str());
+    const cudaError_t error = cudaMalloc(&data_, bytes ? bytes : 1);
+    if (error != cudaSuccess) fail_device(error, "Allocating " + std::to_string(bytes) + " bytes on the device");
   }
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
@@ -106,8 +111,10 @@ struct Graph : Object {
 /** One GPU. Ops go to `stream`, which may be recording; graphs and copies to `side`, as they may run meanwhile. Between two entries
  *  nothing runs, so the two need no order. */
 struct Context : ContextBase {
-  int32_t device = 0, processors = 0, shared_limit = 0, capability = 0;  // capability: 90 for 9.0
-  std::string name;
+  int32_t device = 0, processors = 0;
+  int32_t shared_limit = 0;  // bytes a block; WKV_CUDA_SHARED_KB lowers it, to test what smaller GPUs take
+  int32_t capability = 0;    // 90 for 9.0: the device's, or that of the code it runs when this is lower
+  std::string name;          // for wkv_device
   cudaStream_t stream = nullptr, side = nullptr;
   DeviceRef taken;
   FaultWord* word = nullptr;
@@ -138,6 +145,7 @@ struct Context : ContextBase {
 template <typename Body>
 int32_t entry(int32_t handle, Body body) {
   return entry_of<Context>(handle, [&](Context& context) {
+    require_device();
     check(cudaSetDevice(context.device), "Choosing the device");
     body(context);
   });

@@ -1,10 +1,60 @@
 /** runtime.cu: contexts, tensors and graphs of the CUDA library. */
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "common.cuh"
 
 namespace wkv {
+
+// ---- failures of the device ----
+
+namespace {
+std::mutex lost_mutex;
+std::string lost;  // the failure with which the device was lost; empty: it was not
+
+/** 13.0 for 13000. */
+std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+/** Why there is no device, and what would be right. */
+[[noreturn]] void fail_no_device(cudaError_t error) {
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  cudaGetLastError();
+  const std::string needed = "a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) + ".0 or later";
+  if (driver == 0) fail(WKV_DEVICE, "There is no NVIDIA driver: install " + needed);
+  const std::string found = "The NVIDIA driver is for CUDA " + version_text(driver);
+  if (error == cudaErrorInsufficientDriver) fail(WKV_DEVICE, found + ", and this library needs " + needed);
+  if (error == cudaErrorNoDevice || error == cudaSuccess) {
+    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+    fail(WKV_DEVICE, found + " and finds no GPU: nvidia-smi must list one" + (visible ? std::string(", and CUDA_VISIBLE_DEVICES let it be seen (\"") + visible + "\")" : ""));
+  }
+  fail(WKV_DEVICE, found + " and opens no GPU: " + cudaGetErrorString(error));
+}
+}  // namespace
+
+void fail_device(cudaError_t error, const std::string& what) {
+  cudaGetLastError();  // an error that goes away must not reach the next call
+  const std::string text = what + ": " + cudaGetErrorString(error);
+  size_t free = 0, all = 0;
+  const cudaError_t now = cudaMemGetInfo(&free, &all);
+  if (now == cudaSuccess && error == cudaErrorMemoryAllocation) {
+    fail(WKV_MEMORY, text + ", " + std::to_string(free) + " of " + std::to_string(all) + " bytes are free");
+  }
+  if (now != cudaSuccess) {
+    cudaGetLastError();
+    std::lock_guard<std::mutex> lock(lost_mutex);
+    if (lost.empty()) lost = text;
+  }
+  require_device();
+  fail(WKV_DEVICE, text);
+}
+
+void require_device() {
+  std::lock_guard<std::mutex> lock(lost_mutex);
+  if (!lost.empty()) fail(WKV_DEVICE, lost + "; with this failure the GPU's memory is lost to this process, which must start anew");
+}
 
 // ---- context ----
 
@@ -26,24 +76,43 @@ std::string fault_text(const FaultWord& word, int32_t* status) {
 }
 }  // namespace
 
+namespace {
+/** What a block may have of shared memory: all that the device gives, or less by WKV_CUDA_SHARED_KB. */
+int32_t shared_bytes(size_t most) {
+  const char* text = std::getenv("WKV_CUDA_SHARED_KB");
+  if (!text || !*text) return static_cast<int32_t>(most);
+  char* end = nullptr;
+  const long kb = std::strtol(text, &end, 10);
+  if (*end || kb < 48 || kb > static_cast<long>(most / 1024)) {
+    fail(WKV_INVALID, "WKV_CUDA_SHARED_KB must be a whole number between 48 and " + std::to_string(most / 1024) + ": current value is \"" + text + "\"");
+  }
+  return static_cast<int32_t>(kb * 1024);
+}
+}  // namespace
+
 Context::Context() {
+  require_device();
   int32_t count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) fail(WKV_DEVICE, std::string("No CUDA device can be used: ") + cudaGetErrorString(error));
-  if (count == 0) fail(WKV_DEVICE, "There is no CUDA device");
+  if (error != cudaSuccess || count == 0) fail_no_device(error);
   check(cudaSetDevice(device), "Choosing the device");
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, device), "Asking for the device's properties");
+  int32_t driver = 0;
+  check(cudaDriverGetVersion(&driver), "Asking for the driver's version");
   processors = properties.multiProcessorCount;
   capability = properties.major * 10 + properties.minor;
-  shared_limit = static_cast<int32_t>(properties.sharedMemPerBlockOptin);
-  name = std::string(properties.name) + ", sm_" + std::to_string(capability) + ", " + std::to_string(processors) + " multiprocessors";
-  if (properties.major < 8) fail(WKV_DEVICE, name + " is too old: compute capability 8.0 or later is needed");
+  shared_limit = shared_bytes(properties.sharedMemPerBlockOptin);
+  name = std::string(properties.name) + ", sm_" + std::to_string(capability) + ", " + std::to_string(processors) + " multiprocessors, driver " + version_text(driver);
+  if (properties.major < 8) fail(WKV_DEVICE, name + ": the GPU is too old, compute capability 8.0 or later is needed");
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, probe) != cudaSuccess) {
+  const cudaError_t loaded = cudaFuncGetAttributes(&attributes, probe);
+  if (loaded == cudaErrorNoKernelImageForDevice || loaded == cudaErrorInvalidDeviceFunction) {
     cudaGetLastError();
-    fail(WKV_DEVICE, "The library was built for other GPUs than " + name);
+    fail(WKV_DEVICE, name + ": the library was built for other GPUs; WKV_CUDA_TARGETS=sm_" + std::to_string(capability) + " builds it for this one");
   }
+  check(loaded, "Loading the kernels");
+  capability = std::min(capability, attributes.ptxVersion);
   try {
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "Opening a stream");
     check(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking), "Opening a stream");
