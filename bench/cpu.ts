@@ -10,7 +10,8 @@
 
 import { parseArgs } from "@std/cli/parse-args";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
-import { frame, median } from "./record.ts";
+import { frame } from "./record.ts";
+import { median } from "./timing.ts";
 
 /** A JSON line of decode.ts or of a peer. */
 interface Line {

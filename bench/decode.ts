@@ -1,123 +1,239 @@
 /**
- * Measures prefill and decode speed of this library on a real model; run by
- * hand, and by cpu.ts beside llama.cpp.
+ * Times a whole model's decode steps and prompts, real or with random weights;
+ * called by `wkv bench decode`.
  *
- *   deno run -A bench/decode.ts [--model NAME] [--policy full] [--budget N]
- *     [--depth 512,2048,8192] [--tokens 128] [--prefill 512] [--runs 3]
- *     [--threads N] [--activations int8|f32]
- *
- * Prints one JSON line a figure, the median of the runs. `prefill`: tokens into
- * an empty cache until the first new token is there; `decode`: greedy tokens
- * one by one behind `depth` tokens, the call from JavaScript included.
+ * A step is what generation does for a token: one call that runs the recorded
+ * graph, greedy draw included, and one read of the token. The clock starts
+ * behind `depth` tokens, by default more than the budget, so that every step
+ * selects, and merges where the policy does.
  */
 
-import { parseArgs } from "@std/cli/parse-args";
-import { DEFAULT_MODEL } from "../src/hub/models.ts";
-import { loadModel, type Model } from "../src/model.ts";
-import { Session } from "../src/session.ts";
-import { median } from "./record.ts";
+import type { CacheOptions, CacheStats, KvCache } from "../src/cache/cache.ts";
+import type { Model } from "../src/model.ts";
+import { type Prefill, Session } from "../src/session.ts";
+import type { Memory } from "./memory.ts";
+import { median, quantile, rounded, timeRuns } from "./timing.ts";
 
-const args = parseArgs(Deno.args, {
-  string: [
-    "model",
-    "policy",
-    "budget",
-    "depth",
-    "tokens",
-    "prefill",
-    "runs",
-    "threads",
-    "activations",
-  ],
-  default: {
-    model: DEFAULT_MODEL,
-    policy: "full",
-    budget: "1024",
-    depth: "512",
-    tokens: "128",
-    prefill: "512",
-    runs: "3",
-    threads: "0",
-    activations: "int8",
-  },
-}) as Record<string, string>;
-
-const depths = args.depth!.split(",").map(Number);
-const [tokens, prefill, runs] = [args.tokens, args.prefill, args.runs]
-  .map(Number) as [number, number, number];
-
-using model = await loadModel(args.model!, {
-  threads: Number(args.threads),
-  activations: args.activations as "int8" | "f32",
-});
-const ids = await model.tokenizer.encode(
-  "The old lighthouse keeper climbed the stairs and looked at the sea. ".repeat(
-    1 + Math.max(prefill, ...depths) / 12,
-  ),
-);
-
-if (prefill > 0) {
-  await prefillMs(model, Math.min(64, prefill));
-  print("prefill", 0, prefill, await repeat(() => prefillMs(model, prefill)));
-}
-for (const depth of depths) {
-  print("decode", depth, tokens, await repeat(() => decodeMs(model, depth)));
+/** What is measured. */
+export interface DecodeOptions {
+  /** The caches' policies. */
+  policies: readonly string[];
+  /** Their budgets. */
+  budgets: readonly number[];
+  /** What else caches are made of. */
+  cache: Omit<CacheOptions, "policy" | "budget" | "sequences" | "capacity">;
+  /** Sequences side by side. */
+  batches: readonly number[];
+  /** Tokens before the clock starts; the budget and a few more by default. */
+  depths?: readonly number[] | undefined;
+  /** Steps that are timed; none times no decode. */
+  tokens: number;
+  /** Prompts to time, in tokens. */
+  prompts: readonly number[];
+  /** How tokens beyond the budget are fed, and depths of one sequence filled. */
+  prefill: Prefill;
+  /** Samples of a prompt. */
+  repeats: number;
 }
 
-async function repeat(measure: () => Promise<number>): Promise<number[]> {
-  const samples: number[] = [];
-  for (let i = 0; i < runs; i++) samples.push(await measure());
-  return samples;
+/** What every row says. */
+interface Common {
+  peer: "weightedkv";
+  model: string;
+  device: string;
+  activations: string;
+  weightBytes: number;
+  policy: string;
+  budget: number | null;
+  cacheType: string;
+  positions: string;
+  batch: number;
 }
 
-function openCache(model: Model, capacity: number) {
-  return model.createCache({
-    policy: args.policy,
-    capacity,
-    ...(args.policy === "full" ? {} : { budget: Number(args.budget) }),
-  });
+/** Decode steps behind some tokens. */
+export interface DecodeRow extends Common, CacheStats {
+  test: "decode";
+  depth: number;
+  tokens: number;
+  /** Tokens of all sequences, by the whole time. */
+  tokensPerSecond: number;
+  /** Milliseconds of a step: median, tenth, ninetieth and 99th percentile. */
+  ms: number;
+  ms10: number;
+  ms90: number;
+  ms99: number;
+  /** Milliseconds of a step when one call runs many and reads no token. */
+  deviceMs: number;
+  /** What the call, the wait and the read add to a step. */
+  hostMs: number;
+  /** Bytes of weights and cache that a step must move. */
+  bytes: number;
+  /** Gigabytes a second of those. */
+  gbps: number;
+  /** Their share of the memory's bandwidth, when that is known. */
+  share: number | null;
+  /** Milliseconds of each step. */
+  samples: number[];
 }
 
-async function prefillMs(model: Model, rows: number): Promise<number> {
-  using cache = openCache(model, rows);
-  using session = new Session(model, cache);
-  session.setSampler({});
-  const start = performance.now();
-  await session.prompt(ids.slice(0, rows));
-  return performance.now() - start;
+/** A prompt from an empty cache to the first new token. */
+export interface PromptRow extends Common, CacheStats {
+  test: "prefill";
+  depth: 0;
+  tokens: number;
+  prefill: Prefill;
+  tokensPerSecond: number;
+  ms: number;
+  samples: number[];
 }
 
-async function decodeMs(model: Model, depth: number): Promise<number> {
-  using cache = openCache(model, depth + tokens + 8);
-  using session = new Session(model, cache);
-  session.setSampler({});
-  // Beyond a budget in chunks: the time of a token behind them is the same.
-  await session.prompt(ids.slice(0, depth), { prefill: "chunk:256" });
-  for (let i = 0; i < 4; i++) await session.next();
-  const start = performance.now();
-  for (let i = 0; i < tokens; i++) await session.next();
-  return performance.now() - start;
+/** Steps that no clock sees: graphs are recorded, a full cache overflows. */
+const WARM_UP = 4;
+/** The most steps of one call. */
+const RUN = 32;
+
+/** Measures, a row at a time. */
+export async function* benchDecode(
+  model: Model,
+  memory: Memory,
+  options: DecodeOptions,
+): AsyncGenerator<DecodeRow | PromptRow> {
+  for (const policy of options.policies) {
+    let only: number | null | undefined;
+    for (const budget of options.budgets) {
+      // A full cache has no budget: one is enough.
+      if (only === null) break;
+      for (const tokens of options.prompts) {
+        const row = await timePrompt(model, policy, budget, tokens, options);
+        only = row.budget;
+        yield row;
+      }
+      if (options.tokens === 0) continue;
+      const depths = options.depths ?? [budget + WARM_UP];
+      for (const batch of options.batches) {
+        for (const depth of depths) {
+          const shape = { policy, budget, batch, depth };
+          const row = await timeDecode(model, memory, shape, options);
+          only = row.budget;
+          yield row;
+        }
+      }
+    }
+  }
 }
 
-function print(
-  test: string,
-  depth: number,
-  tokens: number,
-  samples: number[],
-): void {
-  const ms = median(samples);
-  console.log(JSON.stringify({
+function common(model: Model, cache: KvCache): Common {
+  return {
     peer: "weightedkv",
+    model: model.name,
     device: model.backend.description,
-    test,
-    policy: args.policy,
-    budget: args.policy === "full" ? null : Number(args.budget),
     activations: model.activations,
-    cacheType: "f16",
+    weightBytes: model.weightBytes,
+    policy: cache.policy.name,
+    budget: cache.budget,
+    cacheType: cache.cacheType,
+    positions: cache.positions,
+    batch: cache.sequences,
+  };
+}
+
+/** Ids of a text that means nothing. */
+function someTokens(model: Model, count: number): number[] {
+  const { vocabulary } = model.config;
+  return Array.from({ length: count }, (_, i) => (i * 7919 + 13) % vocabulary);
+}
+
+async function timeDecode(
+  model: Model,
+  memory: Memory,
+  { policy, budget, batch, depth }: {
+    policy: string;
+    budget: number;
+    batch: number;
+    depth: number;
+  },
+  { cache: cacheOptions, tokens, prefill }: DecodeOptions,
+): Promise<DecodeRow> {
+  const run = Math.min(RUN, tokens);
+  using cache = model.createCache({
+    ...cacheOptions,
+    policy,
+    budget,
+    sequences: batch,
+    capacity: depth + WARM_UP + tokens + run,
+  });
+  using session = new Session(model, cache);
+  session.setSampler({});
+  if (batch === 1) await session.prompt(someTokens(model, depth), { prefill });
+  else await session.advance(depth);
+  for (let i = 0; i < WARM_UP; i++) await session.next();
+  const before = cache.stats().kept;
+  const samples = await timeRuns(tokens, () => session.next());
+  const { kept, ...stats } = cache.stats();
+  const [together] = await timeRuns(1, () => session.advance(run));
+  const total = samples.reduce((sum, ms) => sum + ms, 0);
+  const ms = median(samples);
+  const deviceMs = together! / run;
+  const { layers, kvHeads } = model.config;
+  // 16 bytes of state a token: its score read and written, birth, rank.
+  const states = 16 * layers * kvHeads;
+  const attended = (before + kept) / 2;
+  const bytes = model.network.stepBytes +
+    batch * (cache.fullBytes(attended) + states * attended);
+  const gbps = bytes / ms / 1e6;
+  return {
+    ...common(model, cache),
+    test: "decode",
     depth,
     tokens,
+    tokensPerSecond: batch * tokens / total * 1000,
+    ms,
+    ms10: quantile(samples, 0.1),
+    ms90: quantile(samples, 0.9),
+    ms99: quantile(samples, 0.99),
+    deviceMs,
+    hostMs: ms - deviceMs,
+    bytes,
+    gbps,
+    share: memory.bytesPerSecond && gbps * 1e9 / memory.bytesPerSecond,
+    kept,
+    ...stats,
+    samples: rounded(samples),
+  };
+}
+
+async function timePrompt(
+  model: Model,
+  policy: string,
+  budget: number,
+  tokens: number,
+  { cache: cacheOptions, prefill, repeats }: DecodeOptions,
+): Promise<PromptRow> {
+  using cache = model.createCache({
+    ...cacheOptions,
+    policy,
+    budget,
+    capacity: tokens,
+  });
+  using session = new Session(model, cache);
+  session.setSampler({});
+  const text = someTokens(model, tokens);
+  await session.prompt(text.slice(0, Math.min(64, tokens)), { prefill });
+  const samples = await timeRuns(
+    repeats,
+    () => session.prompt(text, { prefill }),
+    () => cache.reset(),
+  );
+  const ms = median(samples);
+  return {
+    ...common(model, cache),
+    test: "prefill",
+    depth: 0,
+    tokens,
+    prefill,
     tokensPerSecond: tokens / ms * 1000,
     ms,
-    samples,
-  }));
+    ...cache.stats(),
+    samples: rounded(samples),
+  };
 }

@@ -1,24 +1,21 @@
-/** What every benchmark shares: medians, and the frame of a result file. */
+/** The frame of a result file, what bench/results/*.json says of how it came about. */
 
-import { sourceHash } from "../src/backend/build.ts";
-
-/** The middle of some numbers. */
-export function median(values: readonly number[]): number {
-  const sorted = [...values].sort((a, b) => a - b);
-  const half = sorted.length >> 1;
-  return sorted.length % 2
-    ? sorted[half]!
-    : (sorted[half - 1]! + sorted[half]!) / 2;
-}
+import { type LibraryKind, sourceHash } from "../src/backend/build.ts";
 
 /** What a result file says of how it came about. */
 export interface Frame {
-  /** Hash of the kernels' sources. */
+  /** Which library was measured. */
+  library: LibraryKind;
+  /** Hash of its sources. */
   kernels: string;
   /** The processor. */
   cpu: string;
   /** Cores this process may use. */
   cores: number;
+  /** The GPU, where the library runs on one. */
+  gpu?: string;
+  /** Its driver's version. */
+  driver?: string;
   /** When it was measured. */
   date: string;
   /** The command that repeats it. */
@@ -26,13 +23,51 @@ export interface Frame {
 }
 
 /** The frame of a run that starts now. */
-export async function frame(command: string): Promise<Frame> {
+export async function frame(
+  command: string,
+  library: LibraryKind = "cpu",
+): Promise<Frame> {
   const info = await Deno.readTextFile("/proc/cpuinfo");
   return {
-    kernels: await sourceHash(),
+    library,
+    kernels: await sourceHash(library),
     cpu: /model name\s*:\s*(.*)/.exec(info)?.[1] ?? Deno.build.arch,
     cores: navigator.hardwareConcurrency,
+    ...(library === "cuda" ? await gpu() : {}),
     date: new Date().toISOString().slice(0, 10),
     command,
   };
+}
+
+/** Writes a result file anew, whole or not at all. */
+export async function writeResult(
+  path: string,
+  result: Frame & Record<string, unknown>,
+): Promise<void> {
+  const next = `${path}.${Deno.pid}`;
+  // A row a line: files stay small, and a change shows as the rows it changed.
+  const fields = Object.entries(result).map(([key, value]) =>
+    Array.isArray(value) && value.length > 0
+      ? `${JSON.stringify(key)}: [\n${
+        value.map((row) => `    ${JSON.stringify(row)}`).join(",\n")
+      }\n  ]`
+      : `${JSON.stringify(key)}: ${JSON.stringify(value)}`
+  );
+  await Deno.writeTextFile(next, `{\n  ${fields.join(",\n  ")}\n}\n`);
+  await Deno.rename(next, path);
+}
+
+async function gpu(): Promise<{ gpu?: string; driver?: string }> {
+  try {
+    const { stdout } = await new Deno.Command("nvidia-smi", {
+      args: ["--query-gpu=name,driver_version", "--format=csv,noheader"],
+      stderr: "null",
+    }).output();
+    const [gpu = "", driver = ""] = new TextDecoder().decode(stdout)
+      .split("\n")[0]!.split(", ");
+    return gpu ? { gpu, driver } : {};
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return {};
+    throw error;
+  }
 }

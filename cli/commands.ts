@@ -20,6 +20,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: "Measure policies and budgets on a text",
     load: async () => (await import("./perplexity.ts")).perplexityCommand,
   },
+  bench: {
+    summary: "Time kernels, or a model's decode steps",
+    load: async () => (await import("./bench.ts")).benchCommand,
+  },
   pull: {
     summary: "Download a model, or verify one that is here",
     load: async () => (await import("./pull.ts")).pullCommand,

@@ -64,7 +64,11 @@ export class Model implements Disposable {
   readonly network: Network;
   readonly #memory = new Map<number, Activations>();
 
-  private constructor(
+  /**
+   * Puts a model together from its parts, which it owns from here on; users
+   * call {@linkcode loadModel}, benchmarks bring weights of their own.
+   */
+  constructor(
     parts: Pick<
       Model,
       | "name"

@@ -143,6 +143,11 @@ export class Session implements Disposable {
     return this.#tokens.integers();
   }
 
+  /** Does what {@linkcode Session.next} does, `times` times in one call, and reads no token. */
+  async advance(times: number): Promise<void> {
+    await this.#step("next").run(times);
+  }
+
   /** Feeds one token a sequence. */
   async feed(tokens: Int32Array<ArrayBuffer>): Promise<void> {
     this.#tokens.write(tokens);

@@ -16,6 +16,7 @@ const root = new URL("../", import.meta.url);
  */
 const layers: readonly (readonly string[])[] = [
   ["cli/"],
+  ["bench/"],
   ["mod.ts"],
   ["src/generate.ts", "src/perplexity.ts"],
   ["src/session.ts"],

@@ -5,7 +5,7 @@ import type { Precision } from "../backend/ops.ts";
 import type { Tensor } from "../backend/tensor.ts";
 import type { KvCache } from "../cache/cache.ts";
 import type { GgufFile } from "../formats/gguf.ts";
-import type { WeightLoader } from "./weights.ts";
+import type { WeightSource } from "./weights.ts";
 
 /** The numbers of a model, from its file. */
 export interface ModelConfig {
@@ -72,6 +72,8 @@ export interface Activations {
 export interface Network {
   /** Bytes of its weights. */
   readonly bytes: number;
+  /** Bytes of them that a decode step reads; of an embedding it reads rows. */
+  readonly stepBytes: number;
   /** Runs, or records, one pass. */
   forward(pass: Pass): void;
 }
@@ -90,6 +92,6 @@ export interface Architecture {
   load(
     backend: Backend,
     config: ModelConfig,
-    weights: WeightLoader,
+    weights: WeightSource,
   ): Promise<Network>;
 }

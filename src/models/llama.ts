@@ -11,7 +11,7 @@ import type {
   Network,
   Pass,
 } from "./architecture.ts";
-import type { WeightLoader } from "./weights.ts";
+import type { WeightSource } from "./weights.ts";
 
 /** Llama: RMSNorm, rotary attention with grouped heads, SwiGLU. */
 export const llama: Architecture = { name: "llama", config, load };
@@ -131,7 +131,7 @@ interface Weights {
 async function load(
   backend: Backend,
   config: ModelConfig,
-  loader: WeightLoader,
+  loader: WeightSource,
 ): Promise<Network> {
   const { layers, width, hidden, heads, kvHeads, headDim, vocabulary } = config;
   const norm = async (name: string): Promise<Norm> => ({
@@ -174,6 +174,9 @@ async function load(
   };
   return {
     bytes: loader.bytes,
+    // The head is read whole, whether or not it is the embedding.
+    stepBytes: loader.bytes -
+      (weights.head === embedding ? 0 : embedding.rowBytes * vocabulary),
     forward: (pass) => forward(backend, weights, pass),
   };
 }

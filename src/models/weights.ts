@@ -8,8 +8,30 @@ import type { GgufFile, GgufTensor } from "../formats/gguf.ts";
 
 const PIECE = 1 << 20;
 
+/** Where an architecture's weights come from: a file, or in benchmarks chance. */
+export interface WeightSource {
+  /** Bytes that were loaded. */
+  readonly bytes: number;
+  /** Whether there is a tensor of this name. */
+  has(name: string): boolean;
+  /**
+   * One tensor made of the rows of some, in order, or one each where their
+   * types differ; every part has `columns` columns.
+   */
+  matrices(
+    parts: readonly [name: string, rows: number][],
+    columns: number,
+  ): Promise<Tensor[]>;
+  /** One tensor `[rows, columns]`. */
+  matrix(name: string, rows: number, columns: number): Promise<Tensor>;
+  /** A vector as F32 `[1, columns]`. */
+  vector(name: string, columns: number): Promise<Tensor>;
+  /** The numbers of a vector. */
+  floats(name: string, columns: number): Promise<Float32Array<ArrayBuffer>>;
+}
+
 /** Loads tensors of one file, keeping count of them. */
-export class WeightLoader {
+export class WeightLoader implements WeightSource {
   readonly #backend: Backend;
   readonly #file: GgufFile;
   readonly #onBytes: (bytes: number) => void;
