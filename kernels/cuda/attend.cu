@@ -651,17 +651,14 @@ struct Attend {
   /** Tells every block this one's candidate. */
   __device__ void tell_candidate(Candidate mine) {
     int32_t bad;
-    int32_t winner = best_lane(mine, bad);
-    if (lane == winner) {
+    if (lane == best_lane(mine, bad)) {
       mine.bad = bad;
       area.found[warp] = mine;
     }
     __syncthreads();
     if (warp != 0) return;
     mine = lane < kWarps ? area.found[lane] : kNobody;
-    winner = best_lane(mine, bad);
-    if (winner >= kWarps) winner = 0;  // nobody's
-    mine = area.found[winner];
+    mine = area.found[best_lane(mine, bad)];
     mine.bad = bad;
     mine.arrived = home ? area.arrived : 0.0f;
     if (blocks == 1 && lane == 0) area.candidates[0] = mine;
@@ -748,7 +745,7 @@ struct Attend {
 };
 
 template <typename T, int kGroup, bool kWide>
-__global__ void __launch_bounds__(kThreads, kGroup > 8 ? 1 : 2) attend_kernel(const __grid_constant__ AttendView a, const Faults faults) {
+__global__ void __launch_bounds__(kThreads, kGroup * sizeof(T) > 16 ? 1 : 2) attend_kernel(const __grid_constant__ AttendView a, const Faults faults) {
   extern __shared__ uint4 shared16[];
   using Block = Attend<T, kGroup, kWide>;
   __shared__ Area<Block::kPad> area;
@@ -891,25 +888,21 @@ void start(Context& ctx, const Cache& cache, AttendView a) {
   }
 }
 
-template <typename T, int kGroup>
-void by_width(Context& ctx, const Cache& cache, const AttendView& a) {
-  constexpr int kWidth = 16 / sizeof(T);
-  if (cache.head_dim % (2 * kWidth) == 0 && cache.rope->count % kWidth == 0) start<T, kGroup, true>(ctx, cache, a);
-  else start<T, kGroup, false>(ctx, cache, a);
-}
-
 template <typename T>
 void by_group(Context& ctx, const Cache& cache, const AttendView& a) {
-  switch (cache.group()) {
-    case 1: return by_width<T, 1>(ctx, cache, a);
-    case 2: return by_width<T, 2>(ctx, cache, a);
-    case 3: return by_width<T, 3>(ctx, cache, a);
-    case 4: return by_width<T, 4>(ctx, cache, a);
-    case 5: return by_width<T, 5>(ctx, cache, a);
-    case 6: return by_width<T, 6>(ctx, cache, a);
-    case 7: return by_width<T, 7>(ctx, cache, a);
-    case 8: return by_width<T, 8>(ctx, cache, a);
-    default: return by_width<T, 16>(ctx, cache, a);
+  constexpr int kWidth = 16 / sizeof(T);
+  const int32_t group = cache.group();
+  if (cache.head_dim % (2 * kWidth) != 0 || cache.rope->count % kWidth != 0) return group <= 4 ? start<T, 4, false>(ctx, cache, a) : start<T, 16, false>(ctx, cache, a);
+  switch (group) {
+    case 1: return start<T, 1, true>(ctx, cache, a);
+    case 2: return start<T, 2, true>(ctx, cache, a);
+    case 3: return start<T, 3, true>(ctx, cache, a);
+    case 4: return start<T, 4, true>(ctx, cache, a);
+    case 5:
+    case 6: return start<T, 6, true>(ctx, cache, a);
+    case 7:
+    case 8: return start<T, 8, true>(ctx, cache, a);
+    default: return start<T, 16, true>(ctx, cache, a);
   }
 }
 
