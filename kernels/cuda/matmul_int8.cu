@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(Rou
     uint8_t* stage = shared + s % P::kStages * S::kBytes;
     constexpr int kChunks = P::kBlocks * S::kQuants / 16;
     const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
-#pragma unroll
+#pragma unroll 1
     for (int u = threadIdx.x; u < P::kRows * kChunks; u += kThreads) {
       const int r = u / kChunks, c = u % kChunks;
       if (c * 16 < have * S::kQuants) copy_async<16>(stage + r * S::kRowW + c * 16, view_of(r) + (int64_t{row_of(r)} * blocks + first) * S::kQuants + c * 16);
@@ -63,11 +63,13 @@ __global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(Rou
     constexpr int kFour = 4 / S::kScale;  // blocks whose scales are 4 bytes
     uint8_t* scales = stage + S::kAtScales;
     if (blocks % kFour == 0) {
+#pragma unroll 1
       for (int u = threadIdx.x; u < P::kRows * P::kBlocks / kFour; u += kThreads) {
         const int r = u / (P::kBlocks / kFour), b = u % (P::kBlocks / kFour) * kFour;
         if (b < have) copy_async<4>(scales + (r * P::kBlocks + b) * S::kScale, scales_of(r) + (int64_t{row_of(r)} * blocks + first + b) * S::kScale);
       }
     } else {
+#pragma unroll 1
       for (int u = threadIdx.x; u < P::kRows * P::kBlocks; u += kThreads) {
         const int r = u / P::kBlocks, b = u % P::kBlocks;
         if (b < have) reinterpret_cast<__half*>(scales)[u] = reinterpret_cast<const __half*>(scales_of(r))[int64_t{row_of(r)} * blocks + first + b];
@@ -77,11 +79,12 @@ __global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(Rou
   const auto fetch_x = [&](int32_t s) {
     uint8_t* stage = shared + s % P::kStages * S::kBytes;
     const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
-#pragma unroll
+#pragma unroll 1
     for (int u = threadIdx.x; u < P::kTokens * P::kBlocks * 2; u += kThreads) {
       const int t = u / (P::kBlocks * 2), c = u % (P::kBlocks * 2);
       if (c < have * 2) copy_async<16>(stage + S::kAtX + t * S::kRowX + c * 16, x.q + (int64_t{min(t0 + t, x.rows - 1)} * blocks + first) * 32 + c * 16);
     }
+#pragma unroll 1
     for (int u = threadIdx.x; u < P::kBlocks * P::kTokens / 2; u += kThreads) {
       const int b = u / (P::kTokens / 2), t = u % (P::kTokens / 2) * 2;
       if (b < have) copy_async<16>(stage + S::kAtOf + (b * P::kTokens + t) * 8, x.of + int64_t{first + b} * x.stride + min(t0 + t, x.stride - 2));
@@ -89,11 +92,13 @@ __global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(Rou
   };
 
   const int32_t stages = (blocks + P::kBlocks - 1) / P::kBlocks;
+#pragma unroll 1
   for (int32_t s = 0; s < P::kStages - 1; s++) {
     if (s < stages) fetch_w(s);
   }
   wait_for_previous();
   let_next_start();
+#pragma unroll 1
   for (int32_t s = 0; s < P::kStages - 1; s++) {
     if (s < stages) fetch_x(s);
     end_copies();
