@@ -4,8 +4,8 @@
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Up to 8 rows go to matvec.cu, one launch; more to matmul.cu: x is prepared once, then each weight is one launch. Here: the ops' checks,
- * and the choice.
+ * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: of the tensor
+ * cores with 8 bits (matmul_int8.cu), in f32 else (matmul.cu). Here: the ops' checks, and the choice.
  */
 #include <algorithm>
 
@@ -30,14 +30,15 @@ __global__ void __launch_bounds__(256) copy_kernel(float* to, const float* from,
   for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < count; i += int64_t{gridDim.x} * 256) to[i] = from[i];
 }
 
-constexpr int32_t kMatvecRows = 8;
+/** More rows than these gain by the tensor cores. */
+constexpr int32_t most_matvec_rows(bool int8) { return int8 ? 4 : 8; }
 
 /** out = in . w^T, or gated with `up` (data null: not). */
 void project(Context& ctx, InputView in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
   const bool gated = up.data != nullptr;
   const size_t own = prepared_bytes(in);
   uint8_t* scratch = ctx.reserve(own * 2 + size_t(in.rows) * w.rows * (gated ? 4 : 0));
-  if (in.rows <= kMatvecRows) {
+  if (in.rows <= most_matvec_rows(int8)) {
     if (aliased) {
       float* copied = reinterpret_cast<float*>(scratch + own);
       const int64_t count = int64_t{in.rows} * in.columns;
@@ -46,11 +47,20 @@ void project(Context& ctx, InputView in, const WeightView& w, const WeightView& 
     }
     if (matvec(ctx, in, w, up, int8, to)) return;
   }
-  const Prepared p = prepare(ctx, in, int8, scratch);
-  matmul(ctx, p, in.rows, int8, w, to);
-  if (!gated) return;
   float* ups = reinterpret_cast<float*>(scratch + own * 2);
-  matmul(ctx, p, in.rows, int8, up, OutputView{ups, w.rows, nullptr, 0});
+  const OutputView to_ups{ups, w.rows, nullptr, 0};
+  if (int8) {
+    const RoundedView x = round_rows(ctx, in, scratch);
+    const bool fused = gated && w.dtype == up.dtype;
+    matmul_int8(ctx, x, w, fused ? up : WeightView{}, to);
+    if (fused || !gated) return;
+    matmul_int8(ctx, x, up, WeightView{}, to_ups);
+  } else {
+    const float* x = norm_rows(ctx, in, scratch);
+    matmul_f32(ctx, x, in.rows, w, to);
+    if (!gated) return;
+    matmul_f32(ctx, x, in.rows, up, to_ups);
+  }
   launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, ups, w.rows);
 }
 

@@ -31,18 +31,24 @@ struct OutputView {
  *  reads in as it is. False, and nothing launched, when the shape needs matmul. */
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
 
-/** x as matmul reads it: floats after the norm, or 8 bits with a scale and a sum (scale times the sum of the rounded) a block of 32. */
-struct Prepared {
-  const float* x;
-  int8_t* q;
-  float *scales, *sums;
+/** Rows of x in 8 bits. Of a block of 32, in words of 4 columns: 0, 4, 1, 5, 2, 6, 3, 7, as the tensor cores' lanes take them.
+ *  of[block * stride + t]: the scale of row t's block, and scale times the sum of the rounded; stride is even. */
+struct RoundedView {
+  const int8_t* q;
+  const float2* of;
+  int32_t rows, stride;
 };
 
-/** Bytes of scratch that prepare() needs. */
+/** Bytes of scratch that round_rows and norm_rows need. */
 inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * in.columns * 4); }
-Prepared prepare(Context& ctx, const InputView& in, bool int8, uint8_t* scratch);
-/** out = p . w^T. */
-void matmul(Context& ctx, const Prepared& p, int32_t rows, bool int8, const WeightView& w, const OutputView& to);
+RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch);
+/** norm(x), or x itself where there is no norm. */
+const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch);
+
+/** out = x . w^T, gated where up has data; weights must be of one dtype. */
+void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to);
+/** out = x . w^T in f32. */
+void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to);
 
 /** Calls body with the weight's type as a constant. */
 template <typename Body>

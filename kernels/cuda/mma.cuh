@@ -1,0 +1,26 @@
+/** mma.cuh: copies into shared memory that do not wait, and products of the tensor cores (sm_80 and later). */
+#pragma once
+#include <cstdint>
+
+namespace wkv {
+
+template <int kBytes>
+__device__ inline void copy_async(void* shared, const void* from) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+}
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/** Waits until all but the last kLeft groups of this thread's copies have arrived. */
+template <int kLeft>
+__device__ inline void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory"); }
+
+/** d = a [16 x 32] . b [32 x 8] + c in integers. Lane 4 g + i has a: 4 columns from 4 i of row g, of row g + 8, and both from 16 + 4 i;
+ *  b: 4 rows from 4 i of column g, and from 16 + 4 i; c, d: columns 2 i, 2 i + 1 of row g, then of row g + 8. */
+__device__ inline void mma_int8(int32_t (&d)[4], const int32_t (&a)[4], int32_t b0, int32_t b1, const int32_t (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+}  // namespace wkv
