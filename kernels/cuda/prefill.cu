@@ -162,8 +162,8 @@ __device__ void copy_rows(__half* to, const __half* from, int32_t count) {
   from += threadIdx.x * 8;
 #pragma unroll
   for (int k = 0; k < kRows / kStep; k++) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_at + k * kStep * kStride<kDim> * 2), "l"(from + k * kThreads * 8), "r"(row + k * kStep < count ? 16 : 0)
-                 : "memory");
+    const uint32_t bytes = row + k * kStep < count ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_at + k * kStep * kStride<kDim> * 2), "l"(from + k * kThreads * 8), "r"(bytes) : "memory");
   }
 }
 
