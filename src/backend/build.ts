@@ -158,7 +158,8 @@ export interface CudaBuildOptions extends BuildOptions {
 
 /**
  * Builds the CUDA library and gives its path, as {@linkcode buildCpuLibrary}
- * does. It loads on machines without a GPU.
+ * does. It loads on machines without a GPU. Objects are kept beside it, so that
+ * a change to one file compiles that file.
  *
  * @throws {RangeError} A target is not `sm_NN` or `compute_NN`.
  * @throws {Error} The compiler is missing or fails; its text is in the message.
@@ -203,6 +204,7 @@ export async function buildCudaLibrary(
     compiler,
     kind: "cuda",
     jobs,
+    kept: { folder: `${options.folder}/objects`, version },
     link: [
       "-cudart",
       "static",
@@ -265,20 +267,77 @@ function hashFlag(hash: string): string {
   return `-DWKV_SOURCE_HASH="${hash}"`;
 }
 
+/** Objects of earlier builds, by the hash of all that went into them. */
+class KeptObjects {
+  readonly #folder: string;
+  readonly #common: string;
+  readonly #used = new Set<string>();
+
+  constructor(folder: string, kind: LibraryKind, version: string) {
+    this.#folder = folder;
+    const headers = sourcesOf(kind).filter(([name]) =>
+      /\.(h|hpp|cuh)$/.test(name)
+    );
+    this.#common = JSON.stringify([version, headers]);
+  }
+
+  /** Gives an object its place, compiled if need be, and what was said then. */
+  async take(
+    { source, flags }: Job,
+    object: string,
+    compile: () => Promise<string>,
+  ): Promise<string> {
+    const hash = await sha256(
+      JSON.stringify([this.#common, source, sources[source], flags]),
+    );
+    const kept = `${this.#folder}/${hash}`;
+    this.#used.add(hash);
+    try {
+      const said = await Deno.readTextFile(`${kept}.txt`);
+      await Deno.copyFile(`${kept}.o`, object);
+      return said;
+    } catch (error) {
+      if (!(error instanceof Deno.errors.NotFound)) throw error;
+    }
+    const said = await compile();
+    await Deno.mkdir(this.#folder, { recursive: true });
+    // The text comes last and each file whole: who sees it finds the object.
+    const part = `${kept}.${crypto.randomUUID()}`;
+    await Deno.copyFile(object, part);
+    await Deno.rename(part, `${kept}.o`);
+    await Deno.writeTextFile(part, said);
+    await Deno.rename(part, `${kept}.txt`);
+    return said;
+  }
+
+  /** Removes what this build did not use. */
+  async tidy(): Promise<void> {
+    for await (const { name } of Deno.readDir(this.#folder)) {
+      if (this.#used.has(name.slice(0, name.indexOf(".")))) continue;
+      // Another build may be tidying as well.
+      await Deno.remove(`${this.#folder}/${name}`).catch(() => {});
+    }
+  }
+}
+
 /**
  * Writes a library's sources to a folder of their own, compiles them side by
- * side, links them and gives the file its name. Gives what each compiler said.
+ * side, links them and gives the file its name. Gives what each compiler said,
+ * also of those objects that `kept` had.
  */
 async function make(
   options: BuildOptions & {
     compiler: string;
     kind: LibraryKind;
     jobs: Job[];
+    kept?: { folder: string; version: string };
     link: string[];
     path: string;
   },
 ): Promise<string[]> {
   const { compiler, signal } = options;
+  const kept = options.kept &&
+    new KeptObjects(options.kept.folder, options.kind, options.kept.version);
   await Deno.mkdir(options.folder, { recursive: true });
   const work = await Deno.makeTempDir({
     dir: options.folder,
@@ -294,17 +353,19 @@ async function make(
     }
     await Deno.writeTextFile(`${work}/exports.map`, exportMap);
     const said: string[] = [];
-    const jobs = options.jobs.map(({ source, object, flags }) => [
-      ...flags,
-      "-c",
-      `${work}/${source}`,
-      "-o",
-      `${work}/${object}.o`,
-    ]);
-    const objects = options.jobs.map(({ object }) => `${work}/${object}.o`);
+    const jobs = [...options.jobs];
+    const objects = jobs.map(({ object }) => `${work}/${object}.o`);
     const next = async () => {
       for (let job = jobs.shift(); job; job = jobs.shift()) {
-        said.push(await run(compiler, job, signal));
+        const { source, flags } = job;
+        const object = `${work}/${job.object}.o`;
+        const compile = () =>
+          run(
+            compiler,
+            [...flags, "-c", `${work}/${source}`, "-o", object],
+            signal,
+          );
+        said.push(await (kept?.take(job, object, compile) ?? compile()));
       }
     };
     const workers = Math.min(navigator.hardwareConcurrency || 2, jobs.length);
@@ -319,6 +380,7 @@ async function make(
       ...versionScript(options.kind, `${work}/exports.map`),
     ], signal);
     await Deno.rename(library, options.path);
+    await kept?.tidy();
     return said;
   } finally {
     await Deno.remove(work, { recursive: true });
