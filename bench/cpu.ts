@@ -10,10 +10,11 @@
 
 import { parseArgs } from "@std/cli/parse-args";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
-import { frame } from "./record.ts";
+import { measureMemory } from "./memory.ts";
+import { frame, writeResult } from "./record.ts";
 import { median } from "./timing.ts";
 
-/** A JSON line of decode.ts or of a peer. */
+/** A JSON line of `wkv bench decode` or of a peer. */
 interface Line {
   peer: string;
   test: string;
@@ -36,13 +37,17 @@ const args = parseArgs(Deno.args, {
 const runs = args.quick ? 1 : Number(args.runs);
 const cores = navigator.hardwareConcurrency;
 const model = await resolveModel(DEFAULT_MODEL);
-const bandwidth = await readBandwidth();
+const bandwidth = (await measureMemory("cpu")).bytesPerSecond ?? NaN;
 
-const ours = (...more: string[]) =>
-  lines(Deno.execPath(), ["run", "-A", "bench/decode.ts", ...more]);
+const ours = (policy: string, ...more: string[]) =>
+  lines(Deno.execPath(), [
+    ...["run", "-A", "--no-prompt", "cli/main.ts", "bench", "decode"],
+    ...["--device", "cpu", "--json", "--quiet", "--policy", policy, ...more],
+  ]);
 const samples = new Map<string, { line: Line; values: number[] }>();
 const take = (list: Line[], name: string) => {
   for (const line of list) {
+    if (line.test === "memory") continue;
     const key = `${name} ${line.test} ${line.depth}`;
     const entry = samples.get(key) ?? { line, values: [] };
     entry.values.push(line.tokensPerSecond);
@@ -51,14 +56,16 @@ const take = (list: Line[], name: string) => {
 };
 
 for (let run = 0; run < runs; run++) {
-  const one = ["--runs", "1", "--depth", "512"];
-  take(await ours(...one), "full");
+  take(
+    await ours("full", "--depth", "512", "--prompt", "512", "--repeats", "1"),
+    "full",
+  );
   if (args.modules) {
     take(
       await lines("node", [
         "bench/peers/llamacpp.mjs",
         ...["--model", model, "--modules", args.modules],
-        ...["--threads", String(cores), ...one],
+        ...["--threads", String(cores), "--runs", "1", "--depth", "512"],
       ]),
       "llama.cpp",
     );
@@ -67,21 +74,10 @@ for (let run = 0; run < runs; run++) {
 if (!args.quick) {
   // A bounded cache: the time of a token must not depend on the depth.
   for (let run = 0; run < runs; run++) {
-    for (const depth of ["2048", "8192"]) {
-      const bounded = ["--policy", "weighted-kv", "--budget", "1024"];
-      take(
-        await ours(
-          ...bounded,
-          "--prefill",
-          "0",
-          "--runs",
-          "1",
-          "--depth",
-          depth,
-        ),
-        "weighted-kv 1024",
-      );
-    }
+    take(
+      await ours("weighted-kv", "--budget", "1024", "--depth", "2048,8192"),
+      "weighted-kv 1024",
+    );
   }
 }
 
@@ -101,7 +97,7 @@ const result = {
   rows,
   memory: args.quick ? [] : await memory(),
 };
-await Deno.writeTextFile(args.out, JSON.stringify(result, null, 2) + "\n");
+await writeResult(args.out, result);
 
 console.log(`read bandwidth ${(bandwidth / 1e9).toFixed(1)} GB/s`);
 for (const { name, test, tokensPerSecond } of rows) {
@@ -126,20 +122,6 @@ async function output(command: string, argv: string[]): Promise<string> {
   }).output();
   if (!success) throw new Error(`${command} ${argv.join(" ")} failed`);
   return new TextDecoder().decode(stdout);
-}
-
-/** Bytes a second that all cores read together. */
-async function readBandwidth(): Promise<number> {
-  const program = await Deno.makeTempFile();
-  try {
-    await output("g++", [
-      ..."-O3 -march=native -pthread bench/read_bandwidth.cpp -o".split(" "),
-      program,
-    ]);
-    return Number(await output(program, [String(cores)]));
-  } finally {
-    await Deno.remove(program);
-  }
 }
 
 /** Peak resident memory of `generate` at budget 1024, after a short and a long prompt. */

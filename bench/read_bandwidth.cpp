@@ -1,4 +1,4 @@
-/** Measures how fast all threads together read memory, in bytes a second: the ceiling of a decode step. Built and run by cpu.ts. */
+/** Measures how fast all threads together read memory, in bytes a second: the ceiling of a decode step. Built and run by memory.ts. */
 #include <chrono>
 #include <cstdint>
 #include <cstdio>

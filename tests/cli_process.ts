@@ -105,7 +105,7 @@ export async function copyCheckout(): Promise<string> {
   for (const name of ["mod.ts", "deno.json", "deno.lock"]) {
     await Deno.copyFile(`${ROOT}/${name}`, `${copy}/${name}`);
   }
-  for (const name of ["src", "cli", "tests/std"]) {
+  for (const name of ["src", "cli", "bench", "tests/std"]) {
     await copyFolder(`${ROOT}/${name}`, `${copy}/${name}`);
   }
   return copy;

@@ -32,7 +32,10 @@ export function outdated(
 
 describe("figures in documents", () => {
   it("come from result files of these kernels, or say 'older kernels'", async () => {
-    const current = await sourceHash();
+    const current = {
+      cpu: await sourceHash("cpu"),
+      cuda: await sourceHash("cuda"),
+    };
     const documents = new Map<string, string>();
     for (
       const path of [...await list("", ".md"), ...await list("docs/", ".md")]
@@ -44,7 +47,8 @@ describe("figures in documents", () => {
       for (const field of ["kernels", "date", "command"]) {
         assertMatch(String(result[field]), /./, `${path} lacks ${field}`);
       }
-      const stale = outdated({ path, ...result }, current, documents);
+      const library: keyof typeof current = result.library ?? "cpu";
+      const stale = outdated({ path, ...result }, current[library], documents);
       assert(stale.length === 0, `${stale.join(", ")}: ${path} is outdated`);
     }
     for (const [name, text] of documents) {

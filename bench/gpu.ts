@@ -1,0 +1,266 @@
+/**
+ * Measures this library on a GPU beside what torch has, in one command, and
+ * writes bench/results/GPU.json; run by hand on a machine with nothing else on
+ * its GPU.
+ *
+ *   deno task bench:gpu [--quick] [--peers attention,gptfast[,transformers]]
+ *     [--model FILE.gguf] [--shapes llama-3-8b] [--out FILE] [--device cuda]
+ *
+ * Eight minutes at most, two with --quick. The parts run one behind the other,
+ * each a process with a time limit of its own; the file is written anew after
+ * every figure, so that a part that fails or is stopped loses no other's.
+ * Peers need python3 with torch and are left out, with a line, where it is not.
+ * --model adds steps of a real model, such as SmolLM2's Q4_1 file.
+ */
+
+import { parseArgs } from "@std/cli/parse-args";
+import { formatTable } from "../cli/units.ts";
+import { frame, writeResult } from "./record.ts";
+
+/** A figure as a part printed it. */
+interface Row {
+  part: string;
+  test: string;
+  [field: string]: unknown;
+}
+
+/** One process. */
+interface Part {
+  name: string;
+  command: string;
+  args: string[];
+  /** Seconds that it may take. */
+  limit: number;
+}
+
+const args = parseArgs(Deno.args, {
+  string: ["peers", "model", "shapes", "out", "device"],
+  boolean: ["quick"],
+  default: {
+    peers: "attention,gptfast",
+    shapes: "llama-3-8b",
+    device: "cuda",
+  },
+}) as unknown as {
+  peers: string;
+  model?: string;
+  shapes: string;
+  out?: string;
+  device: "cpu" | "cuda";
+  quick: boolean;
+};
+const { quick, device, shapes } = args;
+const tiny = shapes === "tiny";
+const budgets = tiny
+  ? [32, 64]
+  : quick
+  ? [1024, 8192]
+  : [512, 1024, 2048, 8192];
+const budget = tiny ? 32 : 1024;
+const batches = tiny ? [1, 2] : [1, 16];
+const list = (numbers: readonly number[]) => numbers.join(",");
+
+const start = performance.now();
+const head = await frame(`deno task bench:gpu ${Deno.args.join(" ")}`, device);
+const out = args.out ?? `bench/results/${slug(head.gpu ?? head.cpu)}.json`;
+const rows: Row[] = [];
+/** What did not run to its end, and why. */
+const missing: string[] = [];
+
+for (const part of [...await parts()]) await runPart(part);
+await save();
+const { attention, decode } = join();
+console.log(attention.text + "\n" + decode.text);
+for (const line of missing) console.log(line);
+const seconds = Math.round((performance.now() - start) / 1000);
+console.log(`${rows.length} figures in ${out} after ${seconds} s`);
+
+async function parts(): Promise<Part[]> {
+  const peers = args.peers.split(",").filter((name) => name !== "");
+  const reason = peers.length > 0 ? await withoutTorch() : null;
+  if (reason !== null) {
+    missing.push(`Peers ${peers.join(", ")} left out: ${reason}`);
+  }
+  const some = quick ? ["--quick"] : [];
+  const peer = (name: string, file: string, limit: number, more: string[]) =>
+    reason === null && peers.includes(name)
+      ? [{
+        name,
+        command: "python3",
+        args: [`bench/peers/${file}`, ...some, ...more],
+        limit,
+      }]
+      : [];
+  const wkv = (name: string, limit: number, more: string[]): Part => ({
+    name,
+    command: Deno.execPath(),
+    args: [
+      ...["run", "-A", "--no-prompt", "cli/main.ts", "bench", ...more],
+      ...["--device", device, "--json", ...some],
+    ],
+    limit,
+  });
+  const random = ["--shapes", shapes, "--dtype", "BF16"];
+  const cache = ["--cache-type", "bf16"];
+  const sizes = ["--batch", list(batches)];
+  return [
+    wkv("attend", 90, [
+      ...["kernels", "--shapes", shapes, "--op", "attend", ...cache],
+      ...[...sizes, "--budget", list(budgets)],
+    ]),
+    ...peer("attention", "attention.py", 120, [
+      ...["--cache", list(budgets), ...sizes],
+    ]),
+    wkv("model", 90, [
+      ...["decode", ...random, ...cache, ...sizes, "--budget", String(budget)],
+    ]),
+    ...peer("gptfast", "gptfast.py", 150, [
+      ...["--cache", String(budget)],
+      ...(quick ? ["--batch", "1", "--tokens", "50"] : sizes),
+    ]),
+    ...(quick ? [] : [
+      wkv("linear", 60, [
+        ...["kernels", ...random, "--op", "linear,gated,sample", ...sizes],
+      ]),
+    ]),
+    ...(args.model
+      ? [wkv("file", 60, ["decode", "--model", args.model, "--offline"])]
+      : []),
+    ...peer("transformers", "transformers_llama.py", 90, []),
+  ];
+}
+
+/** Why the peers cannot run; null when they can. */
+async function withoutTorch(): Promise<string | null> {
+  if (device === "cpu") return "they need a GPU";
+  try {
+    const { success, stderr } = await new Deno.Command("python3", {
+      args: ["-c", "import torch; torch.zeros(1, device='cuda')"],
+      stdout: "null",
+    }).output();
+    const last = new TextDecoder().decode(stderr).trim().split("\n").at(-1)!;
+    return success ? null : last;
+  } catch {
+    return "there is no python3";
+  }
+}
+
+/** Runs one part to its end or its limit, keeping each line that it prints. */
+async function runPart({ name, command, args, limit }: Part): Promise<void> {
+  const since = performance.now();
+  console.error(`${name}: ${command} ${args.join(" ")}`);
+  const child = new Deno.Command(command, {
+    args,
+    stdin: "null",
+    stdout: "piped",
+    stderr: "inherit",
+  }).spawn();
+  let late = false;
+  const timer = setTimeout(() => {
+    late = true;
+    child.kill("SIGKILL");
+  }, limit * 1000);
+  let rest = "";
+  for await (
+    const text of child.stdout.pipeThrough(new TextDecoderStream())
+  ) {
+    const lines = (rest + text).split("\n");
+    rest = lines.pop()!;
+    for (const line of lines) {
+      if (!line.startsWith("{")) continue;
+      rows.push({ part: name, ...JSON.parse(line) });
+      await save();
+    }
+  }
+  const { success, code } = await child.status;
+  clearTimeout(timer);
+  const seconds = ((performance.now() - since) / 1000).toFixed(0);
+  console.error(`${name}: ${seconds} s`);
+  if (late) missing.push(`${name} was stopped after ${limit} s`);
+  else if (!success) missing.push(`${name} ended with ${code}`);
+}
+
+async function save(): Promise<void> {
+  const { attention, decode } = join();
+  await writeResult(out, {
+    ...head,
+    attention: attention.rows,
+    decode: decode.rows,
+    missing,
+    rows,
+  });
+}
+
+/** Ours beside the peers, by size. */
+function join() {
+  const of = (part: string, test: string) =>
+    rows.filter((row) => row.part === part && row.test === test);
+  const ratio = (a: unknown, b: unknown) =>
+    typeof a === "number" && typeof b === "number"
+      ? Number((a / b).toFixed(3))
+      : null;
+  const attention = of("attend", "kernel").map((row) => {
+    const peer: Record<string, unknown> = of("attention", "attention").find((
+      peer,
+    ) => peer.batch === row.batch && peer.cache === row.budget) ?? {};
+    const { flash = null, cudnn = null, compiled_scores: scores = null } = peer;
+    return {
+      batch: row.batch,
+      cache: row.budget,
+      us: Number((row.us as number).toFixed(3)),
+      share: row.share,
+      cudnn,
+      flash,
+      scores,
+      "ours/cudnn": ratio(row.us, cudnn),
+      "ours/flash": ratio(row.us, flash),
+      "ours/scores": ratio(row.us, scores),
+    };
+  });
+  const decode = [...of("model", "decode"), ...of("file", "decode")].map(
+    (row) => {
+      const peer = row.part === "model"
+        ? of("gptfast", "decode").find((peer) =>
+          peer.batch === row.batch && peer.cache === row.budget
+        )
+        : undefined;
+      return {
+        model: row.model,
+        batch: row.batch,
+        budget: row.budget,
+        "tokens/s": Number((row.tokensPerSecond as number).toFixed(2)),
+        ms: Number((row.ms as number).toFixed(4)),
+        "host ms": Number((row.hostMs as number).toFixed(4)),
+        share: row.share,
+        gptfast: peer?.tokensPerSecond ?? null,
+        "ours/gptfast": ratio(row.tokensPerSecond, peer?.tokensPerSecond),
+      };
+    },
+  );
+  return {
+    attention: { rows: attention, text: table(attention) },
+    decode: { rows: decode, text: table(decode) },
+  };
+}
+
+function table(rows: readonly Record<string, unknown>[]): string {
+  if (rows.length === 0) return "";
+  const head = Object.keys(rows[0]!);
+  const cell = (key: string, value: unknown): string =>
+    typeof value !== "number"
+      ? value?.toString() ?? "-"
+      : key === "share"
+      ? `${(value * 100).toFixed(0)}%`
+      : String(value);
+  return formatTable(
+    head,
+    rows.map((row) => head.map((key) => cell(key, row[key]))),
+    head.filter((key) => key !== "model"),
+  );
+}
+
+/** A device's name as a file's: `h100-80gb-hbm3`. */
+function slug(name: string): string {
+  return name.toLowerCase().replace(/^nvidia /, "").replace(/[^a-z0-9]+/g, "-")
+    .replace(/^-+|-+$/g, "");
+}

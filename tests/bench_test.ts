@@ -1,0 +1,321 @@
+/** `wkv bench` on the CPU with tiny shapes: every op gives a figure, caches are full, files say how they came about. */
+
+import {
+  assert,
+  assertEquals,
+  assertGreater,
+  assertRejects,
+} from "@std/assert";
+import { describe, it } from "@std/testing/bdd";
+import { benchDecode } from "../bench/decode.ts";
+import { benchKernels, kernelOps } from "../bench/kernels.ts";
+import { measureMemory, type Memory } from "../bench/memory.ts";
+import {
+  randomModel,
+  RandomRows,
+  type WeightType,
+} from "../bench/random_model.ts";
+import { shapeNames, shapeOf } from "../bench/shapes.ts";
+import { median, quantile, timeGraph } from "../bench/timing.ts";
+import { Backend } from "../src/backend/backend.ts";
+import { sourceHash } from "../src/backend/build.ts";
+import { dtypes, Tensor } from "../src/backend/tensor.ts";
+import { Session } from "../src/session.ts";
+import { expectErrors, ok, ROOT } from "./cli_process.ts";
+import { loadTiny } from "./tiny_model.ts";
+
+const memory: Memory = {
+  kind: "read",
+  bytesPerSecond: 1e10,
+  cacheBytes: 1 << 20,
+};
+
+const types = dtypes.filter((dtype): dtype is WeightType => dtype !== "I32");
+
+/** Rows of a command's JSON lines. */
+function parse(stdout: string): Record<string, unknown>[] {
+  return stdout.trim().split("\n").map((line) => JSON.parse(line));
+}
+
+/** Whether these fields are numbers above zero. */
+function assertPositive(row: object, ...names: string[]): void {
+  const fields: Record<string, unknown> = { ...row };
+  for (const name of names) {
+    const value = fields[name];
+    assert(
+      typeof value === "number" && value > 0 && Number.isFinite(value),
+      `${name} is ${value} in ${JSON.stringify(row)}`,
+    );
+  }
+}
+
+describe("timing", () => {
+  it("finds quantiles", () => {
+    assertEquals(median([3, 1, 2]), 2);
+    assertEquals(median([4, 1, 2, 3]), 2.5);
+    assertEquals(quantile([0, 10], 0.9), 9);
+    assertEquals(quantile([7], 0.99), 7);
+  });
+
+  it("runs a graph until a sample is long enough, preparing each", async () => {
+    using backend = await Backend.open({ device: "cpu" });
+    let prepared = 0;
+    using graph = backend.record(() => {});
+    const { times, samples } = await timeGraph(graph, {
+      repeats: 3,
+      least: 1,
+      most: 5,
+      before: () => void prepared++,
+    });
+    assert(times >= 1 && times <= 5);
+    assertEquals(samples.length, 3);
+    assertEquals(prepared, 7);
+  });
+});
+
+describe("random weights", () => {
+  it("are finite in every type, of one deviation, and differ from row to row", async () => {
+    using backend = await Backend.open({ device: "cpu" });
+    const rows = new RandomRows();
+    for (const dtype of types) {
+      using tensor = new Tensor(backend, dtype, 300, 64);
+      rows.fill(tensor);
+      if (dtype === "F16" || dtype === "BF16") continue; // not read as floats
+      const values = tensor.floats();
+      assert(values.every(Number.isFinite), dtype);
+      const mean = values.reduce((sum, x) => sum + x, 0) / values.length;
+      const squares = values.reduce((sum, x) => sum + x * x, 0);
+      const deviation = Math.sqrt(squares / values.length);
+      // Q4_0 reaches from -8 to 7 of its scale, a little to the left.
+      assert(Math.abs(mean) < 0.003, `${dtype}: mean ${mean}`);
+      assert(Math.abs(deviation - 0.02) < 0.002, `${dtype}: ${deviation}`);
+      assert(values.slice(0, 64).join() !== values.slice(64, 128).join());
+    }
+  });
+
+  it("make a model whose steps are those of its layers, in every type", async () => {
+    for (const dtype of types) {
+      const backend = await Backend.open({ device: "cpu" });
+      using model = await randomModel(backend, "tiny", dtype);
+      const { config } = shapeOf("tiny");
+      const matrices = config.layers * (64 * (128 + 64) + 3 * 96 * 64) +
+        2 * 256 * 64;
+      const bytes = new Tensor(backend, dtype, 1, 32).rowBytes / 32 * matrices;
+      const norms = 4 * 64 * (2 * config.layers + 1);
+      assertEquals(model.weightBytes, bytes + norms);
+      assertEquals(
+        model.network.stepBytes,
+        bytes + norms - bytes / matrices * 256 * 64,
+      );
+      using cache = model.createCache({ budget: 16 });
+      using session = new Session(model, cache);
+      session.setSampler({});
+      await session.advance(20);
+      assertEquals(cache.stats().kept, 16);
+      assertGreater(cache.stats().merged, 0);
+    }
+  });
+
+  it("have the shapes of real models", () => {
+    assertEquals(shapeNames.length, 4);
+    const { config, tied } = shapeOf("smollm2-135m");
+    assert(tied);
+    assertEquals(config.rope.frequencies.length, 32);
+    assertEquals(shapeOf("llama-3-8b").config.hidden, 14336);
+  });
+});
+
+describe("benchKernels", () => {
+  it("times every op, on full caches that merged, under every policy's name", async () => {
+    using backend = await Backend.open({ device: "cpu" });
+    const before = backend.liveHandles;
+    const seen = new Set<string>();
+    for await (
+      const row of benchKernels(backend, memory, {
+        shapes: "tiny",
+        ops: ["all"],
+        budgets: [16, 24],
+        batches: [1, 3],
+        policies: ["weighted-kv", "streaming-llm", "full"],
+        cacheType: "bf16",
+        positions: "cache",
+        dtypes: ["BF16", "Q4_1"],
+        activations: "int8",
+        rows: 8,
+        repeats: 2,
+        least: 0.5,
+        workingSet: 1 << 16,
+      })
+    ) {
+      seen.add(row.op);
+      assertPositive(row, "us", "usLow", "usHigh", "bytes", "gbps", "share");
+      assertPositive(row, "copies", "times", "batch");
+      assert(row.usLow <= row.us && row.us <= row.usHigh);
+      assertEquals(row.samples.length, 2);
+      if (row.op !== "attend" && row.op !== "chunk") continue;
+      assertEquals(row.kept, row.budget);
+      assertEquals((row.merged ?? 0) > 0, row.policy === "weighted-kv");
+      assertEquals((row.evicted ?? 0) > 0, row.policy === "streaming-llm");
+      // Keys and values of 2 heads, 16 dimensions, 2 bytes, and 16 of state.
+      if (row.op === "attend" && row.policy !== "full") {
+        assertEquals(row.bytes, row.batch * 2 * row.budget! * (2 * 32 + 16));
+        assert(row.copies * row.bytes >= 1 << 16);
+      }
+    }
+    assertEquals(
+      [...seen].sort(),
+      kernelOps.filter((op) => op !== "all" && op !== "linear").sort(),
+    );
+    assertEquals(backend.liveHandles, before);
+  });
+
+  it("refuses ops that it does not know", async () => {
+    using backend = await Backend.open({ device: "cpu" });
+    const options = { ops: ["atend"], shapes: "tiny" } as never;
+    await assertRejects(
+      () => benchKernels(backend, memory, options).next(),
+      RangeError,
+      'Unknown op "atend"',
+    );
+  });
+});
+
+describe("benchDecode", () => {
+  it("times steps and prompts of a real model, behind a full cache", async () => {
+    using model = await loadTiny();
+    const rows = [];
+    for await (
+      const row of benchDecode(model, memory, {
+        policies: ["weighted-kv", "full"],
+        budgets: [16, 24],
+        cache: { cacheType: "f32" },
+        batches: [1, 2],
+        tokens: 8,
+        prompts: [20],
+        prefill: "chunk:4",
+        repeats: 2,
+      })
+    ) rows.push(row);
+    const kinds = rows.map(({ test, policy, budget, batch }) =>
+      `${test} ${policy} ${budget} ${batch}`
+    );
+    const one = (policy: string, budget: number | null) => [
+      `prefill ${policy} ${budget} 1`,
+      `decode ${policy} ${budget} 1`,
+      `decode ${policy} ${budget} 2`,
+    ];
+    assertEquals(kinds, [
+      ...one("weighted-kv", 16),
+      ...one("weighted-kv", 24),
+      ...one("full", null),
+    ]);
+    for (const row of rows) {
+      assertPositive(row, "ms", "tokensPerSecond", "tokens", "weightBytes");
+      assertEquals(row.seen, row.kept + row.merged + row.evicted);
+      if (row.test === "prefill") {
+        assertEquals(row.samples.length, 2);
+        assertEquals(row.seen, 21 - 1);
+        continue;
+      }
+      assertPositive(row, "ms10", "ms90", "ms99", "deviceMs", "bytes", "gbps");
+      assertEquals(row.samples.length, 8);
+      assertEquals(row.seen, row.depth + 4 + 8);
+      if (row.policy === "weighted-kv") {
+        assertEquals(row.kept, row.budget);
+        assertGreater(row.merged, 0);
+      }
+    }
+  });
+});
+
+describe("wkv bench", () => {
+  it("prints kernels as JSON lines, and records them with their frame", async () => {
+    const file = await Deno.makeTempFile();
+    try {
+      const { stdout } = await ok([
+        ...["bench", "kernels", "--device", "cpu", "--shapes", "tiny"],
+        ...["--op", "attend,gated", "--budget", "16", "--cache-type", "bf16"],
+        ...["--dtype", "Q8_0", "--working-set", "1", "--repeats", "2"],
+        ...["--quick", "--json", "--record", file],
+      ]);
+      const [first, ...rows] = parse(stdout);
+      assertEquals(first!.test, "memory");
+      assertEquals(rows.map(({ op }) => op), ["attend", "gated"]);
+      assertPositive(rows[0]!, "us", "merged", "copies");
+      const result = JSON.parse(await Deno.readTextFile(file));
+      assertEquals(result.rows, [first, ...rows]);
+      assertEquals(result.library, "cpu");
+      assertEquals(result.kernels, await sourceHash("cpu"));
+      assert(result.command.startsWith("wkv bench kernels"));
+    } finally {
+      await Deno.remove(file);
+    }
+  });
+
+  it("prints a table of a model's steps", async () => {
+    const { stdout } = await ok([
+      ...["bench", "decode", "--device", "cpu", "--shapes", "tiny"],
+      ...["--budget", "16", "--batch", "1,2", "--tokens", "8", "--quick"],
+    ]);
+    const lines = stdout.trim().split("\n");
+    assertEquals(lines.length, 4, stdout);
+    assert(lines[1]!.includes("host ms"), stdout);
+    assert(lines[2]!.includes("tiny BF16, random"), stdout);
+  });
+
+  it("says what is wrong with its options", async () => {
+    const kernels = ["bench", "kernels"];
+    const decode = ["bench", "decode"];
+    await expectErrors([
+      { args: ["bench"], code: 2, says: ["kernels or decode"] },
+      { args: ["bench", "all"], code: 2, says: ['found "all"'] },
+      { args: [...kernels, "--depth", "3"], code: 2, says: ["no --depth"] },
+      { args: [...decode, "--op", "attend"], code: 2, says: ["no --op"] },
+      { args: [...kernels, "--model", "x"], code: 2, says: ["not --model"] },
+      { args: [...kernels, "--dtype", "Q3"], code: 2, says: ['found "Q3"'] },
+      { args: [...decode, "--dtype", "F16"], code: 2, says: ["--shapes"] },
+      { args: [...decode, "--policy", "x"], code: 2, says: ["Unknown policy"] },
+      {
+        args: [...decode, "--shapes", "tiny", "--model", "x"],
+        code: 2,
+        says: ["not both"],
+      },
+    ]);
+  });
+});
+
+describe("bench/gpu.ts", () => {
+  it("keeps what ran, and says what did not", async () => {
+    const file = await Deno.makeTempFile();
+    try {
+      const { success, stdout } = await new Deno.Command(Deno.execPath(), {
+        args: [
+          ...["run", "-A", "--no-prompt", "bench/gpu.ts", "--device", "cpu"],
+          ...["--shapes", "tiny", "--quick", "--out", file],
+          ...["--model", "missing.gguf"],
+        ],
+        cwd: ROOT,
+        stderr: "null",
+      }).output();
+      assert(success);
+      const result = JSON.parse(await Deno.readTextFile(file));
+      assertEquals(result.attention.length, 4);
+      assertEquals(result.decode.length, 2);
+      assertEquals(result.missing, [
+        "Peers attention, gptfast left out: they need a GPU",
+        "file ended with 2",
+      ]);
+      const text = new TextDecoder().decode(stdout);
+      assert(text.includes("ours/cudnn"), text);
+    } finally {
+      await Deno.remove(file);
+    }
+  });
+});
+
+describe("measureMemory", () => {
+  it("gives figures, or says why not", async () => {
+    const { bytesPerSecond, note } = await measureMemory("cpu");
+    assert(note !== undefined || (bytesPerSecond ?? 0) > 1e9);
+  });
+});
