@@ -4,8 +4,8 @@
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: of the tensor
- * cores with 8 bits (matmul_int8.cu), in f32 else (matmul.cu). Here: the ops' checks, and the choice.
+ * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: on the tensor
+ * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu). Here: the ops' checks, and the choice.
  */
 #include <algorithm>
 
@@ -30,38 +30,47 @@ __global__ void __launch_bounds__(256) copy_kernel(float* to, const float* from,
   for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < count; i += int64_t{gridDim.x} * 256) to[i] = from[i];
 }
 
-/** More rows than these gain by the tensor cores. */
-constexpr int32_t most_matvec_rows(bool int8) { return int8 ? 4 : 8; }
+/** Where a product of many rows goes. */
+enum class Way { Int8, Half, Plain };
+Way way_of(const WeightView& w, bool int8) {
+  if (int8) return Way::Int8;
+  return (w.dtype == WKV_F16 || w.dtype == WKV_BF16) && w.columns % 32 == 0 ? Way::Half : Way::Plain;
+}
 
-/** out = in . w^T, or gated with `up` (data null: not). */
+/** out = in . w^T, or gated with `up` (data null: not), by kernels for many rows. */
+void project_many(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, uint8_t* scratch) {
+  const Way way = way_of(w, int8);
+  if (way == Way::Int8) return matmul_int8(ctx, round_rows(ctx, in, scratch), w, up, to);
+  if (way == Way::Half) return matmul_half(ctx, split_rows(ctx, in, w.dtype == WKV_BF16, scratch), w, up, to);
+  const float* x = norm_rows(ctx, in, scratch);
+  matmul_f32(ctx, x, in.rows, w, to);
+  if (!up.data) return;
+  float* ups = reinterpret_cast<float*>(scratch + prepared_bytes(in));
+  matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0});
+  launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, ups, w.rows);
+}
+
+/** Scratch: x prepared, then rows of up's product, then x copied. */
 void project(Context& ctx, InputView in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
-  const bool gated = up.data != nullptr;
-  const size_t own = prepared_bytes(in);
-  uint8_t* scratch = ctx.reserve(own * 2 + size_t(in.rows) * w.rows * (gated ? 4 : 0));
-  if (in.rows <= most_matvec_rows(int8)) {
+  const size_t own = prepared_bytes(in), ups = up.data ? round_up(size_t(in.rows) * w.rows * 4) : 0;
+  uint8_t* scratch = ctx.reserve(own + ups + (aliased ? own : 0));
+  if (up.data && w.dtype != up.dtype) {  // each by its own kernel
+    project_many(ctx, in, w, WeightView{}, int8, to, scratch);
+    project_many(ctx, in, up, WeightView{}, int8, {reinterpret_cast<float*>(scratch + own), w.rows, nullptr, 0}, scratch);
+    launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, reinterpret_cast<float*>(scratch + own), w.rows);
+    return;
+  }
+  if (in.rows <= (way_of(w, int8) == Way::Plain ? 8 : 4)) {  // more gain by the tensor cores
+    InputView own_in = in;
     if (aliased) {
-      float* copied = reinterpret_cast<float*>(scratch + own);
+      float* copied = reinterpret_cast<float*>(scratch + own + ups);
       const int64_t count = int64_t{in.rows} * in.columns;
       launch(ctx, copy_kernel, {dim3(std::min(1024, divide_up(count, 256))), dim3(256)}, copied, in.x, count);
-      in.x = copied;
+      own_in.x = copied;
     }
-    if (matvec(ctx, in, w, up, int8, to)) return;
+    if (matvec(ctx, own_in, w, up, int8, to)) return;
   }
-  float* ups = reinterpret_cast<float*>(scratch + own * 2);
-  const OutputView to_ups{ups, w.rows, nullptr, 0};
-  if (int8) {
-    const RoundedView x = round_rows(ctx, in, scratch);
-    const bool fused = gated && w.dtype == up.dtype;
-    matmul_int8(ctx, x, w, fused ? up : WeightView{}, to);
-    if (fused || !gated) return;
-    matmul_int8(ctx, x, up, WeightView{}, to_ups);
-  } else {
-    const float* x = norm_rows(ctx, in, scratch);
-    matmul_f32(ctx, x, in.rows, w, to);
-    if (!gated) return;
-    matmul_f32(ctx, x, in.rows, up, to_ups);
-  }
-  launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, ups, w.rows);
+  project_many(ctx, in, w, up, int8, to, scratch);
 }
 
 TensorRef find_weight(int32_t context, int32_t handle, const char* what) {

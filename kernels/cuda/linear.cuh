@@ -39,14 +39,24 @@ struct RoundedView {
   int32_t rows, stride;
 };
 
-/** Bytes of scratch that round_rows and norm_rows need. */
-inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * in.columns * 4); }
+/** Rows of x as sums of two f16 or bf16, [rows][block of 32][high, low][32]; true values are factors[t] times as large. */
+struct SplitView {
+  const uint8_t* parts;
+  const float* factors;
+  int32_t rows;
+};
+
+/** Bytes of scratch that norm_rows, round_rows and split_rows need. */
+inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * (in.columns + 1) * 4); }
 RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch);
+SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch);
 /** norm(x), or x itself where there is no norm. */
 const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch);
 
 /** out = x . w^T, gated where up has data; weights must be of one dtype. */
 void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to);
+/** The same for f16 and bf16 weights; columns must be a multiple of 32. */
+void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to);
 /** out = x . w^T in f32. */
 void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to);
 

@@ -50,6 +50,34 @@ __global__ void __launch_bounds__(256) round_kernel(InputView in, int32_t* q, fl
   }
 }
 
+/** f16 has few exponents, so there the row's highest number is brought to 2^14 by a power of two. */
+template <bool kBf16>
+__global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts, float* factors) {
+  using T = std::conditional_t<kBf16, __nv_bfloat16, __half>;
+  __shared__ float area[32];
+  wait_for_previous();
+  let_next_start();
+  const int32_t columns = in.columns;
+  const float* x = in.x + int64_t{blockIdx.x} * columns;
+  const float scale = row_scale(in, x);
+  const auto value = [&](int32_t c) { return in.norm ? x[c] * scale * in.norm[c] : x[c]; };
+  float factor = 1.0f;
+  if (!kBf16) {
+    float most = 0.0f;
+    for (int32_t c = threadIdx.x; c < columns; c += 256) most = fmaxf(most, fabsf(value(c)));
+    most = block_max(most, area);
+    if (most > 0.0f && most <= 3.402823466e38f) factor = ldexpf(1.0f, max(ilogbf(most) - 14, -120));
+  }
+  T* out = reinterpret_cast<T*>(parts + int64_t{blockIdx.x} * columns * 4);
+  for (int32_t c = threadIdx.x; c < columns; c += 256) {
+    const float v = value(c) / factor;
+    const T high = from_float<T>(v);
+    out[c / 32 * 64 + c % 32] = high;
+    out[c / 32 * 64 + 32 + c % 32] = from_float<T>(v - to_float(high));
+  }
+  if (threadIdx.x == 0) factors[blockIdx.x] = factor;
+}
+
 /** Reads 4 columns of a row at once. */
 template <int kType>
 __device__ inline float4 weights4(const WeightView& w, int64_t row, int32_t column) {
@@ -154,6 +182,12 @@ RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch) {
   float2* of = reinterpret_cast<float2*>(scratch + size_t(in.rows) * in.columns);
   launch(ctx, round_kernel, {dim3(in.rows), dim3(256)}, in, reinterpret_cast<int32_t*>(scratch), of, stride);
   return {reinterpret_cast<int8_t*>(scratch), of, in.rows, stride};
+}
+
+SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch) {
+  float* factors = reinterpret_cast<float*>(scratch + size_t(in.rows) * in.columns * 4);
+  launch(ctx, bf16 ? split_kernel<true> : split_kernel<false>, {dim3(in.rows), dim3(256)}, in, scratch, factors);
+  return {scratch, factors, in.rows};
 }
 
 void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to) {

@@ -7,21 +7,11 @@
  * into shared memory while it works. Few rows of x: the 8 warps share the columns out, and their sums meet in shared memory in a fixed
  * order; many: each warp has a tile of its own. Bytes moved: w once a kTokens rows of x, x once a kRows rows of w (from the second level).
  */
-#include "linear.cuh"
-#include "mma.cuh"
+#include "tile.cuh"
 
 namespace wkv {
 namespace {
 
-constexpr int kThreads = 256;
-
-/** How a block is laid out: warps along w, x and C; tiles of 16 rows of w and of 8 of x a warp; blocks of 32 columns a stage; blocks that share
- *  a multiprocessor. */
-template <int kWarpsW, int kWarpsX, int kTilesW, int kTilesX, int kBlocks_, int kStages_, int kResident_>
-struct Plan {
-  static constexpr int kAlongX = kWarpsX, kAlongC = 8 / kWarpsW / kWarpsX, kW = kTilesW, kX = kTilesX, kBlocks = kBlocks_, kStages = kStages_, kResident = kResident_;
-  static constexpr int kRows = 16 * kTilesW * kWarpsW, kTokens = 8 * kTilesX * kWarpsX;
-};
 using Few = Plan<1, 1, 2, 1, 8, 8, 3>;
 using Some = Plan<1, 1, 2, 4, 8, 4, 2>;
 using More = Plan<1, 1, 2, 8, 8, 3, 2>;
@@ -34,45 +24,37 @@ struct Stage {
   static constexpr int kRowW = P::kBlocks * kQuants + 16, kRowX = P::kBlocks * 32 + 32;
   static constexpr int kAtX = P::kRows * kRowW, kAtOf = kAtX + P::kTokens * kRowX, kAtScales = kAtOf + P::kBlocks * P::kTokens * 8;
   static constexpr int kBytes = kAtScales + P::kRows * P::kBlocks * kScale;
-  static constexpr int kStrideW = P::kRows + 4;  // of the warps' sums
-  static constexpr int kSums = P::kAlongC > 1 ? 8 * P::kTokens * kStrideW * 4 : 0;
-  static constexpr int kShared = P::kStages * kBytes > kSums ? P::kStages * kBytes : kSums;
+  static constexpr int kShared = P::kStages * kBytes > P::kSums ? P::kStages * kBytes : P::kSums;
 };
 
 template <int kType, typename P>
-__global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(RoundedView x, WeightView w, WeightView up, int32_t gated, OutputView to) {
+__global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_int8_kernel(RoundedView x, WeightView w, WeightView up, int32_t gated, OutputView to) {
   using S = Stage<kType, P>;
   extern __shared__ __align__(16) uint8_t shared[];
-  const int32_t blocks = w.columns / 32, t0 = blockIdx.x * P::kTokens, j0 = blockIdx.y * (P::kRows >> gated);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, i = lane % 4;
-  const int along_w = warp / (P::kAlongX * P::kAlongC), along_x = warp / P::kAlongC % P::kAlongX, along_c = warp % P::kAlongC;
-
-  // Row r of the tile; gated: 16 of gate, 16 of up, in turn. Past the end the last row stands in.
-  const auto row_of = [&](int r) { return min(w.rows - 1, j0 + (gated ? r / 32 * 16 + r % 16 : r)); };
-  const auto view_of = [&](int r) -> const uint8_t* { return gated && r / 16 % 2 ? up.data : w.data; };
-  const auto scales_of = [&](int r) { return reinterpret_cast<const uint8_t*>(gated && r / 16 % 2 ? up.scales : w.scales); };
+  const Tile<P> tile(w, up, gated, x.rows);
+  const int32_t blocks = w.columns / 32;
   const auto fetch_w = [&](int32_t s) {
     uint8_t* stage = shared + s % P::kStages * S::kBytes;
     constexpr int kChunks = P::kBlocks * S::kQuants / 16;
     const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
 #pragma unroll 1
-    for (int u = threadIdx.x; u < P::kRows * kChunks; u += kThreads) {
+    for (int u = threadIdx.x; u < P::kRows * kChunks; u += kTileThreads) {
       const int r = u / kChunks, c = u % kChunks;
-      if (c * 16 < have * S::kQuants) copy_async<16>(stage + r * S::kRowW + c * 16, view_of(r) + (int64_t{row_of(r)} * blocks + first) * S::kQuants + c * 16);
+      if (c * 16 < have * S::kQuants) copy_async<16>(stage + r * S::kRowW + c * 16, tile.data(r) + (tile.row_in(r) * blocks + first) * S::kQuants + c * 16);
     }
     constexpr int kFour = 4 / S::kScale;  // blocks whose scales are 4 bytes
     uint8_t* scales = stage + S::kAtScales;
     if (blocks % kFour == 0) {
 #pragma unroll 1
-      for (int u = threadIdx.x; u < P::kRows * P::kBlocks / kFour; u += kThreads) {
+      for (int u = threadIdx.x; u < P::kRows * P::kBlocks / kFour; u += kTileThreads) {
         const int r = u / (P::kBlocks / kFour), b = u % (P::kBlocks / kFour) * kFour;
-        if (b < have) copy_async<4>(scales + (r * P::kBlocks + b) * S::kScale, scales_of(r) + (int64_t{row_of(r)} * blocks + first + b) * S::kScale);
+        if (b < have) copy_async<4>(scales + (r * P::kBlocks + b) * S::kScale, tile.scales(r) + (tile.row_in(r) * blocks + first + b) * (S::kScale / 2));
       }
     } else {
 #pragma unroll 1
-      for (int u = threadIdx.x; u < P::kRows * P::kBlocks; u += kThreads) {
+      for (int u = threadIdx.x; u < P::kRows * P::kBlocks; u += kTileThreads) {
         const int r = u / P::kBlocks, b = u % P::kBlocks;
-        if (b < have) reinterpret_cast<__half*>(scales)[u] = reinterpret_cast<const __half*>(scales_of(r))[int64_t{row_of(r)} * blocks + first + b];
+        if (b < have) reinterpret_cast<__half*>(scales)[u] = tile.scales(r)[tile.row_in(r) * blocks + first + b];
       }
     }
   };
@@ -80,14 +62,14 @@ __global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(Rou
     uint8_t* stage = shared + s % P::kStages * S::kBytes;
     const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
 #pragma unroll 1
-    for (int u = threadIdx.x; u < P::kTokens * P::kBlocks * 2; u += kThreads) {
+    for (int u = threadIdx.x; u < P::kTokens * P::kBlocks * 2; u += kTileThreads) {
       const int t = u / (P::kBlocks * 2), c = u % (P::kBlocks * 2);
-      if (c < have * 2) copy_async<16>(stage + S::kAtX + t * S::kRowX + c * 16, x.q + (int64_t{min(t0 + t, x.rows - 1)} * blocks + first) * 32 + c * 16);
+      if (c < have * 2) copy_async<16>(stage + S::kAtX + t * S::kRowX + c * 16, x.q + (tile.token_in(t) * blocks + first) * 32 + c * 16);
     }
 #pragma unroll 1
-    for (int u = threadIdx.x; u < P::kBlocks * P::kTokens / 2; u += kThreads) {
+    for (int u = threadIdx.x; u < P::kBlocks * P::kTokens / 2; u += kTileThreads) {
       const int b = u / (P::kTokens / 2), t = u % (P::kTokens / 2) * 2;
-      if (b < have) copy_async<16>(stage + S::kAtOf + (b * P::kTokens + t) * 8, x.of + int64_t{first + b} * x.stride + min(t0 + t, x.stride - 2));
+      if (b < have) copy_async<16>(stage + S::kAtOf + (b * P::kTokens + t) * 8, x.of + int64_t{first + b} * x.stride + min(tile.t0 + t, x.stride - 2));
     }
   };
 
@@ -116,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(Rou
     const uint8_t* stage = shared + s % P::kStages * S::kBytes;
     const int32_t have = min(P::kBlocks, blocks - s * P::kBlocks);
 #pragma unroll
-    for (int b = along_c; b < P::kBlocks; b += P::kAlongC) {
+    for (int b = tile.along_c; b < P::kBlocks; b += P::kAlongC) {
       if (b >= have) break;
       int32_t a[P::kW][4];
       float scale[P::kW][2], least[P::kW][2];
@@ -124,8 +106,8 @@ __global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(Rou
       for (int m = 0; m < P::kW; m++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const int r = (along_w * P::kW + m) * 16 + h * 8 + group;
-          const int32_t* from = reinterpret_cast<const int32_t*>(stage + r * S::kRowW + b * S::kQuants) + i;
+          const int r = (tile.along_w * P::kW + m) * 16 + h * 8 + tile.group;
+          const int32_t* from = reinterpret_cast<const int32_t*>(stage + r * S::kRowW + b * S::kQuants) + tile.i;
           if (kType == WKV_Q8_0) a[m][h] = from[0], a[m][2 + h] = from[4];
           else a[m][h] = from[0] & 0x0f0f0f0f, a[m][2 + h] = from[0] >> 4 & 0x0f0f0f0f;
           const __half* of = reinterpret_cast<const __half*>(stage + S::kAtScales) + (r * P::kBlocks + b) * (S::kScale / 2);
@@ -135,9 +117,9 @@ __global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(Rou
       }
 #pragma unroll
       for (int n = 0; n < P::kX; n++) {
-        const int t = (along_x * P::kX + n) * 8;
-        const int2 words = *reinterpret_cast<const int2*>(stage + S::kAtX + (t + group) * S::kRowX + b * 32 + i * 8);
-        const float4 of = *reinterpret_cast<const float4*>(stage + S::kAtOf + (b * P::kTokens + t + 2 * i) * 8);
+        const int t = (tile.along_x * P::kX + n) * 8;
+        const int2 words = *reinterpret_cast<const int2*>(stage + S::kAtX + (t + tile.group) * S::kRowX + b * 32 + tile.i * 8);
+        const float4 of = *reinterpret_cast<const float4*>(stage + S::kAtOf + (b * P::kTokens + t + 2 * tile.i) * 8);
 #pragma unroll
         for (int m = 0; m < P::kW; m++) {
           int32_t dot[4];
@@ -153,53 +135,15 @@ __global__ void __launch_bounds__(kThreads, P::kResident) matmul_int8_kernel(Rou
     }
   }
 
-  if constexpr (P::kAlongC == 1) {
-#pragma unroll
-    for (int m = 0; m < P::kW; m++) {
-      if (gated && m % 2) continue;
-#pragma unroll
-      for (int n = 0; n < P::kX; n++) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const int r = (along_w * P::kW + m) * 16 + k / 2 * 8 + group;
-          const int32_t t = t0 + (along_x * P::kX + n) * 8 + 2 * i + k % 2, j = j0 + (gated ? r / 32 * 16 + r % 16 : r);
-          if (t < x.rows && j < w.rows) to.put(t, j, gated ? silu_times(total[m][n][k], total[(m + 1) % P::kW][n][k]) : total[m][n][k]);
-        }
-      }
-    }
-  } else {
-    float* sums = reinterpret_cast<float*>(shared);  // [warp][t][row]
-    wait_copies<0>();
-    __syncthreads();
-#pragma unroll
-    for (int m = 0; m < P::kW; m++) {
-#pragma unroll
-      for (int n = 0; n < P::kX; n++) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) sums[(warp * P::kTokens + n * 8 + 2 * i + k % 2) * S::kStrideW + m * 16 + k / 2 * 8 + group] = total[m][n][k];
-      }
-    }
-    __syncthreads();
-    const auto sum = [&](int t, int r) {
-      float all = 0.0f;
-#pragma unroll
-      for (int k = 0; k < 8; k++) all += sums[(k * P::kTokens + t) * S::kStrideW + r];
-      return all;
-    };
-    const int wide = P::kRows >> gated;
-    for (int o = threadIdx.x; o < P::kTokens * wide; o += kThreads) {
-      const int t = o / wide, r = o % wide;
-      if (t0 + t >= x.rows || j0 + r >= w.rows) continue;
-      to.put(t0 + t, j0 + r, gated ? silu_times(sum(t, r / 16 * 32 + r % 16), sum(t, r / 16 * 32 + 16 + r % 16)) : sum(t, r));
-    }
-  }
+  wait_copies<0>();
+  tile.finish(total, nullptr, reinterpret_cast<float*>(shared), to);
 }
 
 template <int kType, typename P>
 void launch_matmul(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
   const int32_t gated = up.data != nullptr;
   const dim3 grid(divide_up(x.rows, P::kTokens), divide_up(w.rows, P::kRows >> gated));
-  launch(ctx, matmul_int8_kernel<kType, P>, {grid, dim3(kThreads), Stage<kType, P>::kShared}, x, w, up, gated, to);
+  launch(ctx, matmul_int8_kernel<kType, P>, {grid, dim3(kTileThreads), Stage<kType, P>::kShared}, x, w, up, gated, to);
 }
 
 template <int kType>

@@ -23,4 +23,19 @@ __device__ inline void mma_int8(int32_t (&d)[4], const int32_t (&a)[4], int32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
+/** d = a [16 x 16] . b [16 x 8] + c in f32, a and b f16 or bf16. Lane 4 g + i has a: columns 2 i, 2 i + 1 of row g, of row g + 8, and both from
+ *  8 + 2 i; b: rows 2 i, 2 i + 1 of column g, and from 8 + 2 i; c, d as above. */
+template <bool kBf16>
+__device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0, int32_t b1, const float (&c)[4]) {
+  if constexpr (kBf16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  }
+}
+
 }  // namespace wkv
