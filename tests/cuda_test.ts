@@ -13,11 +13,15 @@ import {
   assertRejects,
   assertStringIncludes,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
+import { afterAll, describe, it } from "@std/testing/bdd";
 import { Backend } from "../src/backend/backend.ts";
 import { buildCudaLibrary, sourceHash } from "../src/backend/build.ts";
-import { WkvError } from "../src/backend/error.ts";
-import { CUDA_LIBRARY_VARIABLE } from "../src/backend/library.ts";
+import { LibraryError, WkvError } from "../src/backend/error.ts";
+import {
+  buildFolders,
+  CUDA_LIBRARY_VARIABLE,
+  findCudaLibrary,
+} from "../src/backend/library.ts";
 import { ABI_VERSION, symbols, wkv_status } from "../src/backend/symbols.ts";
 import { execute } from "./cli_process.ts";
 import { runScript } from "./isolated.ts";
@@ -27,11 +31,11 @@ const compiler = Deno.env.get("NVCC") || "nvcc";
 /** What a script writes before what it gives. */
 const FOUND = "found ";
 
-let temporary = "";
+const temporary = await Deno.makeTempDir({ prefix: "wkv_cuda_" });
 /** The library; null where there is none and nvcc is not to be found. */
-let library: string | null = null;
+const library = await findOrBuild();
 /** The GPU in words; null when there is none. */
-let gpu: string | null = null;
+const gpu = library === null ? null : (await opening({})).ok ?? null;
 
 /** Runs a script that prints one JSON value with `give(...)`. */
 async function ask<T>(
@@ -101,37 +105,36 @@ async function compile(name: string, text: string): Promise<string> {
   return path;
 }
 
-beforeAll(async () => {
-  temporary = await Deno.makeTempDir({ prefix: "wkv_cuda_" });
-  // In a process of its own, which may set variables: found, or built for one
-  // target, as compiling for several takes minutes.
-  const named = Deno.env.get(CUDA_LIBRARY_VARIABLE);
-  if (named || await hasCompiler()) {
-    library = await ask<string>(
-      `give((await findCudaLibrary()).path);`,
-      { WKV_CUDA_TARGETS: Deno.env.get("WKV_CUDA_TARGETS") || "sm_90" },
-    );
-    gpu = (await opening({})).ok ?? null;
-  } else {
-    console.log(`Skipped what takes the CUDA library: no ${compiler} here`);
+/**
+ * The library that there is, or one built for one target, as several take
+ * minutes. It goes to a folder of its own: with one in the build folder, every
+ * test on a machine without a GPU would note that it leaves CUDA aside. The
+ * objects that are kept there make the next run's build a matter of linking.
+ */
+async function findOrBuild(): Promise<string | null> {
+  try {
+    return (await findCudaLibrary({ build: false })).path;
+  } catch (error) {
+    if (!(error instanceof LibraryError)) throw error;
   }
-});
+  if (!await hasCompiler()) return null;
+  const targets = (Deno.env.get("WKV_CUDA_TARGETS") || "sm_90").split(",");
+  const folder = `${buildFolders()[0]}/cuda_test`;
+  return await buildCudaLibrary({ folder, targets });
+}
+
 afterAll(async () => {
   await Deno.remove(temporary, { recursive: true });
 });
 
-/** A test that takes the library; without one it does nothing. */
+/** A test that takes the library. */
 function withLibrary(name: string, body: () => Promise<void>): void {
-  it(name, async () => {
-    if (library !== null) await body();
-  });
+  it(name, { skip: library === null && `No ${compiler} here` }, body);
 }
 
 /** A test that takes a GPU, too. */
 function withGpu(name: string, body: () => Promise<void>): void {
-  it(name, async () => {
-    if (gpu !== null) await body();
-  });
+  it(name, { skip: gpu === null && "No GPU here" }, body);
 }
 
 describe("the CUDA library", () => {
