@@ -42,12 +42,14 @@ export interface Ended {
 }
 
 /**
- * Runs a TypeScript text in a child process with these permissions. Imports of
- * files of this repository are written as `src/...`.
+ * Runs a TypeScript text in a child process with these permissions and, beside
+ * this process's own, these variables. Imports of files of this repository are
+ * written as `src/...`.
  */
 export async function runScript(
   script: string,
   permissions: string[],
+  env: Record<string, string> = {},
 ): Promise<Ended> {
   const root = new URL("../", import.meta.url).href;
   const child = new Deno.Command(Deno.execPath(), {
@@ -59,6 +61,7 @@ export async function runScript(
       ...permissions,
       "-",
     ],
+    env,
     stdin: "piped",
     stdout: "piped",
     stderr: "piped",

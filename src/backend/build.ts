@@ -172,6 +172,7 @@ export async function buildCudaLibrary(
     Deno.env.get("WKV_CUDA_TARGETS")?.split(",").map((t) => t.trim())
       .filter((t) => t !== "") ??
     cudaTargets;
+  if (targets.length === 0) throw new RangeError("No CUDA target is given");
   const flags = [
     "-std=c++17",
     "-O3",
