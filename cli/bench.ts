@@ -113,7 +113,6 @@ a copy's, reads and writes counted, on a CPU that of all cores reading.`,
       read: ["/proc/cpuinfo", "/sys/devices/system/cpu"],
       run: ["g++", "nvidia-smi"],
       ffi: ["libcuda.so.1"],
-      env: ["WKV_LIB_CUDA"],
       ...(values.record ? { write: [values.record] } : {}),
     }),
   async run({ values, operands, terminal, signal }) {

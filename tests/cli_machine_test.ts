@@ -220,7 +220,7 @@ describe("wkv doctor", () => {
     assertEquals(found.model, { ok: true, text: model });
     assertEquals(
       Object.keys(found.permissions).slice(0, 3),
-      ["generate", "perplexity", "pull"],
+      ["generate", "perplexity", "bench"],
     );
     const text = (await ok(["doctor"])).stdout;
     assertStringIncludes(text, found.library);

@@ -37,10 +37,10 @@ describe("help and usage", () => {
       const { stdout, stderr, ms } = await ok(["--help"]);
       best = Math.min(best, ms);
       assertEquals(stderr, "");
-      for (const name of ["generate", "perplexity", "doctor"]) {
+      for (const name of ["generate", "perplexity", "bench", "doctor"]) {
         assertStringIncludes(stdout, `\n  ${name} `);
       }
-      for (const name of ["chat", "eval", "compare", "bench", "plan"]) {
+      for (const name of ["chat", "eval", "compare", "plan"]) {
         assert(!stdout.includes(`\n  ${name} `), name);
       }
     }

@@ -35,30 +35,67 @@ def random(*shape):
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02
 
 
+def parameter(*shape):
+    return torch.nn.Parameter(random(*shape))
+
+
 class Layer(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv = torch.nn.Parameter(random((HEADS + 2 * KV_HEADS) * DIM, WIDTH))
-        self.output = torch.nn.Parameter(random(WIDTH, HEADS * DIM))
-        self.gate_up = torch.nn.Parameter(random(2 * HIDDEN, WIDTH))
-        self.down = torch.nn.Parameter(random(WIDTH, HIDDEN))
-        self.norms = torch.nn.Parameter(torch.ones(2, WIDTH, device="cuda", dtype=torch.bfloat16))
-        self.keys = self.values = None
+        self.qkv = parameter((HEADS + 2 * KV_HEADS) * DIM, WIDTH)
+        self.output = parameter(WIDTH, HEADS * DIM)
+        self.gate_up = parameter(2 * HIDDEN, WIDTH)
+        self.down = parameter(WIDTH, HIDDEN)
+        self.attention_norm = parameter(WIDTH)
+        self.feed_forward_norm = parameter(WIDTH)
 
-    def reset(self, batch, cache):
-        self.keys, self.values = (random(batch, KV_HEADS, cache, DIM) for _ in range(2))
+    def open_cache(self, batch, cache):
+        # Buffers keep their place, so that CUDA graphs use them where they are.
+        self.register_buffer("keys", random(batch, KV_HEADS, cache, DIM))
+        self.register_buffer("values", random(batch, KV_HEADS, cache, DIM))
 
     def forward(self, x, position, cosine, sine, mask):
         batch = x.shape[0]
-        parts = F.linear(F.rms_norm(x, (WIDTH,), self.norms[0]), self.qkv).split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], -1)
+        parts = F.linear(F.rms_norm(x, (WIDTH,), self.attention_norm), self.qkv).split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], -1)
         q, k, v = (part.view(batch, 1, -1, DIM).transpose(1, 2) for part in parts)
         q, k = (t * cosine + torch.cat([-t[..., DIM // 2 :], t[..., : DIM // 2]], -1) * sine for t in (q, k))
         self.keys[:, :, position] = k
         self.values[:, :, position] = v
         y = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask, enable_gqa=True)
         x = x + F.linear(y.transpose(1, 2).reshape(batch, 1, -1), self.output)
-        gate, up = F.linear(F.rms_norm(x, (WIDTH,), self.norms[1]), self.gate_up).chunk(2, -1)
+        gate, up = F.linear(F.rms_norm(x, (WIDTH,), self.feed_forward_norm), self.gate_up).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, self.down)
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer() for _ in range(layers)])
+        self.embedding = parameter(VOCABULARY, WIDTH)
+        self.norm = parameter(WIDTH)
+        self.head = parameter(VOCABULARY, WIDTH)
+
+    def open_cache(self, batch, cache):
+        places = torch.arange(cache, device="cuda")
+        angles = torch.outer(places.float(), BASE ** (-torch.arange(DIM // 2, device="cuda").float() / (DIM // 2)))
+        angles = torch.cat([angles, angles], -1)
+        self.register_buffer("places", places)
+        self.register_buffer("cosines", angles.cos().bfloat16())
+        self.register_buffer("sines", angles.sin().bfloat16())
+        for layer in self.layers:
+            layer.open_cache(batch, cache)
+
+    def forward(self, token, position):
+        x = self.embedding[token]
+        cosine, sine = self.cosines[position][None, None], self.sines[position][None, None]
+        mask = (self.places <= position)[None, None, None]
+        for layer in self.layers:
+            x = layer(x, position, cosine, sine, mask)
+        return F.linear(F.rms_norm(x, (WIDTH,), self.norm), self.head)[:, -1].argmax(-1, keepdim=True)
+
+
+def step(model, token, position):
+    return model(token, position)
 
 
 def main():
@@ -66,38 +103,25 @@ def main():
     torch.set_grad_enabled(False)
     torch.set_float32_matmul_precision("high")
     torch._inductor.config.coordinate_descent_tuning = not args.quick
-    layers = torch.nn.ModuleList([Layer() for _ in range(args.layers)])
-    embedding, head = random(VOCABULARY, WIDTH), random(VOCABULARY, WIDTH)
-    weights = 2 * (sum(p.numel() for p in layers.parameters()) + head.numel())
+    model = Decoder(args.layers)
+    weights = 2 * (sum(p.numel() for p in model.parameters()) - model.embedding.numel())
 
     for cache in args.cache:
-        places = torch.arange(cache, device="cuda")
-        angles = torch.outer(places.float(), BASE ** (-torch.arange(DIM // 2, device="cuda").float() / (DIM // 2)))
-        cosines, sines = (torch.cat([t, t], -1).bfloat16() for t in (angles.cos(), angles.sin()))
         for batch in args.batch:
             torch._dynamo.reset()
-            for layer in layers:
-                layer.reset(batch, cache)
-
-            def step(token, position):
-                x = embedding[token]
-                mask = (places <= position)[None, None, None]
-                for layer in layers:
-                    x = layer(x, position, cosines[position][None, None], sines[position][None, None], mask)
-                return F.linear(x, head)[:, -1].argmax(-1, keepdim=True)
-
-            compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+            model.open_cache(batch, cache)
+            decode = torch.compile(step, mode="reduce-overhead", fullgraph=True)
             token = torch.zeros(batch, 1, device="cuda", dtype=torch.long)
             position = torch.tensor([max(0, cache - args.tokens - 8)], device="cuda")
             start = time.perf_counter()
             for _ in range(5):
-                token = compiled(token, position).clone()
+                token = decode(model, token, position).clone()
                 position += 1
             torch.cuda.synchronize()
             compile_seconds = time.perf_counter() - start
             start = time.perf_counter()
             for _ in range(args.tokens):
-                token = compiled(token, position).clone()
+                token = decode(model, token, position).clone()
                 position += 1
             torch.cuda.synchronize()
             ms = (time.perf_counter() - start) * 1e3 / args.tokens
