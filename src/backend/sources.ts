@@ -2303,219 +2303,907 @@ class Threads {
  * attend.cu: wkv_attend, one decode step of one layer in one launch: attend, accumulate scores, select, merge, insert.
  *
  *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len
- *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (settle in cache.cuh)
+ *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 of the step (wkv.h, policy.h)
  *
- * qkv [B, (H + 2 N) D], out [B, H D]. A block owns one KV head of one sequence with all its query heads, so K and V are read once; its
- * weights [G, len + 1] stay in shared memory, or, for long caches, in scratch. Bytes moved: K and V of the cached tokens, 24 bytes of
- * state a slot, the rotation's tables (from the second-level cache). Sums are taken in a fixed order.
+ * qkv [B, (H + 2 N) D], out [B, H D]. A KV head of a sequence, with all its query heads, belongs to a cluster of blocks that share its
+ * slots tile by tile (one block where there are no clusters), so K and V are read once. What the blocks tell each other they push into
+ * each other's shared memory, where a barrier counts the bytes: first the highest score and the sum of each block, then its part of the
+ * output and its candidate for leaving. Then every block knows the victim: it updates the state of its own slots, and the block that
+ * owns the right neighbour merges and writes the new token's rows. The last block, \`home\`, owns the new token until it has a slot.
+ *
+ * The weights [entries, G] of a block stay in shared memory or, for long caches, in scratch. Keys are turned by their rank in registers:
+ * rank * (angle a position, in turns of 2^64) wraps as turns do, so the angle is exact to 2^-32 turns at any rank, without a table.
+ * Bytes moved: K and V of the cached tokens, 24 bytes of state a slot, three rows. Sums are taken in a fixed order.
  */
 #include <algorithm>
-#include <type_traits>
 
 #include "cache.cuh"
 
 namespace wkv {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kMostBlocks = 16;     // of a cluster; more than 8 need leave
+constexpr int kKeyRows = 2;         // keys that a thread works on at once, while as many are on their way
+constexpr int kAhead = 2 * kKeyRows;
+
+/** How the work is cut: chosen on the host from the sizes. */
+struct Plan {
+  int32_t blocks;                        // blocks of a cluster
+  int32_t key_lanes, value_lanes;        // log2 of the lanes that share a row
+  int32_t rows_at, outputs_at, weights_at;  // bytes of shared memory
+  int32_t room;                          // entries that a block may own
+  float* weights;                        // scratch, [units, blocks, room, kPad]; null: in shared memory
+};
 
 struct AttendView {
   CacheView cache;
+  Plan plan;
   const float* qkv;
   float* out;
   float scale;
   int32_t layer;
   const int32_t* victims;
-  float* weights;  // [units, G, stride], null: in shared memory
-  int32_t stride;
 };
 
-template <typename T>
-size_t fixed_shared(int32_t group, int32_t dim) {
-  return round_up(size_t(group) * dim * 4, 16) + 2 * round_up(size_t(dim) * sizeof(T), 16) + round_up(size_t(dim) * 4, 16) + size_t(kWarps) * group * 64 * 4;
+/** How rows are read: 16 bytes at a time where the sizes allow it (kWide). kGroup: query heads a KV head, or more (the rest are zeros). */
+template <typename T, int kGroup, bool kWide>
+struct Cut {
+  static constexpr int kPad = kGroup <= 2 ? kGroup : kGroup <= 4 ? 4 : kGroup <= 8 ? 8 : 16;  // floats between two entries' weights
+  static constexpr int kKey = kWide ? 16 / sizeof(T) : 1;                                      // a lane's part of either half of a key
+  static constexpr int kPairs = kWide ? 2 : 1;                                                 // pairs of q that are read at once
+  static constexpr int kValue = !kWide ? 2 : kGroup > 8 ? 4 : 16 / sizeof(T);                  // a lane's part of a value
+  static constexpr int kValueRows = kGroup <= 4 ? 8 : 4;                                       // values that a thread has on their way
+};
+
+/** A token that may leave; the lowest value wins, then the lowest rank. */
+struct alignas(16) Candidate {
+  uint32_t value;      // in an order that holds for bits
+  int32_t rank, slot;  // slot >= kept: the new token
+  int32_t bad;         // the lowest rank whose value is not a number
+  float average;
+  int32_t birth;
+  float arrived;       // home's: the new token's score
+  int32_t unused;
+};
+constexpr Candidate kNobody = {UINT_MAX, INT_MAX, 0, INT_MAX, 0.0f, 0, 0.0f, 0};
+
+template <int kPad>
+struct Area {
+  uint64_t met, told;  // barriers: every block's softmax has come; every block's output and candidate
+  float2 softmax[kMostBlocks][kPad];
+  Candidate candidates[kMostBlocks], found[kWarps];
+  float highest[kWarps][kPad], sums[kWarps][kPad];
+  float factor[kPad], share[kPad];  // from a block's weights to probabilities, and to what a score gains
+  float arrived;                    // the new token's score
+  int32_t newest;                   // the slot of the newest cached token, if it is this block's
+  int32_t right, right_birth;       // the victim's right neighbour, if it is this block's
+  float right_average;
+};
+
+// ---- rows ----
+
+template <int kBytes>
+struct BitsOf;
+template <>
+struct BitsOf<16> { using Type = uint4; };
+template <>
+struct BitsOf<8> { using Type = uint2; };
+template <>
+struct BitsOf<4> { using Type = uint32_t; };
+template <>
+struct BitsOf<2> { using Type = uint16_t; };
+
+/** Some numbers of a row, read at once. */
+template <typename T, int kCount>
+struct Pack {
+  typename BitsOf<kCount * sizeof(T)>::Type bits;
+  __device__ float operator[](int i) const { return to_float(reinterpret_cast<const T*>(&bits)[i]); }
+};
+
+template <int kCount, typename T>
+__device__ inline Pack<T, kCount> read_row(const T* at) {
+  return {__ldcg(reinterpret_cast<const typename BitsOf<kCount * sizeof(T)>::Type*>(at))};
 }
 
-/** kGroup: query heads a KV head, or more (then the rest are zeros). */
-template <typename T, int kGroup>
-__global__ void __launch_bounds__(kThreads) attend_kernel(AttendView a, Faults faults) {
-  extern __shared__ int4 shared4[];
-  __shared__ SettleArea area;
-  __shared__ float most[kGroup], factor[kGroup];
-  const CacheView& c = a.cache;
-  const int32_t tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, dim = c.head_dim, group = c.group(), pairs = c.rope.pairs;
-  const int32_t unit = blockIdx.x, n = unit % c.kv_heads;
-  const int64_t head = c.first + unit, b = unit / c.kv_heads;
-  Counts& counts = c.counts[head];
-  const int32_t kept = counts.kept, step = counts.steps + 1, total = kept + 1;
-  const Entries e = c.entries(head);
-  const T *keys = c.keys_of<T>(head), *values = c.values_of<T>(head);
-
-  uint8_t* at = reinterpret_cast<uint8_t*>(shared4);
-  const auto take = [&](size_t bytes) {
-    uint8_t* p = at;
-    at += (bytes + 15) / 16 * 16;
-    return p;
-  };
-  float* q = reinterpret_cast<float*>(take(size_t(kGroup) * dim * 4));  // [G, D], rotated
-  T* key = reinterpret_cast<T*>(take(dim * sizeof(T)));                  // the new token, as stored
-  T* value = reinterpret_cast<T*>(take(dim * sizeof(T)));
-  float* turn = reinterpret_cast<float*>(take(size_t(dim) * 4));         // cosines, then sines, of the new token's place
-  float* partial = reinterpret_cast<float*>(take(size_t(kWarps) * kGroup * 64 * 4));
-  float* weights = a.weights ? a.weights + int64_t{unit} * kGroup * a.stride : reinterpret_cast<float*>(at);
-
-  // The new token: q rotated at its rank or place, k and v rounded to what will be stored.
-  for (int32_t i = tid; i < pairs; i += kThreads) {
-    const float2 cs = c.rope.at(c.text ? step - 1 : kept, i);
-    turn[i] = cs.x, turn[i + pairs] = cs.y;
-  }
-  __syncthreads();
-  const float* row = a.qkv + b * (c.heads + 2 * c.kv_heads) * dim;
-  const auto turned = [&](const float* from, int32_t d) {
-    const float x = from[c.rope.source(d)];
-    if (d >= 2 * pairs) return x;
-    const int32_t i = d < pairs ? d : d - pairs;
-    const float other = from[c.rope.source(d < pairs ? d + pairs : i)];
-    return d < pairs ? x * turn[i] - other * turn[i + pairs] : other * turn[i + pairs] + x * turn[i];
-  };
-  for (int32_t i = tid; i < kGroup * dim; i += kThreads) {
-    const int32_t g = i / dim;
-    q[i] = g < group ? turned(row + (int64_t{n} * group + g) * dim, i % dim) : 0.0f;
-  }
-  const float *k = row + (int64_t{c.heads} + n) * dim, *v = k + int64_t{c.kv_heads} * dim;
-  for (int32_t d = tid; d < dim; d += kThreads) {
-    key[d] = from_float<T>(c.text ? turned(k, d) : k[c.rope.source(d)]);
-    value[d] = from_float<T>(v[d]);
-  }
-  __syncthreads();
-
-  // Scores: a warp a slot.
-  const int32_t turns = c.text ? 0 : pairs;
-  for (int32_t s = warp; s < total; s += kWarps) {
-    const T* from = s < kept ? keys + int64_t{s} * dim : key;
-    const int64_t rank = s < kept ? e.rank[s] : kept;
-    float sum[kGroup] = {};
-    for (int32_t i = lane; i < turns; i += 32) {
-      const float x = to_float(from[i]), y = to_float(from[i + turns]);
-      const float cosine = c.rope.cosines[rank * turns + i], sine = c.rope.sines[rank * turns + i];
-      const float first = x * cosine - y * sine, second = x * sine + y * cosine;
+template <int kCount>
+__device__ inline void read_floats(const float* from, float (&to)[kCount]) {
+  if constexpr (kCount % 4 == 0) {
 #pragma unroll
-      for (int g = 0; g < kGroup; g++) sum[g] = fmaf(first, q[g * dim + i], fmaf(second, q[g * dim + i + turns], sum[g]));
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(from + i);
+      to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
     }
-    for (int32_t d = 2 * turns + lane; d < dim; d += 32) {
-      const float x = to_float(from[d]);
+  } else {
 #pragma unroll
-      for (int g = 0; g < kGroup; g++) sum[g] = fmaf(x, q[g * dim + d], sum[g]);
+    for (int i = 0; i < kCount; i++) to[i] = from[i];
+  }
+}
+
+/** Bits in whose order floats lie as well. */
+__device__ inline uint32_t ordered(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 as 0
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+/** The angle at a position, in turns of 2^32 from -1/2 to 1/2. */
+__device__ inline float phase_at(uint32_t position, uint32_t high, uint32_t low) {
+  return static_cast<float>(static_cast<int32_t>(position * high + __umulhi(position, low)));
+}
+
+// ---- between the blocks of a cluster ----
+
+/** Writes into another block's memory, at the place of one's own \`at\`, and counts the bytes on its barrier. */
+template <typename V>
+__device__ inline void push(const V* at, const V& value, const uint64_t* barrier, int32_t block) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t to, counts;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(block));
+  const auto* words = reinterpret_cast<const uint32_t*>(&value);
+  if constexpr (sizeof(V) == 8) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(counts) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(V) / 4); i += 4) {
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + i * 4), "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(counts) : "memory");
     }
+  }
+#endif
+}
+
+/** Makes a barrier that one arrival and the bytes it announces complete. */
+__device__ inline void open_barrier(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+#endif
+}
+__device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(bytes) : "memory");
+#endif
+}
+__device__ inline void await(const uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\\nselp.u32 %0, 1, 0, p;\\n}" : "=r"(done) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+  } while (!done);
+#endif
+}
+
+/** Says that this block has begun and its barriers are open; await_begun waits for all of the cluster. */
+__device__ inline void say_begun() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;\\nbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void await_begun() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+/** After it the blocks of a cluster see what each wrote to global memory before. */
+__device__ inline void cluster_sync(int32_t blocks) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks > 1) {
+    asm volatile("barrier.cluster.arrive.release.aligned;\\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+/** Has a tile of rows brought to the second-level cache. */
+__device__ inline void prefetch(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
+#endif
+}
+
+// ---- a block's share of a step ----
+
+template <typename T, int kGroup, bool kWide>
+struct Attend {
+  using C = Cut<T, kGroup, kWide>;
+  static constexpr int kPad = C::kPad, kKey = C::kKey, kPairs = C::kPairs, kValue = C::kValue, kValueRows = C::kValueRows;
+
+  /** Parts of keys on their way from memory. */
+  struct Keys {
+    Pack<T, kKey> first[kKeyRows], second[kKeyRows];
+    int32_t rank[kKeyRows];
+  };
+  struct Own {
+    float score;
+    int32_t birth, rank;
+  };
+
+  const AttendView& a;
+  const CacheView& c;
+  const Faults& faults;
+  Area<kPad>& area;
+  const int32_t tid, warp, lane, dim, half, pairs, group, blocks, block, unit;
+  const bool home;
+  const int64_t head;
+  const Entries e;
+  T *const keys, *const values;
+  // Shared memory. Partial outputs take the place of all that only the scores need: phases, turned, q.
+  uint32_t *const high, *const low;  // [D / 2] the phases of the pairs a key is turned by
+  float2* const turned;              // [D / 2] the new token's key as it is attended to
+  float2* const q;                   // [D / 2, G] in the order of q_at, rotated and scaled
+  float* const partial;              // [parts, G, D]
+  T *const key, *const value, *const joined;  // rows: the new token's, as stored; the right neighbour's value
+  float2* const outputs;             // [blocks, slice] pushed
+  float* const weights;              // [entries, kPad] scores, then exponentials; at last [entry, 0] is the new score
+  // After read_counts.
+  int32_t kept = 0, step = 0;
+  int32_t local = 0, count = 0;  // entries of this block: its tiles', the last of which may not be full; with the new token
+  bool full = false;
+
+  __device__ Attend(const AttendView& a, const Faults& faults, Area<kPad>& area, uint8_t* shared)
+      : a(a), c(a.cache), faults(faults), area(area),
+        tid(threadIdx.x), warp(threadIdx.x >> 5), lane(threadIdx.x & 31), dim(c.head_dim), half(dim / 2), pairs(c.rope.pairs), group(c.group()),
+        blocks(a.plan.blocks), block(blockIdx.x % blocks), unit(blockIdx.x / blocks), home(block == blocks - 1),
+        head(c.first + unit), e(c.entries(head)), keys(c.keys_of<T>(head)), values(c.values_of<T>(head)),
+        high(reinterpret_cast<uint32_t*>(shared)), low(high + half), turned(reinterpret_cast<float2*>(low + half)), q(turned + half),
+        partial(reinterpret_cast<float*>(shared)),
+        key(reinterpret_cast<T*>(shared + a.plan.rows_at)), value(key + row_stride()), joined(value + row_stride()),
+        outputs(reinterpret_cast<float2*>(shared + a.plan.outputs_at)),
+        weights(a.plan.weights ? a.plan.weights + int64_t{blockIdx.x} * a.plan.room * kPad : reinterpret_cast<float*>(shared + a.plan.weights_at)) {}
+
+  __device__ int32_t row_stride() const { return (dim * int32_t(sizeof(T)) + 15) / 16 * 16 / int32_t(sizeof(T)); }
+
+  // Tiles of 256 / lanes slots go round the blocks.
+  __device__ int32_t tile_log() const { return 8 - a.plan.key_lanes; }
+  __device__ int32_t slot_at(int32_t i) const { return (((i >> tile_log()) * blocks + block) << tile_log()) | (i & ((1 << tile_log()) - 1)); }
+
+  /** The first of the two dimensions of pair x: a rotated pair, or a pair of those that are never rotated. */
+  __device__ int32_t first_of(int32_t x) const { return x < pairs ? x : 2 * pairs + (x - pairs) / kKey * 2 * kKey + (x - pairs) % kKey; }
+  __device__ int32_t second_of(int32_t x) const { return first_of(x) + (x < pairs ? pairs : kKey); }
+  /** Where pair x = unit * kKey + j of query head g lies: neighbouring units next to each other, kPairs pairs at a time. */
+  __device__ int32_t q_at(int32_t unit_of_key, int32_t j, int32_t g) const { return ((j / kPairs * kGroup + g) * (half / kKey) + unit_of_key) * kPairs + j % kPairs; }
+
+  /** What needs nothing of earlier kernels. */
+  __device__ void begin() {
+    for (int32_t i = tid; i < half; i += kThreads) {
+      const uint64_t phase = i < pairs ? c.rope.phases[i] : 0;
+      high[i] = static_cast<uint32_t>(phase >> 32), low[i] = static_cast<uint32_t>(phase);
+    }
+    if (tid == 0) {
+      area.right = -1, area.newest = -1;
+      if (blocks > 1) open_barrier(&area.met), open_barrier(&area.told);
+    }
+    __syncthreads();
+    if (blocks > 1) say_begun();
+  }
+
+  __device__ void use_counts(int2 counts) {
+    kept = counts.x, step = counts.y + 1;
+    full = kept >= c.slots;
+    const int32_t tiles = (kept + (1 << tile_log()) - 1) >> tile_log();
+    local = (tiles > block ? (tiles - block + blocks - 1) / blocks : 0) << tile_log();
+    count = local + (home ? 1 : 0);
+  }
+
+  __device__ bool fresh(int32_t i) const { return i >= local; }
+  __device__ bool used(int32_t i) const { return fresh(i) || slot_at(i) < kept; }
+  __device__ Own read_own(int32_t slot) const { return {e.score[slot], e.birth[slot], e.rank[slot]}; }
+  /** The state of entry i as it was; \`first\` is that of entry tid, read early. */
+  __device__ Own own(int32_t i, const Own& first) const {
+    if (fresh(i)) return {0.0f, step, kept};
+    return i == tid ? first : read_own(slot_at(i));
+  }
+
+  // ---- scores ----
+
+  /** Reads a lane's parts of kKeyRows keys, one a tile; slots from \`limit\` on are zeros. */
+  __device__ void read_keys(Keys& to, int32_t tile, int32_t turn, int32_t limit) const {
+    const int32_t lanes = 1 << a.plan.key_lanes, u = (tid & (lanes - 1)) + turn * lanes;
+    const int32_t first = first_of(u * kKey), second = second_of(u * kKey);
+#pragma unroll
+    for (int r = 0; r < kKeyRows; r++) {
+      const int32_t slot = slot_at(((tile + r) << tile_log()) + (tid >> a.plan.key_lanes));
+      to.first[r] = {}, to.second[r] = {}, to.rank[r] = 0;
+      if (u * kKey < half && slot < limit) {
+        const T* row = keys + int64_t{slot} * dim;
+        to.first[r] = read_row<kKey>(row + first);
+        to.second[r] = read_row<kKey>(row + second);
+        if (!c.text) to.rank[r] = e.rank[slot];
+      }
+    }
+  }
+
+  /** The new token: q rotated at its rank or place and scaled, k and v rounded to what will be stored. */
+  __device__ void prepare() {
+    const int32_t n = unit % c.kv_heads, b = unit / c.kv_heads;
+    const float* row = a.qkv + int64_t{b} * (c.heads + 2 * c.kv_heads) * dim;
+    const float *k = row + int64_t{c.heads + n} * dim, *v = k + int64_t{c.kv_heads} * dim;
+    const auto position = static_cast<uint32_t>(c.text ? step - 1 : kept);
+    const float scale = a.scale * 1.4426950408889634f;  // powers of two from here on
+    for (int32_t i = tid; i < (kGroup + 1) * half; i += kThreads) {
+      const int32_t g = i / half, x = i % half;
+      float2 out = make_float2(0.0f, 0.0f), cs = make_float2(1.0f, 0.0f);
+      if (x < pairs) sincospif(phase_at(position, high[x], low[x]) * 0x1p-31f, &cs.y, &cs.x);
+      const auto rotate = [&](float2 p) { return make_float2(p.x * cs.x - p.y * cs.y, p.x * cs.y + p.y * cs.x); };
+      if (g < kGroup) {
+        if (g < group) {
+          const float* from = row + int64_t{n * group + g} * dim;
+          out = rotate(make_float2(from[c.rope.source(first_of(x))], from[c.rope.source(second_of(x))]));
+        }
+        q[q_at(x / kKey, x % kKey, g)] = make_float2(out.x * scale, out.y * scale);
+      } else {
+        out = make_float2(k[c.rope.source(first_of(x))], k[c.rope.source(second_of(x))]);
+        if (c.text) out = rotate(out);
+        key[first_of(x)] = from_float<T>(out.x), key[second_of(x)] = from_float<T>(out.y);
+        out = make_float2(to_float(key[first_of(x)]), to_float(key[second_of(x)]));
+        turned[x] = c.text ? out : rotate(out);
+      }
+    }
+    for (int32_t d = tid; d < dim; d += kThreads) value[d] = from_float<T>(v[d]);
+  }
+
+  /** Home's score of the new token, a warp a query head. */
+  __device__ void score_new(float (&most)[kGroup]) {
 #pragma unroll
     for (int g = 0; g < kGroup; g++) {
-      const float score = warp_sum(sum[g]) * a.scale;
-      if (lane == 0) weights[int64_t{g} * a.stride + s] = score;
+      if (g % kWarps != warp) continue;
+      float sum = 0.0f;
+      for (int32_t x = lane; x < half; x += 32) {
+        const float2 p = q[q_at(x / kKey, x % kKey, g)];
+        sum = fmaf(p.x, turned[x].x, fmaf(p.y, turned[x].y, sum));
+      }
+      sum = warp_sum(sum);
+      most[g] = fmaxf(most[g], sum);
+      if (lane == 0) weights[int64_t{local} * kPad + g] = sum;
     }
   }
-  __syncthreads();
 
-  // Softmax.
-  for (int g = 0; g < kGroup; g++) {
-    float highest = -INFINITY;
-    for (int32_t s = tid; s < total; s += kThreads) highest = fmaxf(highest, weights[int64_t{g} * a.stride + s]);
-    highest = warp_max(highest);
-    if (lane == 0) partial[g * kWarps + warp] = highest;
-  }
-  __syncthreads();
-  if (tid < kGroup) {
-    float highest = partial[tid * kWarps];
-    for (int w = 1; w < kWarps; w++) highest = fmaxf(highest, partial[tid * kWarps + w]);
-    most[tid] = highest;
-  }
-  __syncthreads();
-  for (int g = 0; g < kGroup; g++) {
-    float sum = 0.0f;
-    for (int32_t s = tid; s < total; s += kThreads) {
-      float* w = weights + int64_t{g} * a.stride + s;
-      const float p = expf(*w - most[g]);
-      *w = p;
-      sum += p;
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) partial[g * kWarps + warp] = sum;
-  }
-  __syncthreads();
-  if (tid < kGroup) {
-    float sum = 0.0f;
-    for (int w = 0; w < kWarps; w++) sum += partial[tid * kWarps + w];
-    factor[tid] = 1.0f / sum;
-    if (tid < group && !is_sum(sum)) faults.report(Fault::NanAttention, a.layer);
-  }
-  __syncthreads();
-
-  // Output: 64 dimensions at a time, a warp a slot, two dimensions a lane.
-  for (int32_t d0 = 0; d0 < dim; d0 += 64) {
-    const int32_t d = d0 + 2 * lane;
-    float x[kGroup] = {}, y[kGroup] = {};
-    if (d < dim) {
-      for (int32_t s = warp; s < total; s += kWarps) {
-        const T* from = s < kept ? values + int64_t{s} * dim : value;
-        const float v0 = to_float(from[d]), v1 = to_float(from[d + 1]);
+  /** Adds a lane's parts of some keys times all queries to \`sums\`. */
+  __device__ void multiply(const Keys& from, int32_t turn, float (&sums)[kKeyRows][kGroup]) const {
+    const int32_t lanes = 1 << a.plan.key_lanes, u = (tid & (lanes - 1)) + turn * lanes;
+    if (u * kKey >= half) return;
+    const bool turns = !c.text && u * kKey < pairs;
 #pragma unroll
-        for (int g = 0; g < kGroup; g++) {
-          const float p = weights[int64_t{g} * a.stride + s];
-          x[g] = fmaf(p, v0, x[g]), y[g] = fmaf(p, v1, y[g]);
+    for (int j = 0; j < kKey; j += kPairs) {
+      float x[kKeyRows][kPairs], y[kKeyRows][kPairs];
+#pragma unroll
+      for (int r = 0; r < kKeyRows; r++) {
+#pragma unroll
+        for (int i = 0; i < kPairs; i++) x[r][i] = from.first[r][j + i], y[r][i] = from.second[r][j + i];
+      }
+      if (turns) {
+#pragma unroll
+        for (int i = 0; i < kPairs; i++) {
+          const uint32_t phase_high = high[u * kKey + j + i], phase_low = low[u * kKey + j + i];
+#pragma unroll
+          for (int r = 0; r < kKeyRows; r++) {
+            const float angle = phase_at(from.rank[r], phase_high, phase_low) * (3.14159265358979f * 0x1p-31f);
+            const float cosine = __cosf(angle), sine = __sinf(angle), was = x[r][i];
+            x[r][i] = was * cosine - y[r][i] * sine;
+            y[r][i] = was * sine + y[r][i] * cosine;
+          }
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) {
+        float p[2 * kPairs];
+        read_floats(reinterpret_cast<const float*>(q + q_at(u, j, g)), p);
+#pragma unroll
+        for (int r = 0; r < kKeyRows; r++) {
+#pragma unroll
+          for (int i = 0; i < kPairs; i++) sums[r][g] = fmaf(x[r][i], p[2 * i], fmaf(y[r][i], p[2 * i + 1], sums[r][g]));
         }
       }
     }
+  }
+
+  /** Leaves the scores of this block's entries in \`weights\`; \`now\` and \`next\` are the first keys, on their way. */
+  __device__ void score(Keys now, Keys next, float (&most)[kGroup]) {
+    const int32_t lanes = 1 << a.plan.key_lanes, turns = (half / kKey + lanes - 1) >> a.plan.key_lanes, tiles = local >> tile_log();
+    int32_t turn = 0, next_tile = 2 / turns * kKeyRows, next_turn = 2 % turns;
+    float sums[kKeyRows][kGroup] = {};
+    for (int32_t tile = 0; tile < tiles;) {
+      multiply(now, turn, sums);
+      now = next;
+      read_keys(next, next_tile, next_turn, kept);
+      if (++next_turn >= turns) next_turn = 0, next_tile += kKeyRows;
+      if (++turn < turns) continue;
+      turn = 0;
+#pragma unroll
+      for (int r = 0; r < kKeyRows; r++) {
+        if (tile + r >= tiles) break;
+        const int32_t i = ((tile + r) << tile_log()) + (tid >> a.plan.key_lanes);
+        const bool there = slot_at(i) < kept;
+#pragma unroll
+        for (int g = 0; g < kGroup; g++) {
+          float sum = sums[r][g];
+          for (int32_t o = lanes >> 1; o > 0; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+          sums[r][g] = there ? sum : -INFINITY;
+          most[g] = fmaxf(most[g], sums[r][g]);
+        }
+        if ((tid & (lanes - 1)) == 0) {
+          float* to = weights + int64_t{i} * kPad;
+#pragma unroll
+          for (int g = 0; g < kGroup; g++) to[g] = sums[r][g];
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kKeyRows; r++) {
+#pragma unroll
+        for (int g = 0; g < kGroup; g++) sums[r][g] = 0.0f;
+      }
+      tile += kKeyRows;
+    }
+  }
+
+  // ---- softmax ----
+
+  __device__ void keep_highest(const float (&most)[kGroup]) {
 #pragma unroll
     for (int g = 0; g < kGroup; g++) {
-      partial[(warp * kGroup + g) * 64 + 2 * lane] = x[g];
-      partial[(warp * kGroup + g) * 64 + 2 * lane + 1] = y[g];
+      const float highest = warp_max(most[g]);
+      if (lane == 0) area.highest[warp][g] = highest;
     }
-    __syncthreads();
-    for (int32_t i = tid; i < group * 64; i += kThreads) {
-      const int32_t g = i / 64, to = d0 + i % 64;
-      float sum = 0.0f;
-      for (int w = 0; w < kWarps; w++) sum += partial[(w * kGroup + g) * 64 + i % 64];
-      if (to < dim) a.out[(b * c.heads + int64_t{n} * group + g) * dim + to] = sum * factor[g];
-    }
-    __syncthreads();
   }
 
-  // Scores of the policy.
-  for (int32_t s = tid; s < total; s += kThreads) {
-    float score = s < kept ? e.score[s] : 0.0f;
-    for (int g = 0; g < group; g++) score += weights[int64_t{g} * a.stride + s] * (factor[g] / static_cast<float>(group));
-    e.score[s] = score;
-    if (s == kept) e.birth[s] = step, e.rank[s] = kept;
+  /** Turns scores into exponentials under the block's own highest score, and returns that; thread t works for query head t % kPad. */
+  __device__ float exponentiate() {
+    const int32_t g = tid % kPad;
+    float highest = -INFINITY, sum = 0.0f;
+    if (g < kGroup) {
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) highest = fmaxf(highest, area.highest[w][g]);
+      const float from = highest == -INFINITY ? 0.0f : highest;
+      for (int32_t i = tid / kPad; i < count; i += kThreads / kPad) {
+        float* at = weights + int64_t{i} * kPad + g;
+        const float p = exp2f(*at - from);
+        *at = p;
+        sum += p;
+      }
+    }
+#pragma unroll
+    for (int o = 16; o >= kPad; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+    if (lane < kPad) area.sums[warp][lane] = sum;
+    return highest;
   }
-  if (tid == 0) counts.steps = step;
+
+  /** Tells every block this one's highest scores and sums. */
+  __device__ void tell_softmax(float highest) {
+    const int32_t to = tid / kPad, g = tid % kPad;
+    if (to >= blocks) return;
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) sum += area.sums[w][g];
+    if (blocks == 1) area.softmax[0][g] = make_float2(highest, sum);
+    else push(&area.softmax[block][g], make_float2(highest, sum), &area.met, to);
+  }
+
+  /** From this block's exponentials to probabilities: one thread a query head, the one that told where there is one block. */
+  __device__ void join_softmax() {
+    if (tid >= kGroup) return;
+    if (blocks > 1) await(&area.met);
+    float highest = -INFINITY, sum = 0.0f;
+    for (int32_t i = 0; i < blocks; i++) highest = fmaxf(highest, area.softmax[i][tid].x);
+    const float from = highest == -INFINITY ? 0.0f : highest;
+    for (int32_t i = 0; i < blocks; i++) sum += exp2f(area.softmax[i][tid].x - from) * area.softmax[i][tid].y;
+    if (home && tid < group && !is_sum(sum)) faults.report(Fault::NanAttention, a.layer);
+    const float factor = exp2f(area.softmax[block][tid].x - from) / sum;
+    area.factor[tid] = factor;
+    area.share[tid] = tid < group ? factor / static_cast<float>(group) : 0.0f;
+  }
+
+  // ---- output ----
+
+  __device__ Pack<T, kValue> read_value(int32_t i) const {
+    const int32_t at = (tid & ((1 << a.plan.value_lanes) - 1)) * kValue, slot = slot_at(i);
+    if (at >= dim || i >= local || slot >= kept) return {};
+    return read_row<kValue>(values + int64_t{slot} * dim + at);
+  }
+  __device__ int32_t value_rows() const { return kThreads >> a.plan.value_lanes; }  // that the block reads at once
+  __device__ void read_first_values(Pack<T, kValue> (&ahead)[kValueRows]) const {
+#pragma unroll
+    for (int k = 0; k < kValueRows; k++) ahead[k] = read_value((tid >> a.plan.value_lanes) + k * value_rows());
+  }
+
+  /** Leaves the sums of exponentials times values in \`partial\`: [warp, or group of warps that share a row] of [G, D]. */
+  __device__ void sum_values(Pack<T, kValue> (&ahead)[kValueRows]) {
+    const int32_t lanes = 1 << a.plan.value_lanes, at = (tid & (lanes - 1)) * kValue, rows = value_rows(), row = tid >> a.plan.value_lanes;
+    float sums[kGroup][kValue] = {};
+    const auto add = [&](const auto& v, const float* w) {
+      float p[kPad];
+      read_floats(w, p);
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) {
+#pragma unroll
+        for (int i = 0; i < kValue; i++) sums[g][i] = fmaf(p[g], v[i], sums[g][i]);
+      }
+    };
+    for (int32_t i0 = row; i0 < local; i0 += rows * kValueRows) {
+#pragma unroll
+      for (int k = 0; k < kValueRows; k++) {
+        const int32_t i = i0 + k * rows;
+        if (i >= local) break;
+        const Pack<T, kValue> v = ahead[k];
+        ahead[k] = read_value(i + rows * kValueRows);
+        add(v, weights + int64_t{i} * kPad);
+      }
+    }
+    if (home && row == 0 && at < dim) {
+      float v[kValue];
+#pragma unroll
+      for (int i = 0; i < kValue; i++) v[i] = to_float(value[at + i]);
+      add(v, weights + int64_t{local} * kPad);
+    }
+    for (int32_t o = lanes; o < 32; o <<= 1) {
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) {
+#pragma unroll
+        for (int i = 0; i < kValue; i++) sums[g][i] += __shfl_xor_sync(0xffffffffu, sums[g][i], o);
+      }
+    }
+    if (at < dim && (lanes >= 32 || lane < lanes)) {
+      float* to = partial + int64_t{lanes >= 32 ? row : warp} * kGroup * dim + at;
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) {
+#pragma unroll
+        for (int i = 0; i < kValue; i += 2) *reinterpret_cast<float2*>(to + g * dim + i) = make_float2(sums[g][i], sums[g][i + 1]);
+      }
+    }
+  }
+
+  __device__ float2* out() const { return reinterpret_cast<float2*>(a.out + int64_t{unit} * group * dim); }
+  /** The outputs are joined by slices, one a block. */
+  __device__ int32_t slice() const { return (group * half + blocks - 1) / blocks; }
+  __device__ int32_t my_slice() const { return max(0, min(slice(), group * half - block * slice())); }
+
+  __device__ void tell_output() {
+    const int32_t parts = a.plan.value_lanes <= 5 ? kWarps : value_rows(), all = group * half;
+    const auto* from = reinterpret_cast<const float2*>(partial);
+    for (int32_t i = tid; i < all; i += kThreads) {
+      float2 sum = from[i];
+      for (int32_t p = 1; p < parts; p++) {
+        const float2 x = from[int64_t{p} * kGroup * half + i];
+        sum.x += x.x, sum.y += x.y;
+      }
+      const float factor = area.factor[i / half];
+      sum.x *= factor, sum.y *= factor;
+      if (blocks == 1) out()[i] = sum;
+      else push(outputs + block * slice() + i % slice(), sum, &area.told, i / slice());
+    }
+  }
+
+  __device__ void join_output() {
+    const int32_t mine = my_slice();
+    for (int32_t i = tid; i < mine; i += kThreads) {
+      float2 sum = outputs[i];
+      for (int32_t s = 1; s < blocks; s++) {
+        const float2 x = outputs[s * slice() + i];
+        sum.x += x.x, sum.y += x.y;
+      }
+      out()[block * slice() + i] = sum;
+    }
+  }
+
+  // ---- accumulate, select ----
+
+  __device__ float average(float score, int32_t birth) const { return wkv_average(score, step - birth + 1); }
+
+  /** Leaves each entry's new score in \`weights\`, and finds this thread's candidate. */
+  __device__ Candidate accumulate(const Own& first, bool selects, int32_t forced) {
+    Candidate best = kNobody;
+    const bool by_gap = c.gapped() && forced == -1;
+    for (int32_t i = tid; i < count; i += kThreads) {
+      if (!used(i)) continue;
+      const Own o = own(i, first);
+      const int32_t slot = fresh(i) ? kept : slot_at(i);
+      float p[kPad], score = o.score;
+      read_floats(weights + int64_t{i} * kPad, p);
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) score = fmaf(p[g], area.share[g], score);
+      weights[int64_t{i} * kPad] = score;
+      if (fresh(i)) area.arrived = score;
+      const float w = average(score, o.birth);
+      if (c.gapped()) {
+        __stcg(e.average + o.rank, w);
+        __stcg(c.places + head * (c.slots + 1) + o.rank, slot);
+        if (o.rank == kept - 1) area.newest = slot;
+      }
+      if (selects && !by_gap) consider(best, forced == -1 ? wkv_select_value(c.select, o.rank, w, 0.0f, 0.0f) : 0.0f, o, slot, w, forced);
+    }
+    if (!c.gapped()) return best;
+    // Rules that ask for gaps: the newest cached token now has a right neighbour; then everyone's average is needed.
+    __syncthreads();
+    if (warp == 0 && area.newest >= 0) {
+      const float gap = warp_gap(values + int64_t{area.newest} * dim, value, dim);
+      if (lane == 0) e.gap[area.newest] = gap;
+    }
+    cluster_sync(blocks);
+    if (!selects || !by_gap) return best;
+    for (int32_t i = tid; i < count; i += kThreads) {
+      if (!used(i)) continue;
+      const Own o = own(i, first);
+      const int32_t slot = fresh(i) ? kept : slot_at(i);
+      const float w = average(weights[int64_t{i} * kPad], o.birth);
+      // The newest has no right neighbour to be merged with.
+      const float cost = fresh(i) ? INFINITY : wkv_select_value(c.select, o.rank, w, __ldcg(e.average + o.rank + 1), e.gap[slot]);
+      consider(best, cost, o, slot, w, forced);
+    }
+    return best;
+  }
+
+  __device__ void consider(Candidate& best, float value, const Own& o, int32_t slot, float w, int32_t forced) const {
+    if (forced == -1 ? !wkv_evictable(o.rank, kept + 1, c.sinks, c.recent) : o.rank != forced) return;
+    if (isnan(value)) {
+      best.bad = min(best.bad, o.rank);
+      return;
+    }
+    const uint32_t bits = ordered(value);
+    if (bits < best.value || (bits == best.value && o.rank < best.rank)) best.value = bits, best.rank = o.rank, best.slot = slot, best.average = w, best.birth = o.birth;
+  }
+
+  /** The lane that holds the best candidate of a warp; \`bad\` becomes the lowest. */
+  __device__ int32_t best_lane(const Candidate& mine, int32_t& bad) const {
+    const uint32_t value = __reduce_min_sync(0xffffffffu, mine.value);
+    const int32_t rank = __reduce_min_sync(0xffffffffu, mine.value == value ? mine.rank : INT_MAX);
+    bad = __reduce_min_sync(0xffffffffu, mine.bad);
+    return __ffs(__ballot_sync(0xffffffffu, mine.value == value && mine.rank == rank)) - 1;
+  }
+
+  /** Tells every block this one's candidate. */
+  __device__ void tell_candidate(Candidate mine) {
+    int32_t bad;
+    if (lane == best_lane(mine, bad)) {
+      mine.bad = bad;
+      area.found[warp] = mine;
+    }
+    __syncthreads();
+    if (warp != 0) return;
+    mine = lane < kWarps ? area.found[lane] : kNobody;
+    mine = area.found[best_lane(mine, bad)];
+    mine.bad = bad;
+    mine.arrived = home ? area.arrived : 0.0f;
+    if (blocks == 1 && lane == 0) area.candidates[0] = mine;
+    else if (blocks > 1 && lane < blocks) push(&area.candidates[block], mine, &area.told, lane);
+  }
+
+  /** The best of all blocks' candidates, alike in every thread. */
+  __device__ Candidate choose() const {
+    Candidate best = area.candidates[0];
+    for (int32_t i = 1; i < blocks; i++) {
+      const Candidate& x = area.candidates[i];
+      const int32_t bad = min(best.bad, x.bad);
+      if (x.value < best.value || (x.value == best.value && x.rank < best.rank)) best = x;
+      best.bad = bad;
+    }
+    best.arrived = area.candidates[blocks - 1].arrived;
+    return best;
+  }
+
+  // ---- merge, insert ----
+
+  /** Writes the state of this block's slots; \`victim\` is null where nobody leaves. Also finds the victim's right neighbour. */
+  __device__ void update(const Own& first, const Candidate* victim) {
+    for (int32_t i = tid; i < count; i += kThreads) {
+      if (!used(i)) continue;
+      const Own o = own(i, first);
+      const int32_t slot = fresh(i) ? kept : slot_at(i);
+      const float score = weights[int64_t{i} * kPad];
+      if (victim && o.rank == victim->rank + 1) area.right_birth = o.birth, area.right_average = average(score, o.birth), area.right = slot;
+      if (fresh(i)) {
+        if (!victim) e.score[slot] = score, e.birth[slot] = step, e.rank[slot] = kept;
+      } else if (victim && slot == victim->slot) {
+        e.score[slot] = victim->arrived, e.birth[slot] = step, e.rank[slot] = kept - 1;
+      } else {
+        e.score[slot] = score;
+        if (victim && o.rank > victim->rank) e.rank[slot] = o.rank - 1;
+      }
+    }
+  }
+
+  __device__ void append() {
+    for (int32_t d = tid; d < dim; d += kThreads) keys[int64_t{kept} * dim + d] = key[d], values[int64_t{kept} * dim + d] = value[d];
+  }
+
+  __device__ void note(const Candidate& victim, bool merges, float right_birth, float right_average) const {
+    Counts& counts = c.counts[head];
+    counts.event[0] = static_cast<float>(victim.birth - 1);
+    counts.event[1] = merges ? right_birth : -1.0f;
+    counts.event[2] = victim.average;
+    counts.event[3] = right_average;
+    if (merges) counts.merged++;
+    else counts.evicted++;
+  }
+
+  /** The block that owns the right neighbour: merges the victim's value into it, and gives the victim's rows to the new token. */
+  __device__ void replace(const Candidate& victim) {
+    const int32_t right = area.right;
+    const float w_v = victim.average, w_r = area.right_average;
+    const bool merges = c.merge == WKV_MERGE_RIGHT;
+    T *to_key = keys + int64_t{victim.slot} * dim, *to_value = values + int64_t{victim.slot} * dim, *neighbour = values + int64_t{right} * dim;
+    for (int32_t d = tid; d < dim; d += kThreads) {
+      float r = right == kept ? to_float(value[d]) : read_row<1>(neighbour + d)[0];
+      if (merges && w_v + w_r > 0.0f) r = wkv_merged(w_v, read_row<1>(to_value + d)[0], w_r, r);
+      joined[d] = from_float<T>(r);
+      if (right != kept && merges) neighbour[d] = joined[d];
+      to_value[d] = right == kept ? joined[d] : value[d];
+      to_key[d] = key[d];
+    }
+    if (tid == 0) note(victim, merges, static_cast<float>(area.right_birth - 1), w_r);
+    if (!c.gapped()) return;
+    __syncthreads();
+    const int32_t* places = c.places + head * (c.slots + 1);
+    if (warp == 0 && victim.rank > 0) {
+      const int32_t left = __ldcg(places + victim.rank - 1);
+      const float gap = warp_gap(values + int64_t{left} * dim, joined, dim);
+      if (lane == 0) e.gap[left] = gap;
+    }
+    if (warp == 1 && right != kept) {
+      const T* far = victim.rank + 2 == kept ? value : values + int64_t{__ldcg(places + victim.rank + 2)} * dim;
+      const float gap = warp_gap(joined, far, dim);
+      if (lane == 0) e.gap[right] = gap;
+    }
+  }
+};
+
+template <typename T, int kGroup, bool kWide>
+__global__ void __launch_bounds__(kThreads, kGroup * sizeof(T) > 16 ? 1 : 2) attend_kernel(const __grid_constant__ AttendView a, const Faults faults) {
+  extern __shared__ uint4 shared16[];
+  using Block = Attend<T, kGroup, kWide>;
+  __shared__ Area<Block::kPad> area;
+  Block my(a, faults, area, reinterpret_cast<uint8_t*>(shared16));
+  const CacheView& c = a.cache;
+  const int32_t tid = my.tid;
+  my.begin();
+  wait_for_previous();
+  let_next_start();
+
+  // Nothing waits for the cache's length here: the first keys are read as if it were full.
+  const int2 counts = __ldcg(reinterpret_cast<const int2*>(c.counts + my.head));
+  typename Block::Keys now, next;
+  const int32_t key_lanes = 1 << a.plan.key_lanes, turns = (my.half / Block::kKey + key_lanes - 1) >> a.plan.key_lanes;
+  my.read_keys(now, 0, 0, c.slots);
+  my.read_keys(next, 1 / turns * kKeyRows, 1 % turns, c.slots);
+  typename Block::Own first{};
+  if (my.slot_at(tid) < c.slots) first = my.read_own(my.slot_at(tid));
+  if (kWide && tid < kAhead) {
+    const int32_t slot = my.slot_at(tid << my.tile_log()), rows = min(1 << my.tile_log(), c.slots - slot);
+    if (rows > 0) prefetch(my.values + int64_t{slot} * my.dim, static_cast<uint32_t>(rows * my.dim * sizeof(T)));
+  }
+  my.use_counts(counts);
+  my.prepare();
   __syncthreads();
-  settle<T>(c, head, e, kept, 1, key, value, a.victims ? a.victims[unit] : -1, faults, area);
+
+  const int32_t forced = a.victims ? a.victims[my.unit] : -1;
+  const bool selects = my.full && c.select != WKV_SELECT_NONE;
+  if (my.blocks > 1 && tid == 0) {
+    expect(&area.met, my.blocks * Block::kPad * sizeof(float2));
+    expect(&area.told, my.blocks * (my.my_slice() * sizeof(float2) + (selects ? sizeof(Candidate) : 0)));
+  }
+
+  float most[kGroup];
+#pragma unroll
+  for (int g = 0; g < kGroup; g++) most[g] = -INFINITY;
+  if (my.home) my.score_new(most);
+  my.score(now, next, most);
+  Pack<T, Block::kValue> ahead[Block::kValueRows];
+  my.read_first_values(ahead);
+  my.keep_highest(most);
+  __syncthreads();
+  const float highest = my.exponentiate();
+  __syncthreads();
+  if (my.blocks > 1) await_begun();
+  my.tell_softmax(highest);
+
+  my.sum_values(ahead);
+  my.join_softmax();
+  __syncthreads();
+  my.tell_output();
+  const Candidate mine = my.accumulate(first, selects, forced);
+  if (selects) my.tell_candidate(mine);
+  if (my.blocks > 1) await(&area.told);
+  else __syncthreads();
+  if (my.blocks > 1) my.join_output();
+
+  const bool last = my.home && tid == 0;
+  if (last) c.counts[my.head].steps = my.step;
+  if (!my.full) {
+    my.update(first, nullptr);
+    if (my.home) my.append();
+    if (last) c.counts[my.head].kept = my.kept + 1;
+    return;
+  }
+  if (!selects) {
+    if (last) faults.report(Fault::Full, c.slots);
+    return;
+  }
+  const Candidate victim = my.choose();
+  const int32_t leaves = forced != -1 ? forced : victim.rank == INT_MAX ? -1 : victim.rank;
+  if (victim.bad != INT_MAX) {
+    if (last) faults.report(Fault::NanScore, victim.bad);
+    return;
+  }
+  if (!wkv_evictable(leaves, my.kept + 1, c.sinks, c.recent)) {
+    if (last) faults.report(Fault::Rank, leaves, my.kept + 1, c.sinks, c.recent);
+    return;
+  }
+  my.update(first, &victim);
+  // The newest leaves alone, and nothing is written.
+  if (last && victim.rank == my.kept) my.note(victim, false, -1.0f, 0.0f);
+  __syncthreads();
+  if (area.right >= 0) my.replace(victim);
 }
 
-template <typename T, int kGroup>
-void launch(Context& ctx, const Cache& cache, AttendView a) {
-  const int32_t units = cache.sequences * cache.kv_heads;
-  size_t shared = fixed_shared<T>(kGroup, cache.head_dim);
-  a.stride = divide_up(cache.slots + 1, 32) * 32;
-  const size_t weights = size_t(kGroup) * a.stride * 4;
-  a.weights = nullptr;
-  if (shared + weights + 2048 <= size_t(ctx.shared_limit)) shared += weights;
-  else a.weights = reinterpret_cast<float*>(ctx.reserve(weights * units));
-  const auto kernel = attend_kernel<T, kGroup>;
-  allow_shared(kernel, shared);
-  kernel<<<units, kThreads, shared, ctx.stream>>>(a, ctx.faults());
+// ---- host ----
+
+int32_t log2_up(int32_t x) {
+  int32_t log = 0;
+  while (1 << log < x) log++;
+  return log;
+}
+
+/** How many clusters of this size the device runs at once. */
+template <typename Kernel>
+int32_t clusters_at_once(Kernel kernel, const Shape& shape) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {shape.cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid, config.blockDim = shape.block, config.dynamicSmemBytes = shape.shared, config.attrs = &attribute, config.numAttrs = 1;
+  int count = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess || cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+template <typename T, int kGroup, bool kWide>
+void start(Context& ctx, const Cache& cache, AttendView a) {
+  using C = Cut<T, kGroup, kWide>;
+  const auto kernel = attend_kernel<T, kGroup, kWide>;
+  const int32_t dim = cache.head_dim, units = cache.sequences * cache.kv_heads;
+  Plan& plan = a.plan;
+  plan.key_lanes = std::min(5, log2_up(dim / 2 / C::kKey));
+  plan.value_lanes = log2_up(divide_up(dim, C::kValue));
+  const int32_t tile = kThreads >> plan.key_lanes, parts = plan.value_lanes <= 5 ? kWarps : kThreads >> plan.value_lanes;
+  const size_t row = round_up(size_t(dim) * sizeof(T), 16);
+  // Blocks enough to fill the processors twice, each with 64 slots or more; clusters that all find room at once.
+  const int32_t most = ctx.capability < 90 ? 1 : kMostBlocks;
+  int32_t blocks = 1;
+  while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * 64) blocks *= 2;
+  for (;; blocks /= 2) {
+    plan.blocks = blocks;
+    plan.room = divide_up(divide_up(cache.slots, tile), blocks) * tile + 1;
+    plan.rows_at = static_cast<int32_t>(round_up(size_t(dim) * 4 * std::max(kGroup + 2, parts * kGroup), 16));
+    plan.outputs_at = plan.rows_at + static_cast<int32_t>(3 * row);
+    plan.weights_at = plan.outputs_at + (blocks == 1 ? 0 : static_cast<int32_t>(round_up(size_t(blocks) * divide_up(int64_t{cache.group()} * dim / 2, blocks) * 8, 16)));
+    const size_t weights = size_t(plan.room) * C::kPad * 4, limit = std::min<size_t>(ctx.shared_limit, 112 * 1024) - sizeof(Area<C::kPad>);
+    const bool fits = plan.weights_at + weights <= limit;
+    const size_t shared = plan.weights_at + (fits ? weights : 0);
+    const Shape shape{units * blocks, kThreads, shared, static_cast<uint32_t>(blocks)};
+    allow_shared(kernel, shared);
+    if (blocks > 1 && (shared > limit || (blocks > 8 && clusters_at_once(kernel, shape) < units))) continue;
+    plan.weights = fits ? nullptr : reinterpret_cast<float*>(ctx.reserve(weights * units * blocks));
+    launch(ctx, kernel, shape, a, ctx.faults());
+    return;
+  }
 }
 
 template <typename T>
 void by_group(Context& ctx, const Cache& cache, const AttendView& a) {
-  switch (cache.group()) {
-    case 1: return launch<T, 1>(ctx, cache, a);
-    case 2: return launch<T, 2>(ctx, cache, a);
-    case 3: return launch<T, 3>(ctx, cache, a);
-    case 4: return launch<T, 4>(ctx, cache, a);
-    case 5: return launch<T, 5>(ctx, cache, a);
-    case 6: return launch<T, 6>(ctx, cache, a);
-    case 7: return launch<T, 7>(ctx, cache, a);
-    case 8: return launch<T, 8>(ctx, cache, a);
-    default: return launch<T, 16>(ctx, cache, a);
+  constexpr int kWidth = 16 / sizeof(T);
+  const int32_t group = cache.group();
+  if (cache.head_dim % (2 * kWidth) != 0 || cache.rope->count % kWidth != 0) return group <= 4 ? start<T, 4, false>(ctx, cache, a) : start<T, 16, false>(ctx, cache, a);
+  switch (group) {
+    case 1: return start<T, 1, true>(ctx, cache, a);
+    case 2: return start<T, 2, true>(ctx, cache, a);
+    case 3: return start<T, 3, true>(ctx, cache, a);
+    case 4: return start<T, 4, true>(ctx, cache, a);
+    case 5:
+    case 6: return start<T, 6, true>(ctx, cache, a);
+    case 7:
+    case 8: return start<T, 8, true>(ctx, cache, a);
+    default: return start<T, 16, true>(ctx, cache, a);
   }
 }
 
@@ -2573,6 +3261,7 @@ CacheView Cache::view(int32_t layer) const {
   v.ranks = memory->as<int32_t>(ranks_at);
   v.gaps = gapped() ? memory->as<float>(gaps_at) : nullptr;
   v.averages = gapped() ? memory->as<float>(averages_at) : nullptr;
+  v.places = gapped() ? memory->as<int32_t>(places_at) : nullptr;
   v.counts = memory->as<Counts>(counts_at);
   v.rope = rope->view();
   return v;
@@ -2594,6 +3283,8 @@ template <typename T>
 __global__ void __launch_bounds__(256) insert_kernel(CacheView c, const float* kv, const float* weights, const int32_t* victims, Faults faults) {
   __shared__ SettleArea area;
   __shared__ T key[512], value[512];
+  wait_for_previous();
+  let_next_start();
   const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
   const int64_t head = c.first + unit, b = unit / c.kv_heads;
   Counts& counts = c.counts[head];
@@ -2622,6 +3313,13 @@ __global__ void __launch_bounds__(256) insert_kernel(CacheView c, const float* k
   settle<T>(c, head, e, kept, 1, key, value, victims ? victims[unit] : -1, faults, area);
 }
 
+/** An angle in turns of 2^64, so that its multiples wrap as turns do. */
+uint64_t phase_of(float frequency) {
+  const long double turns = static_cast<long double>(frequency) / 6.283185307179586476925286766559L;
+  const long double part = turns - std::floor(turns);
+  return part < 1.0L ? static_cast<uint64_t>(std::ldexp(part, 64)) : 0;
+}
+
 constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}};
 
 }  // namespace
@@ -2642,9 +3340,11 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     rope->count = frequencies_bytes / 4;
     rope->positions = positions;
     std::vector<double> wide;
+    std::vector<uint64_t> phases;
     for (int32_t i = 0; i < rope->count; i++) {
       require(std::isfinite(frequencies[i]), "frequency " + std::to_string(i) + " is not finite");
       wide.push_back(frequencies[i]);
+      phases.push_back(phase_of(frequencies[i]));
     }
     const size_t count = size_t(positions) * rope->count;
     std::vector<float> tables(count * 2);
@@ -2655,8 +3355,10 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     }
     rope->tables = std::make_shared<DeviceMemory>(count * 8);
     rope->frequencies = std::make_shared<DeviceMemory>(wide.size() * 8);
+    rope->phases = std::make_shared<DeviceMemory>(phases.size() * 8);
     if (count) ctx.copy(rope->tables->as<void>(), tables.data(), count * 8);
     ctx.copy(rope->frequencies->as<void>(), wide.data(), wide.size() * 8);
+    ctx.copy(rope->phases->as<void>(), phases.data(), phases.size() * 8);
     *out = add_handle(context, rope);
   });
 }
@@ -2704,6 +3406,7 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->ranks_at = take(entries * 4);
     cache->gaps_at = take(cache->gapped() ? entries * 4 : 0);
     cache->averages_at = take(cache->gapped() ? entries * 4 : 0);
+    cache->places_at = take(cache->gapped() ? entries * 4 : 0);
     cache->counts_at = take(all * sizeof(Counts));
     cache->memory = std::make_shared<DeviceMemory>(bytes);
     ctx.zero(cache->memory->as<void>(), bytes);
@@ -2797,7 +3500,7 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
     const TensorRef forced = find_victims(context, victims, *cache);
     ctx.hold(cache, rows, given, forced);
     by_cache_type(cache->dtype, [&](auto type) {
-      insert_kernel<decltype(type)><<<cache->sequences * n_heads, 256, 0, ctx.stream>>>(cache->view(layer), rows->f32(), given->f32(), forced ? forced->i32() : nullptr, ctx.faults());
+      launch(ctx, insert_kernel<decltype(type)>, {cache->sequences * n_heads, 256}, cache->view(layer), rows->f32(), given->f32(), forced ? forced->i32() : nullptr, ctx.faults());
     });
     ctx.submitted();
   });
@@ -2836,6 +3539,7 @@ struct RopeView {
   bool interleaved;              // the model's order
   const float *cosines, *sines;  // [positions, pairs]
   const double* frequencies;
+  const uint64_t* phases;        // each pair's angle a position, in turns of 2^64
 
   /** Where dimension d of the library's own order, in which the rotated pairs are (i, i + pairs), lies in the model's. */
   __host__ __device__ int32_t source(int32_t d) const {
@@ -2851,12 +3555,12 @@ struct RopeView {
 
 struct Rope : Object {
   int32_t head_dim, pairs, count, positions;
-  DeviceRef tables, frequencies;
+  DeviceRef tables, frequencies, phases;
   Rope() : Object(Kind::Rope) {}
   size_t bytes() const override { return tables->bytes(); }
   RopeView view() const {
     const float* cosines = tables->as<float>();
-    return {count, positions, pairs == WKV_PAIRS_INTERLEAVED, cosines, cosines + int64_t{positions} * count, frequencies->as<double>()};
+    return {count, positions, pairs == WKV_PAIRS_INTERLEAVED, cosines, cosines + int64_t{positions} * count, frequencies->as<double>(), phases->as<uint64_t>()};
   }
 };
 using RopeRef = std::shared_ptr<Rope>;
@@ -2879,6 +3583,7 @@ struct CacheView {
   uint8_t *keys, *values;
   float *scores, *gaps, *averages;
   int32_t *births, *ranks;
+  int32_t* places;  // [ranks] scratch of rules that ask for gaps: the slot of each rank
   Counts* counts;
   RopeView rope;
 
@@ -2898,7 +3603,7 @@ struct Cache : Object {
   RopeRef rope;
   int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge, positions, dtype;
   DeviceRef memory;
-  size_t keys_at, values_at, scores_at, births_at, ranks_at, gaps_at, averages_at, counts_at;
+  size_t keys_at, values_at, scores_at, births_at, ranks_at, gaps_at, averages_at, places_at, counts_at;
   Cache() : Object(Kind::Cache) {}
   size_t bytes() const override { return memory->bytes(); }
   bool gapped() const { return wkv_select_uses_gap(select); }
@@ -3453,384 +4158,20 @@ int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Up to 8 rows (matvec): every block norms and rounds all rows of x into shared memory (x comes from the second-level cache), then each
- * of its 8 warps owns one row of w at a time for all rows of x. Bytes moved: w once.
- * More rows (matmul): x is normed and rounded once into scratch; a block owns a tile of 64 x 64 of out and walks along C in steps of 32.
- * Bytes moved: w once a 64 rows of x, x once a 64 rows of w.
- * With int8 precision x is rounded as loops.cpp's round_row does (per 32 columns: scale = max |x| / 127), products are integers (dp4a);
- * otherwise weights are widened in registers and products are f32.
+ * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: on the tensor
+ * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu). Here: the ops' checks, and the choice.
  */
 #include <algorithm>
-#include <type_traits>
 
-#include "common.cuh"
+#include "linear.cuh"
 
 namespace wkv {
 namespace {
 
-/** An input: rows [0, rows) of x with their norm (null: none). */
-struct InputView {
-  const float* x;
-  int32_t rows, columns;
-  const float* norm;
-  float epsilon;
-};
-
-/** Where results go: row t at out + t * stride. */
-struct OutputView {
-  float* out;
-  int64_t stride;
-  const float* bias;
-  int32_t add;
-  __device__ void put(int32_t t, int32_t j, float value) const {
-    float* to = out + t * stride + j;
-    if (bias) value += bias[j];
-    *to = add ? *to + value : value;
-  }
-};
-
-__device__ inline float silu_times(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
-
-/** One block of 32 numbers, a lane each, in 8 bits: returns the rounded number, and the scale and sum in every lane. */
-__device__ inline int32_t round_lane(float x, float* scale, float* sum) {
-  const float most = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(x))));
-  if (!(most <= 3.402823466e38f)) {  // x is not finite: nor is what comes of it
-    *scale = *sum = __uint_as_float(0x7fc00000u);
-    return 0;
-  }
-  const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-  const int32_t q = static_cast<int32_t>(rintf(x * inverse));
-  *scale = most / 127.0f;
-  *sum = *scale * static_cast<float>(__reduce_add_sync(0xffffffffu, q));
-  return q;
-}
-
-// ---- dot products of one block of 32 columns in 8 bits ----
-
-/** The quants of one block as words; low and high nibbles of Q4 apart, in column order. */
-template <int kType>
-struct Block8 {
-  int32_t words[8];
-  float scale, least;
-  __device__ Block8(const WeightView& w, int64_t block) {
-    if (kType == WKV_Q8_0) {
-      const int4* from = reinterpret_cast<const int4*>(w.data) + block * 2;
-      const int4 a = __ldg(from), b = __ldg(from + 1);
-      words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w, words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
-    } else {
-      const int4 a = __ldg(reinterpret_cast<const int4*>(w.data) + block);
-      const int32_t packed[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-      for (int v = 0; v < 4; v++) words[v] = packed[v] & 0x0f0f0f0f, words[v + 4] = packed[v] >> 4 & 0x0f0f0f0f;
-    }
-    if (kType == WKV_Q4_1) {
-      const float2 both = __half22float2(__ldg(reinterpret_cast<const __half2*>(w.scales) + block));
-      scale = both.x, least = both.y;
-    } else {
-      scale = __half2float(__ldg(w.scales + block)), least = 0.0f;
-    }
-  }
-  /** Adds the product with a block of x, whose words lie at \`q\`. */
-  __device__ float product(const int32_t* q, float x_scale, float x_sum) const {
-    const int4 a = *reinterpret_cast<const int4*>(q), b = *reinterpret_cast<const int4*>(q + 4);
-    int32_t dot = __dp4a(words[0], a.x, 0);
-    dot = __dp4a(words[1], a.y, dot), dot = __dp4a(words[2], a.z, dot), dot = __dp4a(words[3], a.w, dot);
-    dot = __dp4a(words[4], b.x, dot), dot = __dp4a(words[5], b.y, dot), dot = __dp4a(words[6], b.z, dot), dot = __dp4a(words[7], b.w, dot);
-    float value = static_cast<float>(dot) * (scale * x_scale);
-    if (kType == WKV_Q4_1) value += least * x_sum;
-    if (kType == WKV_Q4_0) value -= scale * (8.0f * x_sum);
-    return value;
-  }
-};
-
-/** total[t] += this lane's share of w[row] . x[t], x in 8 bits in shared memory. */
-template <int kType, int kRows>
-__device__ inline void dots_int8(const WeightView& w, int64_t row, const int32_t* q, const float* scales, const float* sums, float* total) {
-  const int32_t blocks = w.columns / 32, lane = threadIdx.x & 31;
-  for (int32_t b = lane; b < blocks; b += 32) {
-    const Block8<kType> block(w, row * blocks + b);
-#pragma unroll
-    for (int t = 0; t < kRows; t++) total[t] += block.product(q + (t * blocks + b) * 8, scales[t * blocks + b], sums[t * blocks + b]);
-  }
-}
-
-// ---- dot products in f32 ----
-
-/** Reads 4 columns of a row at once. */
-template <int kType>
-__device__ inline float4 weights4(const WeightView& w, int64_t row, int32_t column) {
-  const int64_t i = row * w.columns + column;
-  if (kType == WKV_F32) return __ldg(reinterpret_cast<const float4*>(w.data + i * 4));
-  if (kType == WKV_F16) {
-    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(w.data + i * 2));
-    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x)), b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
-    return make_float4(a.x, a.y, b.x, b.y);
-  }
-  if (kType == WKV_BF16) {
-    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(w.data + i * 2));
-    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
-  }
-  const int64_t block = row * (w.columns / 32) + column / 32;
-  if (kType == WKV_Q8_0) {
-    const int32_t raw = __ldg(reinterpret_cast<const int32_t*>(w.data + block * 32 + column % 32));
-    const float s = __half2float(__ldg(w.scales + block));
-    return make_float4((raw << 24 >> 24) * s, (raw << 16 >> 24) * s, (raw << 8 >> 24) * s, (raw >> 24) * s);
-  }
-  const int32_t within = column % 32;
-  const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(w.data + block * 16 + within % 16)) >> (within / 16 * 4);
-  const int32_t middle = kType == WKV_Q4_0 ? 8 : 0;
-  float s, m = 0.0f;
-  if (kType == WKV_Q4_1) {
-    const float2 both = __half22float2(__ldg(reinterpret_cast<const __half2*>(w.scales) + block));
-    s = both.x, m = both.y;
-  } else {
-    s = __half2float(__ldg(w.scales + block));
-  }
-  const auto wide = [&](int shift) { return fmaf(static_cast<float>(static_cast<int32_t>(raw >> shift & 15) - middle), s, m); };
-  return make_float4(wide(0), wide(8), wide(16), wide(24));
-}
-
-/** total[t] += this lane's share of w[row] . x[t], x [kRows, C] in shared memory. */
-template <int kType, int kRows>
-__device__ inline void dots_f32(const WeightView& w, int64_t row, const float* x, float* total) {
-  const int32_t columns = w.columns, lane = threadIdx.x & 31;
-  if (columns % 4 == 0) {
-    for (int32_t c = lane * 4; c < columns; c += 128) {
-      const float4 v = weights4<kType>(w, row, c);
-#pragma unroll
-      for (int t = 0; t < kRows; t++) {
-        const float4 y = *reinterpret_cast<const float4*>(x + t * columns + c);
-        total[t] = fmaf(v.x, y.x, fmaf(v.y, y.y, fmaf(v.z, y.z, fmaf(v.w, y.w, total[t]))));
-      }
-    }
-    return;
-  }
-  for (int32_t c = lane; c < columns; c += 32) {
-    const float v = weight_at(w, row, c);
-#pragma unroll
-    for (int t = 0; t < kRows; t++) total[t] = fmaf(v, x[t * columns + c], total[t]);
-  }
-}
-
-// ---- up to 8 rows ----
-
-template <int kRows, bool kInt8>
-size_t matvec_shared(int32_t columns) {
-  return kInt8 ? size_t(kRows) * (columns + columns / 32 * 8) : size_t(kRows) * columns * 4;
-}
-
-template <int kType, bool kInt8, int kRows, bool kGated>
-__global__ void __launch_bounds__(256) matvec_kernel(InputView in, WeightView w, WeightView up, OutputView to) {
-  extern __shared__ int4 shared4[];
-  __shared__ double area[8][kRows];
-  __shared__ float norms[kRows];
-  const int32_t columns = in.columns, blocks = columns / 32, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int32_t first = blockIdx.y * kRows, rows = min(kRows, in.rows - first);
-  const float* x = in.x + int64_t{first} * columns;
-  if (in.norm) {
-    double squares[kRows];
-#pragma unroll
-    for (int t = 0; t < kRows; t++) {
-      squares[t] = 0.0;
-      if (t < rows) {
-        for (int32_t c = threadIdx.x; c < columns; c += 256) squares[t] += static_cast<double>(x[int64_t{t} * columns + c]) * x[int64_t{t} * columns + c];
-      }
-      squares[t] = warp_sum(squares[t]);
-      if (lane == 0) area[warp][t] = squares[t];
-    }
-    __syncthreads();
-    if (threadIdx.x < kRows) {
-      double total = 0.0;
-      for (int i = 0; i < 8; i++) total += area[i][threadIdx.x];
-      norms[threadIdx.x] = 1.0f / sqrtf(static_cast<float>(total / columns) + in.epsilon);
-    }
-    __syncthreads();
-  }
-  const auto value = [&](int32_t t, int32_t c) {
-    if (t >= rows) return 0.0f;
-    const float v = x[int64_t{t} * columns + c];
-    return in.norm ? v * norms[t] * in.norm[c] : v;
-  };
-  int8_t* q = reinterpret_cast<int8_t*>(shared4);
-  float *scales = reinterpret_cast<float*>(q + kRows * columns), *sums = scales + kRows * blocks, *floats = reinterpret_cast<float*>(shared4);
-  if (kInt8) {
-    for (int32_t u = warp; u < kRows * blocks; u += 8) {
-      float scale, sum;
-      const int32_t rounded = round_lane(value(u / blocks, u % blocks * 32 + lane), &scale, &sum);
-      q[u * 32 + lane] = static_cast<int8_t>(rounded);
-      if (lane == 0) scales[u] = scale, sums[u] = sum;
-    }
-  } else {
-    for (int32_t t = 0; t < kRows; t++) {
-      for (int32_t c = threadIdx.x; c < columns; c += 256) floats[t * columns + c] = value(t, c);
-    }
-  }
-  __syncthreads();
-  for (int64_t j = int64_t{blockIdx.x} * 8 + warp; j < w.rows; j += int64_t{gridDim.x} * 8) {
-    float total[kRows] = {}, ups[kRows] = {};
-    if constexpr (kInt8) {
-      dots_int8<kType, kRows>(w, j, reinterpret_cast<const int32_t*>(q), scales, sums, total);
-      if (kGated) dots_int8<kType, kRows>(up, j, reinterpret_cast<const int32_t*>(q), scales, sums, ups);
-    } else {
-      dots_f32<kType, kRows>(w, j, floats, total);
-      if (kGated) dots_f32<kType, kRows>(up, j, floats, ups);
-    }
-#pragma unroll
-    for (int t = 0; t < kRows; t++) {
-      float result = warp_sum(total[t]);
-      if (kGated) result = silu_times(result, warp_sum(ups[t]));
-      if (lane == t && t < rows) to.put(first + t, static_cast<int32_t>(j), result);
-    }
-  }
-}
-
-// ---- more rows ----
-
-/** Norms x into floats (out) or into 8 bits (q, scales, sums); a block owns a row. */
-__global__ void __launch_bounds__(256) prepare_kernel(InputView in, float* out, int8_t* q, float* scales, float* sums) {
-  __shared__ double area[32];
-  const int64_t t = blockIdx.x;
-  const int32_t columns = in.columns, blocks = columns / 32;
-  const float* x = in.x + t * columns;
-  float scale = 1.0f;
-  if (in.norm) {
-    double squares = 0.0;
-    for (int32_t c = threadIdx.x; c < columns; c += 256) squares += static_cast<double>(x[c]) * x[c];
-    scale = 1.0f / sqrtf(static_cast<float>(block_sum(squares, area) / columns) + in.epsilon);
-  }
-  const auto value = [&](int32_t c) { return in.norm ? x[c] * scale * in.norm[c] : x[c]; };
-  if (out) {
-    for (int32_t c = threadIdx.x; c < columns; c += 256) out[t * columns + c] = value(c);
-    return;
-  }
-  const int32_t lane = threadIdx.x & 31;
-  for (int32_t b = threadIdx.x >> 5; b < blocks; b += 8) {
-    float s, sum;
-    q[t * columns + b * 32 + lane] = static_cast<int8_t>(round_lane(value(b * 32 + lane), &s, &sum));
-    if (lane == 0) scales[t * blocks + b] = s, sums[t * blocks + b] = sum;
-  }
-}
-
-constexpr int kTile = 64;
-
-/** A thread owns outputs [4 ty, 4 ty + 4) x {tx, tx + 16, tx + 32, tx + 48} of the tile. */
-template <int kType>
-__global__ void __launch_bounds__(256) matmul_int8_kernel(const int8_t* q, const float* scales, const float* sums, int32_t rows, WeightView w, OutputView to) {
-  __shared__ __align__(16) int32_t xs[kTile][12], ws[kTile][12];  // 8 words and padding that keeps 16-byte loads free of conflicts
-  __shared__ float x_scale[kTile], x_sum[kTile], w_scale[kTile], w_least[kTile];
-  const int32_t blocks = w.columns / 32, t0 = blockIdx.y * kTile, j0 = blockIdx.x * kTile, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-  float total[4][4] = {};
-  for (int32_t b = 0; b < blocks; b++) {
-    __syncthreads();
-    const int32_t i = threadIdx.x % 64;
-    if (threadIdx.x < 64) {
-      if (j0 + i < w.rows) {
-        const Block8<kType> block(w, int64_t{j0 + i} * blocks + b);
-#pragma unroll
-        for (int v = 0; v < 8; v++) ws[i][v] = block.words[v];
-        w_scale[i] = block.scale, w_least[i] = block.least;
-      } else {
-#pragma unroll
-        for (int v = 0; v < 8; v++) ws[i][v] = 0;
-        w_scale[i] = 0.0f, w_least[i] = 0.0f;
-      }
-    } else if (threadIdx.x < 128) {
-      const bool inside = t0 + i < rows;
-      x_scale[i] = inside ? scales[int64_t{t0 + i} * blocks + b] : 0.0f;
-      x_sum[i] = inside ? sums[int64_t{t0 + i} * blocks + b] : 0.0f;
-    } else {
-      const int32_t half = (threadIdx.x - 128) / 64;
-      int4 v = make_int4(0, 0, 0, 0);
-      if (t0 + i < rows) v = *reinterpret_cast<const int4*>(q + int64_t{t0 + i} * w.columns + b * 32 + half * 16);
-      *reinterpret_cast<int4*>(&xs[i][half * 4]) = v;
-    }
-    __syncthreads();
-    int32_t dot[4][4] = {};
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      int4 a[4], c[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++) a[k] = *reinterpret_cast<const int4*>(&xs[ty * 4 + k][half * 4]), c[k] = *reinterpret_cast<const int4*>(&ws[tx + 16 * k][half * 4]);
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-#pragma unroll
-        for (int l = 0; l < 4; l++) dot[k][l] = __dp4a(a[k].x, c[l].x, __dp4a(a[k].y, c[l].y, __dp4a(a[k].z, c[l].z, __dp4a(a[k].w, c[l].w, dot[k][l]))));
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const float s = x_scale[ty * 4 + k], sum = x_sum[ty * 4 + k];
-#pragma unroll
-      for (int l = 0; l < 4; l++) {
-        const float ws1 = w_scale[tx + 16 * l];
-        total[k][l] += static_cast<float>(dot[k][l]) * (ws1 * s);
-        if (kType == WKV_Q4_1) total[k][l] += w_least[tx + 16 * l] * sum;
-        if (kType == WKV_Q4_0) total[k][l] -= ws1 * (8.0f * sum);
-      }
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < 4; k++) {
-#pragma unroll
-    for (int l = 0; l < 4; l++) {
-      if (t0 + ty * 4 + k < rows && j0 + tx + 16 * l < w.rows) to.put(t0 + ty * 4 + k, j0 + tx + 16 * l, total[k][l]);
-    }
-  }
-}
-
-template <int kType>
-__global__ void __launch_bounds__(256) matmul_f32_kernel(const float* x, int32_t rows, WeightView w, OutputView to) {
-  __shared__ __align__(16) float xs[32][kTile + 4], ws[32][kTile + 4];  // transposed
-  const int32_t columns = w.columns, t0 = blockIdx.y * kTile, j0 = blockIdx.x * kTile, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-  float total[4][4] = {};
-  for (int32_t c0 = 0; c0 < columns; c0 += 32) {
-    __syncthreads();
-    if (columns % 4 == 0) {
-#pragma unroll
-      for (int u = threadIdx.x; u < kTile * 8; u += 256) {
-        const int32_t i = u / 8, c = u % 8 * 4;
-        float4 a = make_float4(0, 0, 0, 0), b = a;
-        if (c0 + c < columns) {
-          if (t0 + i < rows) a = *reinterpret_cast<const float4*>(x + int64_t{t0 + i} * columns + c0 + c);
-          if (j0 + i < w.rows) b = weights4<kType>(w, j0 + i, c0 + c);
-        }
-        xs[c][i] = a.x, xs[c + 1][i] = a.y, xs[c + 2][i] = a.z, xs[c + 3][i] = a.w;
-        ws[c][i] = b.x, ws[c + 1][i] = b.y, ws[c + 2][i] = b.z, ws[c + 3][i] = b.w;
-      }
-    } else {
-      for (int u = threadIdx.x; u < kTile * 32; u += 256) {
-        const int32_t i = u / 32, c = u % 32;
-        const bool inside = c0 + c < columns;
-        xs[c][i] = inside && t0 + i < rows ? x[int64_t{t0 + i} * columns + c0 + c] : 0.0f;
-        ws[c][i] = inside && j0 + i < w.rows ? weight_at(w, j0 + i, c0 + c) : 0.0f;
-      }
-    }
-    __syncthreads();
-#pragma unroll 8
-    for (int c = 0; c < 32; c++) {
-      const float4 a = *reinterpret_cast<const float4*>(&xs[c][ty * 4]);
-      const float av[4] = {a.x, a.y, a.z, a.w};
-      float bv[4];
-#pragma unroll
-      for (int l = 0; l < 4; l++) bv[l] = ws[c][tx + 16 * l];
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-#pragma unroll
-        for (int l = 0; l < 4; l++) total[k][l] = fmaf(av[k], bv[l], total[k][l]);
-      }
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < 4; k++) {
-#pragma unroll
-    for (int l = 0; l < 4; l++) {
-      if (t0 + ty * 4 + k < rows && j0 + tx + 16 * l < w.rows) to.put(t0 + ty * 4 + k, j0 + tx + 16 * l, total[k][l]);
-    }
-  }
-}
-
 /** out[t, j] = silu(gate[t, j]) * up[t, j]; out may be gate. */
 __global__ void __launch_bounds__(256) silu_kernel(float* gate, int64_t stride, const float* up, int32_t columns) {
+  wait_for_previous();
+  let_next_start();
   float* g = gate + blockIdx.y * stride;
   const float* u = up + int64_t{blockIdx.y} * columns;
   for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) g[c] = silu_times(g[c], u[c]);
@@ -3838,113 +4179,52 @@ __global__ void __launch_bounds__(256) silu_kernel(float* gate, int64_t stride, 
 
 /** x, when out is x too: blocks that write must not change what others read. */
 __global__ void __launch_bounds__(256) copy_kernel(float* to, const float* from, int64_t count) {
+  wait_for_previous();
+  let_next_start();
   for (int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x; i < count; i += int64_t{gridDim.x} * 256) to[i] = from[i];
 }
 
-// ---- launches ----
-
-/** Calls body with the weight's type as a constant; \`quantised_only\` leaves the others out. */
-template <typename Body>
-void by_type(int32_t dtype, Body body) {
-  switch (dtype) {
-    case WKV_F32: return body(std::integral_constant<int, WKV_F32>());
-    case WKV_F16: return body(std::integral_constant<int, WKV_F16>());
-    case WKV_BF16: return body(std::integral_constant<int, WKV_BF16>());
-    case WKV_Q8_0: return body(std::integral_constant<int, WKV_Q8_0>());
-    case WKV_Q4_0: return body(std::integral_constant<int, WKV_Q4_0>());
-    default: return body(std::integral_constant<int, WKV_Q4_1>());
-  }
+/** Where a product of many rows goes. */
+enum class Way { Int8, Half, Plain };
+Way way_of(const WeightView& w, bool int8) {
+  if (int8) return Way::Int8;
+  return (w.dtype == WKV_F16 || w.dtype == WKV_BF16) && w.columns % 32 == 0 ? Way::Half : Way::Plain;
 }
 
-template <int kType, bool kInt8, int kRows, bool kGated>
-bool launch_matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
-  const size_t shared = matvec_shared<kRows, kInt8>(in.columns);
-  if (shared + 2048 > size_t(ctx.shared_limit)) return false;
-  const auto kernel = matvec_kernel<kType, kInt8, kRows, kGated>;
-  allow_shared(kernel, shared);
-  const int32_t blocks = std::min(divide_up(w.rows, 8), ctx.processors * 4);
-  kernel<<<dim3(blocks, divide_up(in.rows, kRows)), 256, shared, ctx.stream>>>(in, w, up, to);
-  return true;
+/** out = in . w^T, or gated with \`up\` (data null: not), by kernels for many rows. */
+void project_many(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, uint8_t* scratch) {
+  const Way way = way_of(w, int8);
+  if (way == Way::Int8) return matmul_int8(ctx, round_rows(ctx, in, scratch), w, up, to);
+  if (way == Way::Half) return matmul_half(ctx, split_rows(ctx, in, w.dtype == WKV_BF16, scratch), w, up, to);
+  const float* x = norm_rows(ctx, in, scratch);
+  matmul_f32(ctx, x, in.rows, w, to);
+  if (!up.data) return;
+  float* ups = reinterpret_cast<float*>(scratch + prepared_bytes(in));
+  matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0});
+  launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, ups, w.rows);
 }
 
-/** False when not even one row of x fits shared memory. */
-template <int kType, bool kInt8, bool kGated>
-bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (in.rows > 4 && launch_matvec<kType, kInt8, 8, kGated>(ctx, in, w, up, to)) return true;
-  if (in.rows > 2 && launch_matvec<kType, kInt8, 4, kGated>(ctx, in, w, up, to)) return true;
-  if (in.rows > 1 && launch_matvec<kType, kInt8, 2, kGated>(ctx, in, w, up, to)) return true;
-  return launch_matvec<kType, kInt8, 1, kGated>(ctx, in, w, up, to);
-}
-
-/** x as matmul wants it. */
-struct Prepared {
-  const float* x;
-  int8_t* q;
-  float *scales, *sums;
-};
-
-size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * in.columns * 4); }
-
-Prepared prepare(Context& ctx, const InputView& in, bool int8, uint8_t* scratch) {
-  const size_t count = size_t(in.rows) * in.columns;
-  Prepared p{in.x, nullptr, nullptr, nullptr};
-  if (int8) {
-    p.q = reinterpret_cast<int8_t*>(scratch);
-    p.scales = reinterpret_cast<float*>(scratch + count);
-    p.sums = p.scales + count / 32;
-  } else if (in.norm) {
-    p.x = reinterpret_cast<float*>(scratch);
-  } else {
-    return p;
-  }
-  prepare_kernel<<<in.rows, 256, 0, ctx.stream>>>(in, int8 ? nullptr : const_cast<float*>(p.x), p.q, p.scales, p.sums);
-  return p;
-}
-
-void matmul(Context& ctx, const Prepared& p, int32_t rows, bool int8, const WeightView& w, const OutputView& to) {
-  const dim3 grid(divide_up(w.rows, kTile), divide_up(rows, kTile));
-  by_type(w.dtype, [&](auto type) {
-    if constexpr (is_quantised(type.value)) {
-      if (int8) {
-        matmul_int8_kernel<type.value><<<grid, 256, 0, ctx.stream>>>(p.q, p.scales, p.sums, rows, w, to);
-        return;
-      }
-    }
-    matmul_f32_kernel<type.value><<<grid, 256, 0, ctx.stream>>>(p.x, rows, w, to);
-  });
-}
-
-constexpr int32_t kMatvecRows = 8;
-
-/** out = in . w^T, or gated with \`up\` (data null: not). */
+/** Scratch: x prepared, then rows of up's product, then x copied. */
 void project(Context& ctx, InputView in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
-  const bool gated = up.data != nullptr;
-  const size_t own = prepared_bytes(in);
-  uint8_t* scratch = ctx.reserve(own * 2 + size_t(in.rows) * w.rows * 4);
-  if (in.rows <= kMatvecRows && (!gated || w.dtype == up.dtype)) {
-    if (aliased) {
-      float* copied = reinterpret_cast<float*>(scratch + own);
-      copy_kernel<<<std::min(1024, divide_up(int64_t{in.rows} * in.columns, 256)), 256, 0, ctx.stream>>>(copied, in.x, int64_t{in.rows} * in.columns);
-      in.x = copied;
-    }
-    bool done = false;
-    by_type(w.dtype, [&](auto type) {
-      if constexpr (is_quantised(type.value)) {
-        if (int8) {
-          done = gated ? matvec<type.value, true, true>(ctx, in, w, up, to) : matvec<type.value, true, false>(ctx, in, w, up, to);
-          return;
-        }
-      }
-      done = gated ? matvec<type.value, false, true>(ctx, in, w, up, to) : matvec<type.value, false, false>(ctx, in, w, up, to);
-    });
-    if (done) return;
+  const size_t own = prepared_bytes(in), ups = up.data ? round_up(size_t(in.rows) * w.rows * 4) : 0;
+  uint8_t* scratch = ctx.reserve(own + ups + (aliased ? own : 0));
+  if (up.data && w.dtype != up.dtype) {  // each by its own kernel
+    project_many(ctx, in, w, WeightView{}, int8, to, scratch);
+    project_many(ctx, in, up, WeightView{}, int8, {reinterpret_cast<float*>(scratch + own), w.rows, nullptr, 0}, scratch);
+    launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, reinterpret_cast<float*>(scratch + own), w.rows);
+    return;
   }
-  const Prepared p = prepare(ctx, in, int8, scratch);
-  matmul(ctx, p, in.rows, int8, w, to);
-  if (!gated) return;
-  float* ups = reinterpret_cast<float*>(scratch + own * 2);
-  matmul(ctx, p, in.rows, int8, up, OutputView{ups, w.rows, nullptr, 0});
-  silu_kernel<<<dim3(divide_up(w.rows, 256), in.rows), 256, 0, ctx.stream>>>(to.out, to.stride, ups, w.rows);
+  if (in.rows <= (way_of(w, int8) == Way::Plain ? 8 : 4)) {  // more gain by the tensor cores
+    InputView own_in = in;
+    if (aliased) {
+      float* copied = reinterpret_cast<float*>(scratch + own + ups);
+      const int64_t count = int64_t{in.rows} * in.columns;
+      launch(ctx, copy_kernel, {dim3(std::min(1024, divide_up(count, 256))), dim3(256)}, copied, in.x, count);
+      own_in.x = copied;
+    }
+    if (matvec(ctx, own_in, w, up, int8, to)) return;
+  }
+  project_many(ctx, in, w, up, int8, to, scratch);
 }
 
 TensorRef find_weight(int32_t context, int32_t handle, const char* what) {
@@ -4003,6 +4283,995 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
   });
 }
 `,
+  "cuda/linear.cuh": `/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), matmul.cu (more rows). */
+#pragma once
+#include <type_traits>
+
+#include "common.cuh"
+
+namespace wkv {
+
+/** An input: rows [0, rows) of x with their norm (null: none). */
+struct InputView {
+  const float* x;
+  int32_t rows, columns;
+  const float* norm;
+  float epsilon;
+};
+
+/** Where results go: row t at out + t * stride. */
+struct OutputView {
+  float* out;
+  int64_t stride;
+  const float* bias;
+  int32_t add;
+  __device__ void put(int32_t t, int32_t j, float value) const {
+    float* to = out + t * stride + j;
+    if (bias) value += bias[j];
+    *to = add ? *to + value : value;
+  }
+};
+
+/** out = norm(in) . w^T, or silu(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
+ *  reads in as it is. False, and nothing launched, when the shape needs matmul. */
+bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
+
+/** Rows of x in 8 bits. Of a block of 32, in words of 4 columns: 0, 4, 1, 5, 2, 6, 3, 7, as the tensor cores' lanes take them.
+ *  of[block * stride + t]: the scale of row t's block, and scale times the sum of the rounded; stride is even. */
+struct RoundedView {
+  const int8_t* q;
+  const float2* of;
+  int32_t rows, stride;
+};
+
+/** Rows of x as sums of two f16 or bf16, [rows][block of 32][high, low][32]; true values are factors[t] times as large. */
+struct SplitView {
+  const uint8_t* parts;
+  const float* factors;
+  int32_t rows;
+};
+
+/** Bytes of scratch that norm_rows, round_rows and split_rows need. */
+inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * (in.columns + 1) * 4); }
+RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch);
+SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch);
+/** norm(x), or x itself where there is no norm. */
+const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch);
+
+/** out = x . w^T, gated where up has data; weights must be of one dtype. */
+void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to);
+/** The same for f16 and bf16 weights; columns must be a multiple of 32. */
+void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to);
+/** out = x . w^T in f32. */
+void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to);
+
+/** Calls body with the weight's type as a constant. */
+template <typename Body>
+auto by_type(int32_t dtype, Body body) {
+  switch (dtype) {
+    case WKV_F32: return body(std::integral_constant<int, WKV_F32>());
+    case WKV_F16: return body(std::integral_constant<int, WKV_F16>());
+    case WKV_BF16: return body(std::integral_constant<int, WKV_BF16>());
+    case WKV_Q8_0: return body(std::integral_constant<int, WKV_Q8_0>());
+    case WKV_Q4_0: return body(std::integral_constant<int, WKV_Q4_0>());
+    default: return body(std::integral_constant<int, WKV_Q4_1>());
+  }
+}
+
+__device__ inline float silu_times(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+
+/** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32
+ *  lanes take part. Gives the four as a word, and the block's scale and sum in every lane. */
+__device__ inline int32_t round_four(float4 v, float* scale, float* sum) {
+  const auto bits = [](float x) { return __float_as_uint(fabsf(x)); };
+  uint32_t high = max(max(bits(v.x), bits(v.y)), max(bits(v.z), bits(v.w)));
+#pragma unroll
+  for (int o = 1; o < 8; o <<= 1) high = max(high, __shfl_xor_sync(0xffffffffu, high, o));
+  const float most = __uint_as_float(high);
+  const bool finite = most <= 3.402823466e38f;  // or else nothing that comes of it is
+  const float inverse = finite && most > 0.0f ? 127.0f / most : 0.0f;
+  const auto rounded = [&](float x) { return finite ? static_cast<int32_t>(rintf(x * inverse)) : 0; };
+  const int32_t a = rounded(v.x), b = rounded(v.y), c = rounded(v.z), d = rounded(v.w);
+  int32_t total = a + b + c + d;
+#pragma unroll
+  for (int o = 1; o < 8; o <<= 1) total += __shfl_xor_sync(0xffffffffu, total, o);
+  *scale = finite ? most / 127.0f : __uint_as_float(0x7fc00000u);
+  *sum = *scale * static_cast<float>(total);
+  return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+}
+
+}  // namespace wkv
+`,
+  "cuda/matmul.cu": `/**
+ * matmul.cu: x after norm and rounding, and out[t, j] = x[t] . w[j] in f32 for many rows of x.
+ *
+ * matmul_f32: a block owns a tile of 64 x 64 of out and walks along C in steps of 32; weights are widened on their way into shared memory.
+ * Bytes moved: w once a 64 rows of x, x once a 64 rows of w.
+ */
+#include "linear.cuh"
+
+namespace wkv {
+namespace {
+
+/** A block's row of x, and the scale of its norm. */
+__device__ inline float row_scale(const InputView& in, const float* x) {
+  __shared__ double area[32];
+  if (!in.norm) return 1.0f;
+  double squares = 0.0;
+  for (int32_t c = threadIdx.x; c < in.columns; c += 256) squares += static_cast<double>(x[c]) * x[c];
+  return 1.0f / sqrtf(static_cast<float>(block_sum(squares, area) / in.columns) + in.epsilon);
+}
+
+__global__ void __launch_bounds__(256) norm_kernel(InputView in, float* out) {
+  wait_for_previous();
+  let_next_start();
+  const float* x = in.x + int64_t{blockIdx.x} * in.columns;
+  const float scale = row_scale(in, x);
+  for (int32_t c = threadIdx.x; c < in.columns; c += 256) out[int64_t{blockIdx.x} * in.columns + c] = x[c] * scale * in.norm[c];
+}
+
+__global__ void __launch_bounds__(256) round_kernel(InputView in, int32_t* q, float2* of, int32_t stride) {
+  wait_for_previous();
+  let_next_start();
+  const int32_t words = in.columns / 4, lane = threadIdx.x % 32;
+  const float* x = in.x + int64_t{blockIdx.x} * in.columns;
+  const float scale = row_scale(in, x);
+  for (int32_t start = threadIdx.x - lane; start < words; start += 256) {
+    const int32_t i = start + lane;
+    float4 v = make_float4(0, 0, 0, 0);
+    if (i < words) {
+      v = reinterpret_cast<const float4*>(x)[i];
+      if (in.norm) {
+        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
+        v = make_float4(v.x * scale * n.x, v.y * scale * n.y, v.z * scale * n.z, v.w * scale * n.w);
+      }
+    }
+    float2 both;
+    const int32_t word = round_four(v, &both.x, &both.y);
+    if (i >= words) continue;
+    q[int64_t{blockIdx.x} * words + i / 8 * 8 + i % 4 * 2 + i / 4 % 2] = word;
+    if (i % 8 == 0) of[int64_t{i / 8} * stride + blockIdx.x] = both;
+  }
+}
+
+/** f16 has few exponents, so there the row's highest number is brought to 2^14 by a power of two. */
+template <bool kBf16>
+__global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts, float* factors) {
+  using T = std::conditional_t<kBf16, __nv_bfloat16, __half>;
+  __shared__ float area[32];
+  wait_for_previous();
+  let_next_start();
+  const int32_t columns = in.columns;
+  const float* x = in.x + int64_t{blockIdx.x} * columns;
+  const float scale = row_scale(in, x);
+  const auto value = [&](int32_t c) { return in.norm ? x[c] * scale * in.norm[c] : x[c]; };
+  float factor = 1.0f;
+  if (!kBf16) {
+    float most = 0.0f;
+    for (int32_t c = threadIdx.x; c < columns; c += 256) most = fmaxf(most, fabsf(value(c)));
+    most = block_max(most, area);
+    if (most > 0.0f && most <= 3.402823466e38f) factor = ldexpf(1.0f, max(ilogbf(most) - 14, -120));
+  }
+  T* out = reinterpret_cast<T*>(parts + int64_t{blockIdx.x} * columns * 4);
+  for (int32_t c = threadIdx.x; c < columns; c += 256) {
+    const float v = value(c) / factor;
+    const T high = from_float<T>(v);
+    out[c / 32 * 64 + c % 32] = high;
+    out[c / 32 * 64 + 32 + c % 32] = from_float<T>(v - to_float(high));
+  }
+  if (threadIdx.x == 0) factors[blockIdx.x] = factor;
+}
+
+/** Reads 4 columns of a row at once. */
+template <int kType>
+__device__ inline float4 weights4(const WeightView& w, int64_t row, int32_t column) {
+  const int64_t i = row * w.columns + column;
+  if (kType == WKV_F32) return __ldg(reinterpret_cast<const float4*>(w.data + i * 4));
+  if (kType == WKV_F16) {
+    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(w.data + i * 2));
+    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x)), b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+    return make_float4(a.x, a.y, b.x, b.y);
+  }
+  if (kType == WKV_BF16) {
+    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(w.data + i * 2));
+    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
+  }
+  const int64_t block = row * (w.columns / 32) + column / 32;
+  if (kType == WKV_Q8_0) {
+    const int32_t raw = __ldg(reinterpret_cast<const int32_t*>(w.data + block * 32 + column % 32));
+    const float s = __half2float(__ldg(w.scales + block));
+    return make_float4((raw << 24 >> 24) * s, (raw << 16 >> 24) * s, (raw << 8 >> 24) * s, (raw >> 24) * s);
+  }
+  const int32_t within = column % 32;
+  const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(w.data + block * 16 + within % 16)) >> (within / 16 * 4);
+  const int32_t middle = kType == WKV_Q4_0 ? 8 : 0;
+  float s, m = 0.0f;
+  if (kType == WKV_Q4_1) {
+    const float2 both = __half22float2(__ldg(reinterpret_cast<const __half2*>(w.scales) + block));
+    s = both.x, m = both.y;
+  } else {
+    s = __half2float(__ldg(w.scales + block));
+  }
+  const auto wide = [&](int shift) { return fmaf(static_cast<float>(static_cast<int32_t>(raw >> shift & 15) - middle), s, m); };
+  return make_float4(wide(0), wide(8), wide(16), wide(24));
+}
+
+constexpr int kTile = 64;
+
+/** A thread owns outputs [4 ty, 4 ty + 4) x {tx, tx + 16, tx + 32, tx + 48} of the tile. */
+template <int kType>
+__global__ void __launch_bounds__(256) matmul_f32_kernel(const float* x, int32_t rows, WeightView w, OutputView to) {
+  wait_for_previous();
+  let_next_start();
+  __shared__ __align__(16) float xs[32][kTile + 4], ws[32][kTile + 4];  // transposed
+  const int32_t columns = w.columns, t0 = blockIdx.y * kTile, j0 = blockIdx.x * kTile, tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  float total[4][4] = {};
+  for (int32_t c0 = 0; c0 < columns; c0 += 32) {
+    __syncthreads();
+    if (columns % 4 == 0) {
+#pragma unroll
+      for (int u = threadIdx.x; u < kTile * 8; u += 256) {
+        const int32_t i = u / 8, c = u % 8 * 4;
+        float4 a = make_float4(0, 0, 0, 0), b = a;
+        if (c0 + c < columns) {
+          if (t0 + i < rows) a = *reinterpret_cast<const float4*>(x + int64_t{t0 + i} * columns + c0 + c);
+          if (j0 + i < w.rows) b = weights4<kType>(w, j0 + i, c0 + c);
+        }
+        xs[c][i] = a.x, xs[c + 1][i] = a.y, xs[c + 2][i] = a.z, xs[c + 3][i] = a.w;
+        ws[c][i] = b.x, ws[c + 1][i] = b.y, ws[c + 2][i] = b.z, ws[c + 3][i] = b.w;
+      }
+    } else {
+      for (int u = threadIdx.x; u < kTile * 32; u += 256) {
+        const int32_t i = u / 32, c = u % 32;
+        const bool inside = c0 + c < columns;
+        xs[c][i] = inside && t0 + i < rows ? x[int64_t{t0 + i} * columns + c0 + c] : 0.0f;
+        ws[c][i] = inside && j0 + i < w.rows ? weight_at(w, j0 + i, c0 + c) : 0.0f;
+      }
+    }
+    __syncthreads();
+#pragma unroll 8
+    for (int c = 0; c < 32; c++) {
+      const float4 a = *reinterpret_cast<const float4*>(&xs[c][ty * 4]);
+      const float av[4] = {a.x, a.y, a.z, a.w};
+      float bv[4];
+#pragma unroll
+      for (int l = 0; l < 4; l++) bv[l] = ws[c][tx + 16 * l];
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+#pragma unroll
+        for (int l = 0; l < 4; l++) total[k][l] = fmaf(av[k], bv[l], total[k][l]);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+#pragma unroll
+    for (int l = 0; l < 4; l++) {
+      if (t0 + ty * 4 + k < rows && j0 + tx + 16 * l < w.rows) to.put(t0 + ty * 4 + k, j0 + tx + 16 * l, total[k][l]);
+    }
+  }
+}
+
+}  // namespace
+
+const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch) {
+  if (!in.norm) return in.x;
+  float* out = reinterpret_cast<float*>(scratch);
+  launch(ctx, norm_kernel, {dim3(in.rows), dim3(256)}, in, out);
+  return out;
+}
+
+RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch) {
+  const int32_t stride = (in.rows + 1) / 2 * 2;
+  float2* of = reinterpret_cast<float2*>(scratch + size_t(in.rows) * in.columns);
+  launch(ctx, round_kernel, {dim3(in.rows), dim3(256)}, in, reinterpret_cast<int32_t*>(scratch), of, stride);
+  return {reinterpret_cast<int8_t*>(scratch), of, in.rows, stride};
+}
+
+SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch) {
+  float* factors = reinterpret_cast<float*>(scratch + size_t(in.rows) * in.columns * 4);
+  launch(ctx, bf16 ? split_kernel<true> : split_kernel<false>, {dim3(in.rows), dim3(256)}, in, scratch, factors);
+  return {scratch, factors, in.rows};
+}
+
+void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to) {
+  const dim3 grid(divide_up(w.rows, kTile), divide_up(rows, kTile));
+  by_type(w.dtype, [&](auto type) { launch(ctx, matmul_f32_kernel<type.value>, {grid, dim3(256)}, x, rows, w, to); });
+}
+
+}  // namespace wkv
+`,
+  "cuda/matmul_half.cu": `/**
+ * matmul_half.cu: out[t, j] = x[t] . w[j] for f16 and bf16 w and x in f32, on the tensor cores.
+ *
+ * x is the sum of two numbers of w's type (split_rows), good to 2^-18 (bf16) or 2^-22 (f16) of it; their products with w are exact and
+ * are summed in f32. Tensor cores cut sums off instead of rounding them, so only 32 columns are left to them at a time, and ordinary
+ * additions do the rest. A block owns kRows rows of w (gated: half of them of gate, half of up) and kTokens rows of x; stages of both are
+ * copied into shared memory while it works. Few rows of x: some warps share the columns out, and their sums meet in a fixed order.
+ * Bytes moved: w once a kTokens rows of x, x once a kRows rows of w (from the second level).
+ */
+#include "tile.cuh"
+
+namespace wkv {
+namespace {
+
+using Few = Plan<1, 1, 2, 1, 8, 3, 2>;
+using Some = Plan<1, 2, 2, 2, 4, 3, 2>;
+using More = Plan<1, 2, 2, 4, 4, 2, 2>;
+using Many = Plan<2, 4, 4, 4, 1, 3, 1>;
+
+/** A stage's rows of w, then of x, in shared memory; an odd multiple of 64 bytes long, so that a warp's reads touch every bank once. */
+template <typename P>
+struct Stage {
+  static constexpr int kRowW = P::kBlocks % 2 ? P::kBlocks * 64 : P::kBlocks * 64 + 64, kRowX = P::kBlocks * 128 + 64;
+  static constexpr int kAtX = P::kRows * kRowW, kBytes = kAtX + P::kTokens * kRowX;
+  static constexpr int kShared = P::kStages * kBytes > P::kSums ? P::kStages * kBytes : P::kSums;
+};
+
+template <bool kBf16, typename P>
+__global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel(SplitView x, WeightView w, WeightView up, int32_t gated, OutputView to) {
+  using S = Stage<P>;
+  extern __shared__ __align__(16) uint8_t shared[];
+  const Tile<P> tile(w, up, gated, x.rows);
+  const int32_t blocks = w.columns / 32;
+  const auto fetch_w = [&](int32_t s) {
+    uint8_t* stage = shared + s % P::kStages * S::kBytes;
+    const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
+#pragma unroll 1
+    for (int u = threadIdx.x; u < P::kRows * P::kBlocks * 4; u += kTileThreads) {
+      const int r = u / (P::kBlocks * 4), c = u % (P::kBlocks * 4);
+      if (c < have * 4) copy_async<16>(stage + r * S::kRowW + c * 16, tile.data(r) + (tile.row_in(r) * blocks + first) * 64 + c * 16);
+    }
+  };
+  const auto fetch_x = [&](int32_t s) {
+    uint8_t* stage = shared + s % P::kStages * S::kBytes + S::kAtX;
+    const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
+#pragma unroll 1
+    for (int u = threadIdx.x; u < P::kTokens * P::kBlocks * 8; u += kTileThreads) {
+      const int t = u / (P::kBlocks * 8), c = u % (P::kBlocks * 8);
+      if (c < have * 8) copy_async<16>(stage + t * S::kRowX + c * 16, x.parts + (tile.token_in(t) * blocks + first) * 128 + c * 16);
+    }
+  };
+
+  const int32_t stages = (blocks + P::kBlocks - 1) / P::kBlocks;
+#pragma unroll 1
+  for (int32_t s = 0; s < P::kStages - 1; s++) {
+    if (s < stages) fetch_w(s);
+  }
+  wait_for_previous();
+  let_next_start();
+#pragma unroll 1
+  for (int32_t s = 0; s < P::kStages - 1; s++) {
+    if (s < stages) fetch_x(s);
+    end_copies();
+  }
+
+  float total[P::kW][P::kX][4] = {};
+  for (int32_t s = 0; s < stages; s++) {
+    wait_copies<P::kStages - 2>();
+    __syncthreads();
+    if (s + P::kStages - 1 < stages) fetch_w(s + P::kStages - 1), fetch_x(s + P::kStages - 1);
+    end_copies();
+    const uint8_t* stage = shared + s % P::kStages * S::kBytes;
+    const int32_t have = min(P::kBlocks, blocks - s * P::kBlocks);
+#pragma unroll
+    for (int b = tile.along_c; b < P::kBlocks; b += P::kAlongC) {
+      if (b >= have) break;
+      // A lane takes 8 neighbouring columns of w and of x where the tensor core sees columns 2 i, 8 + 2 i of two products: any order will do.
+      int32_t a[P::kW][2][4];
+#pragma unroll
+      for (int m = 0; m < P::kW; m++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int r = (tile.along_w * P::kW + m) * 16 + h * 8 + tile.group;
+          const int4 v = *reinterpret_cast<const int4*>(stage + r * S::kRowW + b * 64 + tile.i * 16);
+          a[m][0][h] = v.x, a[m][0][2 + h] = v.y, a[m][1][h] = v.z, a[m][1][2 + h] = v.w;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < P::kX; n++) {
+        const uint8_t* from = stage + S::kAtX + ((tile.along_x * P::kX + n) * 8 + tile.group) * S::kRowX + b * 128 + tile.i * 16;
+        const int4 high = *reinterpret_cast<const int4*>(from), low = *reinterpret_cast<const int4*>(from + 64);
+#pragma unroll
+        for (int m = 0; m < P::kW; m++) {
+          const float zero[4] = {};
+          float sum[4];
+          mma_half<kBf16>(sum, a[m][0], low.x, low.y, zero);
+          mma_half<kBf16>(sum, a[m][1], low.z, low.w, sum);
+          mma_half<kBf16>(sum, a[m][0], high.x, high.y, sum);
+          mma_half<kBf16>(sum, a[m][1], high.z, high.w, sum);
+#pragma unroll
+          for (int k = 0; k < 4; k++) total[m][n][k] += sum[k];
+        }
+      }
+    }
+  }
+  wait_copies<0>();
+  tile.finish(total, x.factors, reinterpret_cast<float*>(shared), to);
+}
+
+template <bool kBf16, typename P>
+void launch_matmul(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
+  const int32_t gated = up.data != nullptr;
+  const dim3 grid(divide_up(x.rows, P::kTokens), divide_up(w.rows, P::kRows >> gated));
+  launch(ctx, matmul_half_kernel<kBf16, P>, {grid, dim3(kTileThreads), Stage<P>::kShared}, x, w, up, gated, to);
+}
+
+template <bool kBf16>
+void matmul_typed(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
+  if (x.rows <= Few::kTokens) return launch_matmul<kBf16, Few>(ctx, x, w, up, to);
+  if (x.rows <= Some::kTokens) return launch_matmul<kBf16, Some>(ctx, x, w, up, to);
+  if (x.rows <= More::kTokens) return launch_matmul<kBf16, More>(ctx, x, w, up, to);
+  launch_matmul<kBf16, Many>(ctx, x, w, up, to);
+}
+
+}  // namespace
+
+void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
+  if (w.dtype == WKV_BF16) matmul_typed<true>(ctx, x, w, up, to);
+  else matmul_typed<false>(ctx, x, w, up, to);
+}
+
+}  // namespace wkv
+`,
+  "cuda/matmul_int8.cu": `/**
+ * matmul_int8.cu: out[t, j] = x[t] . w[j] for quantised w and x in 8 bits, on the tensor cores.
+ *
+ * In each block of 32 columns the product is an integer, exact; it is then scaled by w's and x's scale and added in f32, as the CPU does:
+ *   total += dot * (w_scale * x_scale) [+ w_least * x_sum]          Q4_0: - w_scale * 8 * x_sum, as its values are stored plus 8
+ * A block owns kRows rows of w (gated: half of them of gate, half of up) and kTokens rows of x, and walks along C in stages that are copied
+ * into shared memory while it works. Few rows of x: the 8 warps share the columns out, and their sums meet in shared memory in a fixed
+ * order; many: each warp has a tile of its own. Bytes moved: w once a kTokens rows of x, x once a kRows rows of w (from the second level).
+ */
+#include "tile.cuh"
+
+namespace wkv {
+namespace {
+
+using Few = Plan<1, 1, 2, 1, 8, 8, 3>;
+using Some = Plan<1, 1, 2, 4, 8, 4, 2>;
+using More = Plan<1, 1, 2, 8, 8, 3, 2>;
+using Many = Plan<2, 4, 4, 4, 4, 2, 2>;
+
+/** Where a stage's parts lie in shared memory, in bytes. Rows are padded so that a warp's reads touch every bank once. */
+template <int kType, typename P>
+struct Stage {
+  static constexpr int kQuants = kType == WKV_Q8_0 ? 32 : 16, kScale = kType == WKV_Q4_1 ? 4 : 2;
+  static constexpr int kRowW = P::kBlocks * kQuants + 16, kRowX = P::kBlocks * 32 + 32;
+  static constexpr int kAtX = P::kRows * kRowW, kAtOf = kAtX + P::kTokens * kRowX, kAtScales = kAtOf + P::kBlocks * P::kTokens * 8;
+  static constexpr int kBytes = kAtScales + P::kRows * P::kBlocks * kScale;
+  static constexpr int kShared = P::kStages * kBytes > P::kSums ? P::kStages * kBytes : P::kSums;
+};
+
+template <int kType, typename P>
+__global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_int8_kernel(RoundedView x, WeightView w, WeightView up, int32_t gated, OutputView to) {
+  using S = Stage<kType, P>;
+  extern __shared__ __align__(16) uint8_t shared[];
+  const Tile<P> tile(w, up, gated, x.rows);
+  const int32_t blocks = w.columns / 32;
+  const auto fetch_w = [&](int32_t s) {
+    uint8_t* stage = shared + s % P::kStages * S::kBytes;
+    constexpr int kChunks = P::kBlocks * S::kQuants / 16;
+    const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
+#pragma unroll 1
+    for (int u = threadIdx.x; u < P::kRows * kChunks; u += kTileThreads) {
+      const int r = u / kChunks, c = u % kChunks;
+      if (c * 16 < have * S::kQuants) copy_async<16>(stage + r * S::kRowW + c * 16, tile.data(r) + (tile.row_in(r) * blocks + first) * S::kQuants + c * 16);
+    }
+    constexpr int kFour = 4 / S::kScale;  // blocks whose scales are 4 bytes
+    uint8_t* scales = stage + S::kAtScales;
+    if (blocks % kFour == 0) {
+#pragma unroll 1
+      for (int u = threadIdx.x; u < P::kRows * P::kBlocks / kFour; u += kTileThreads) {
+        const int r = u / (P::kBlocks / kFour), b = u % (P::kBlocks / kFour) * kFour;
+        if (b < have) copy_async<4>(scales + (r * P::kBlocks + b) * S::kScale, tile.scales(r) + (tile.row_in(r) * blocks + first + b) * (S::kScale / 2));
+      }
+    } else {
+#pragma unroll 1
+      for (int u = threadIdx.x; u < P::kRows * P::kBlocks; u += kTileThreads) {
+        const int r = u / P::kBlocks, b = u % P::kBlocks;
+        if (b < have) reinterpret_cast<__half*>(scales)[u] = tile.scales(r)[tile.row_in(r) * blocks + first + b];
+      }
+    }
+  };
+  const auto fetch_x = [&](int32_t s) {
+    uint8_t* stage = shared + s % P::kStages * S::kBytes;
+    const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
+#pragma unroll 1
+    for (int u = threadIdx.x; u < P::kTokens * P::kBlocks * 2; u += kTileThreads) {
+      const int t = u / (P::kBlocks * 2), c = u % (P::kBlocks * 2);
+      if (c < have * 2) copy_async<16>(stage + S::kAtX + t * S::kRowX + c * 16, x.q + (tile.token_in(t) * blocks + first) * 32 + c * 16);
+    }
+#pragma unroll 1
+    for (int u = threadIdx.x; u < P::kBlocks * P::kTokens / 2; u += kTileThreads) {
+      const int b = u / (P::kTokens / 2), t = u % (P::kTokens / 2) * 2;
+      if (b < have) copy_async<16>(stage + S::kAtOf + (b * P::kTokens + t) * 8, x.of + int64_t{first + b} * x.stride + min(tile.t0 + t, x.stride - 2));
+    }
+  };
+
+  const int32_t stages = (blocks + P::kBlocks - 1) / P::kBlocks;
+#pragma unroll 1
+  for (int32_t s = 0; s < P::kStages - 1; s++) {
+    if (s < stages) fetch_w(s);
+  }
+  wait_for_previous();
+  let_next_start();
+#pragma unroll 1
+  for (int32_t s = 0; s < P::kStages - 1; s++) {
+    if (s < stages) fetch_x(s);
+    end_copies();
+  }
+
+  // Integers are added to the bits of a float so large that its last place is 1: the sum is that float plus the dot product.
+  constexpr float kLarge = 12582912.0f;
+  const int32_t large[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
+  float total[P::kW][P::kX][4] = {};
+  for (int32_t s = 0; s < stages; s++) {
+    wait_copies<P::kStages - 2>();
+    __syncthreads();
+    if (s + P::kStages - 1 < stages) fetch_w(s + P::kStages - 1), fetch_x(s + P::kStages - 1);
+    end_copies();
+    const uint8_t* stage = shared + s % P::kStages * S::kBytes;
+    const int32_t have = min(P::kBlocks, blocks - s * P::kBlocks);
+#pragma unroll
+    for (int b = tile.along_c; b < P::kBlocks; b += P::kAlongC) {
+      if (b >= have) break;
+      int32_t a[P::kW][4];
+      float scale[P::kW][2], least[P::kW][2];
+#pragma unroll
+      for (int m = 0; m < P::kW; m++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int r = (tile.along_w * P::kW + m) * 16 + h * 8 + tile.group;
+          const int32_t* from = reinterpret_cast<const int32_t*>(stage + r * S::kRowW + b * S::kQuants) + tile.i;
+          if (kType == WKV_Q8_0) a[m][h] = from[0], a[m][2 + h] = from[4];
+          else a[m][h] = from[0] & 0x0f0f0f0f, a[m][2 + h] = from[0] >> 4 & 0x0f0f0f0f;
+          const __half* of = reinterpret_cast<const __half*>(stage + S::kAtScales) + (r * P::kBlocks + b) * (S::kScale / 2);
+          scale[m][h] = __half2float(of[0]);
+          least[m][h] = kType == WKV_Q4_1 ? __half2float(of[S::kScale / 2 - 1]) : kType == WKV_Q4_0 ? -8.0f * scale[m][h] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < P::kX; n++) {
+        const int t = (tile.along_x * P::kX + n) * 8;
+        const int2 words = *reinterpret_cast<const int2*>(stage + S::kAtX + (t + tile.group) * S::kRowX + b * 32 + tile.i * 8);
+        const float4 of = *reinterpret_cast<const float4*>(stage + S::kAtOf + (b * P::kTokens + t + 2 * tile.i) * 8);
+#pragma unroll
+        for (int m = 0; m < P::kW; m++) {
+          int32_t dot[4];
+          mma_int8(dot, a[m], words.x, words.y, large);
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            float& sum = total[m][n][k];
+            sum = fmaf(__int_as_float(dot[k]) - kLarge, scale[m][k / 2] * (k % 2 ? of.z : of.x), sum);
+            if (kType != WKV_Q8_0) sum = fmaf(least[m][k / 2], k % 2 ? of.w : of.y, sum);
+          }
+        }
+      }
+    }
+  }
+
+  wait_copies<0>();
+  tile.finish(total, nullptr, reinterpret_cast<float*>(shared), to);
+}
+
+template <int kType, typename P>
+void launch_matmul(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
+  const int32_t gated = up.data != nullptr;
+  const dim3 grid(divide_up(x.rows, P::kTokens), divide_up(w.rows, P::kRows >> gated));
+  launch(ctx, matmul_int8_kernel<kType, P>, {grid, dim3(kTileThreads), Stage<kType, P>::kShared}, x, w, up, gated, to);
+}
+
+template <int kType>
+void matmul_typed(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
+  if (x.rows <= Few::kTokens) return launch_matmul<kType, Few>(ctx, x, w, up, to);
+  if (x.rows <= Some::kTokens) return launch_matmul<kType, Some>(ctx, x, w, up, to);
+  if (x.rows <= More::kTokens) return launch_matmul<kType, More>(ctx, x, w, up, to);
+  launch_matmul<kType, Many>(ctx, x, w, up, to);
+}
+
+}  // namespace
+
+void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
+  switch (w.dtype) {
+    case WKV_Q8_0: return matmul_typed<WKV_Q8_0>(ctx, x, w, up, to);
+    case WKV_Q4_0: return matmul_typed<WKV_Q4_0>(ctx, x, w, up, to);
+    default: return matmul_typed<WKV_Q4_1>(ctx, x, w, up, to);
+  }
+}
+
+}  // namespace wkv
+`,
+  "cuda/matvec.cu": `/**
+ * matvec.cu: wkv_linear and wkv_gated for few rows of x, in one launch.
+ *
+ *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])          x [rows, C], w [J, C]
+ *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
+ *
+ * A block holds all of kRows rows of x in shared memory and owns a run of pairs of weight rows: rows 2 p and 2 p + 1 of w, or row p of gate
+ * and of up. \`ways\` warps share a pair, each lane with every (32 * ways)th chunk of 16 bytes of both rows; so that small matrices, too, keep
+ * all multiprocessors busy. A lane keeps 3 or 4 chunks of each row in flight: it asks for the first before it waits for x, and for another as
+ * soon as it has used one. Sums meet in shared memory in a fixed order. Bytes moved: w once a kRows rows.
+ * With f32 precision the norm's scale multiplies the finished sum, so it is not waited for; 8 bits are rounded from normed numbers, as the
+ * CPU does. Weights are widened in registers.
+ */
+#include <algorithm>
+
+#include "linear.cuh"
+
+namespace wkv {
+namespace {
+
+constexpr int kThreads = 512;
+
+/** How the pairs of a launch are shared out. */
+struct Share {
+  int32_t pairs, block_pairs, ways, warps;
+  bool gated;
+};
+
+__device__ inline int4 load_once(const uint8_t* from) {
+  int4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+__device__ inline uint32_t load_scale2(const __half* from) {
+  uint32_t v;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
+}
+__device__ inline uint32_t load_scale(const __half* from) {
+  uint16_t v;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
+  return v;
+}
+
+__device__ inline float low_half(uint32_t v) { return __half2float(__ushort_as_half(static_cast<uint16_t>(v))); }
+__device__ inline float high_half(uint32_t v) { return __half2float(__ushort_as_half(static_cast<uint16_t>(v >> 16))); }
+
+__host__ __device__ constexpr int chunk_columns(int dtype) { return dtype == WKV_F32 ? 4 : dtype == WKV_Q8_0 ? 16 : dtype > WKV_Q8_0 ? 32 : 8; }
+
+/** 16 bytes of a weight's row; chunk i of the whole tensor. */
+template <int kType>
+struct Chunk {
+  static constexpr int kColumns = chunk_columns(kType), kFours = kColumns / 4;
+  int4 data;
+  uint32_t scales;  // one f16, or scale and minimum
+
+  __device__ void load(const WeightView& w, uint32_t i) {
+    data = load_once(w.data + size_t{i} * 16);
+    if (kType == WKV_Q8_0) scales = load_scale(w.scales + i / 2);
+    if (kType == WKV_Q4_0) scales = load_scale(w.scales + i);
+    if (kType == WKV_Q4_1) scales = load_scale2(w.scales + size_t{i} * 2);
+  }
+  __device__ uint32_t word(int i) const { return static_cast<uint32_t>(i == 0 ? data.x : i == 1 ? data.y : i == 2 ? data.z : data.w); }
+
+  /** Columns 4 p to 4 p + 3. */
+  __device__ float4 four(int p) const {
+    if (kType == WKV_F32) return make_float4(__int_as_float(data.x), __int_as_float(data.y), __int_as_float(data.z), __int_as_float(data.w));
+    if (kType == WKV_F16) {
+      const uint32_t a = word(2 * p), b = word(2 * p + 1);
+      return make_float4(low_half(a), high_half(a), low_half(b), high_half(b));
+    }
+    if (kType == WKV_BF16) {
+      const uint32_t a = word(2 * p), b = word(2 * p + 1);
+      return make_float4(__uint_as_float(a << 16), __uint_as_float(a & 0xffff0000u), __uint_as_float(b << 16), __uint_as_float(b & 0xffff0000u));
+    }
+    const float s = low_half(scales), m = kType == WKV_Q4_1 ? high_half(scales) : 0.0f;
+    if (kType == WKV_Q8_0) {
+      const int32_t a = static_cast<int32_t>(word(p));
+      return make_float4((a << 24 >> 24) * s, (a << 16 >> 24) * s, (a << 8 >> 24) * s, (a >> 24) * s);
+    }
+    const int32_t a = static_cast<int32_t>(word(p % 4) >> (p / 4 * 4)), middle = kType == WKV_Q4_0 ? 8 : 0;
+    const auto wide = [&](int shift) { return fmaf(static_cast<float>((a >> shift & 15) - middle), s, m); };
+    return make_float4(wide(0), wide(8), wide(16), wide(24));
+  }
+
+  /** The product with the same columns of x in 8 bits: \`low\` as the words of data, Q4's high halves in \`high\`; of: scale and sum. */
+  __device__ float product(int4 low, int4 high, float2 of) const {
+    constexpr uint32_t kMask = kType == WKV_Q8_0 ? 0xffffffffu : 0x0f0f0f0fu;
+    int32_t dot = __dp4a(static_cast<int32_t>(data.x & kMask), low.x, 0);
+    dot = __dp4a(static_cast<int32_t>(data.y & kMask), low.y, dot);
+    dot = __dp4a(static_cast<int32_t>(data.z & kMask), low.z, dot);
+    dot = __dp4a(static_cast<int32_t>(data.w & kMask), low.w, dot);
+    if (kType != WKV_Q8_0) {
+      dot = __dp4a(static_cast<int32_t>(data.x >> 4 & kMask), high.x, dot);
+      dot = __dp4a(static_cast<int32_t>(data.y >> 4 & kMask), high.y, dot);
+      dot = __dp4a(static_cast<int32_t>(data.z >> 4 & kMask), high.z, dot);
+      dot = __dp4a(static_cast<int32_t>(data.w >> 4 & kMask), high.w, dot);
+    }
+    const float scale = low_half(scales);
+    float value = static_cast<float>(dot) * (scale * of.x);
+    if (kType == WKV_Q4_1) value = fmaf(high_half(scales), of.y, value);
+    if (kType == WKV_Q4_0) value = fmaf(scale, -8.0f * of.y, value);
+    return value;
+  }
+};
+
+/** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
+ *  Floats: the p-th four columns of every chunk lie together. 8 bits: Q4 has the low halves of all blocks of 32, then the high halves;
+ *  then scale and sum of every block. */
+template <int kType, bool kInt8>
+struct Staged {
+  static constexpr int kFours = Chunk<kType>::kFours;
+  /** In units of 16 bytes: from one four to the next, of a row; the former keeps writes free of conflicts. */
+  static __host__ __device__ int32_t plane(int32_t columns) { return kFours == 1 ? 0 : (columns / chunk_columns(kType) + 7) / 8 * 8 + 8 / kFours; }
+  static __host__ __device__ int32_t row(int32_t columns) {
+    if (kInt8) return columns / 16 + columns / 64 + (columns / 32 % 2);
+    return kFours == 1 ? columns / 4 : plane(columns) * kFours;
+  }
+};
+
+/** The norm's scale of row t from the warps' sums of squares. */
+template <int kRows>
+__device__ inline float norm_scale(const double (*area)[kRows], int32_t t, const InputView& in) {
+  const int warps = blockDim.x / 32;
+  double part[4] = {};
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; w++) {
+    if (w < warps) part[w % 4] += area[w][t];
+  }
+  return 1.0f / sqrtf(static_cast<float>((part[0] + part[1] + (part[2] + part[3])) / in.columns) + in.epsilon);
+}
+
+/** x into shared memory in 8 bits; waits for the norm. */
+template <int kType, int kRows>
+__device__ inline void stage_int8(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
+  const int32_t fours = in.columns / 4, blocks = in.columns / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = Staged<kType, true>::row(in.columns);
+  const float4* x4 = reinterpret_cast<const float4*>(x);
+  if (in.norm) {
+#pragma unroll
+    for (int t = 0; t < kRows; t++) {
+      double squares = 0.0;
+      if (t < rows) {
+        for (int32_t i = threadIdx.x; i < fours; i += blockDim.x) {
+          const float4 v = x4[int64_t{t} * fours + i];
+          squares += static_cast<double>(v.x) * v.x + static_cast<double>(v.y) * v.y + static_cast<double>(v.z) * v.z + static_cast<double>(v.w) * v.w;
+        }
+      }
+      squares = warp_sum(squares);
+      if (lane == 0) area[warp][t] = squares;
+    }
+    __syncthreads();
+  }
+  for (int t = 0; t < kRows; t++) {
+    const float norm = in.norm ? norm_scale(area, t, in) : 1.0f;
+    int32_t* words = reinterpret_cast<int32_t*>(shared + t * row);
+    float2* scales = reinterpret_cast<float2*>(shared + t * row + in.columns / 16);
+    for (int32_t start = warp * 32; start < fours; start += blockDim.x) {
+      const int32_t i = start + lane;
+      const bool inside = i < fours;
+      float4 v = make_float4(0, 0, 0, 0);
+      if (inside && t < rows) v = x4[int64_t{t} * fours + i];
+      if (inside && in.norm) {
+        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
+        v = make_float4(v.x * norm * n.x, v.y * norm * n.y, v.z * norm * n.z, v.w * norm * n.w);
+      }
+      float2 of;
+      const int32_t word = round_four(v, &of.x, &of.y);
+      if (inside) {
+        words[kType == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
+        if (i % 8 == 0) scales[i / 8] = of;
+      }
+    }
+  }
+}
+
+/** x, times the norm's weight, into shared memory; the scale that norm_scale() gives is left to do. */
+template <int kType, int kRows>
+__device__ inline void stage_f32(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
+  constexpr int kFours = Chunk<kType>::kFours;
+  const int32_t fours = in.columns / 4, plane = Staged<kType, false>::plane(in.columns), row = Staged<kType, false>::row(in.columns);
+#pragma unroll
+  for (int t = 0; t < kRows; t++) {
+    const float4* from = reinterpret_cast<const float4*>(x) + int64_t{t} * fours;
+    float4* to = reinterpret_cast<float4*>(shared) + t * row;
+    float squares = 0.0f;
+#pragma unroll 2
+    for (int32_t i = threadIdx.x; i < fours; i += blockDim.x) {
+      float4 v = t < rows ? from[i] : make_float4(0, 0, 0, 0);
+      if (in.norm) {
+        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
+        squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+        v = make_float4(v.x * n.x, v.y * n.y, v.z * n.z, v.w * n.w);
+      }
+      to[i % kFours * plane + i / kFours] = v;
+    }
+    if (in.norm) {
+      const double total = warp_sum(static_cast<double>(squares));
+      if (threadIdx.x % 32 == 0) area[threadIdx.x / 32][t] = total;
+    }
+  }
+}
+
+template <int kType, bool kInt8, int kRows>
+__global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1) matvec_kernel(InputView in, WeightView w, WeightView second, OutputView to, Share share) {
+  extern __shared__ int4 shared[];
+  __shared__ double area[kThreads / 32][kRows];
+  __shared__ float norm_scales[kRows];
+  constexpr int kColumns = Chunk<kType>::kColumns, kFours = Chunk<kType>::kFours, kDepth = kType >= WKV_Q8_0 ? 3 : 4;
+  const int32_t chunks = in.columns / kColumns, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int32_t way = warp % share.ways, groups = share.warps / share.ways, first = way * 32 + lane, step = share.ways * 32;
+  const int32_t first_pair = blockIdx.x * share.block_pairs, pairs = min(share.block_pairs, share.pairs - first_pair);
+  const int32_t group = warp < share.warps ? warp / share.ways : pairs;
+  const int32_t t0 = blockIdx.y * kRows, rows = min(kRows, in.rows - t0);
+  const int32_t row = Staged<kType, kInt8>::row(in.columns), plane = Staged<kType, kInt8>::plane(in.columns);
+  float* sums = reinterpret_cast<float*>(shared + kRows * row);  // [pair][row of the pair][t][way]
+
+  // What comes next: chunk \`next\` of the pair whose rows begin at chunks \`start_a\` and \`start_b\`.
+  Chunk<kType> a[kDepth], b[kDepth];
+  int32_t next_pair = group, next = first;
+  uint32_t start_a, start_b;
+  const auto begin_pair = [&] {
+    const uint32_t p = first_pair + next_pair;
+    start_a = (share.gated ? p : 2 * p) * chunks;
+    start_b = share.gated || 2 * p + 1 == uint32_t(w.rows) ? start_a : start_a + chunks;
+  };
+  begin_pair();
+  const auto load = [&](int slot) {
+    if (next_pair >= pairs) return;
+    if (next < chunks) a[slot].load(w, start_a + next), b[slot].load(second, start_b + next);
+    next += step;
+    if (next >= chunks + lane) {  // the same in all lanes
+      next = first, next_pair += groups;
+      begin_pair();
+    }
+  };
+#pragma unroll
+  for (int slot = 0; slot < kDepth; slot++) load(slot);
+  if (in.norm) {  // into the second-level cache
+    for (int32_t c = threadIdx.x * 32; c < in.columns; c += blockDim.x * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.norm + c) : "memory");
+  }
+
+  wait_for_previous();
+  let_next_start();
+  const float* x = in.x + int64_t{t0} * in.columns;
+  if constexpr (kInt8) stage_int8<kType, kRows>(in, x, rows, shared, area);
+  else stage_f32<kType, kRows>(in, x, rows, shared, area);
+  __syncthreads();
+  if (threadIdx.x < kRows) norm_scales[threadIdx.x] = kInt8 || !in.norm ? 1.0f : norm_scale(area, threadIdx.x, in);
+
+  float total_a[kRows] = {}, total_b[kRows] = {};
+  int32_t pair = group, at = first;
+  while (pair < pairs) {
+#pragma unroll
+    for (int slot = 0; slot < kDepth; slot++) {
+      if (pair >= pairs) break;
+      if (at < chunks) {
+#pragma unroll
+        for (int t = 0; t < kRows; t++) {
+          const int4* from = shared + t * row;
+          if constexpr (kInt8) {
+            const float2 of = reinterpret_cast<const float2*>(from + in.columns / 16)[at * kColumns / 32];
+            const int4 low = from[at], high = kType == WKV_Q8_0 ? make_int4(0, 0, 0, 0) : from[chunks + at];
+            total_a[t] += a[slot].product(low, high, of), total_b[t] += b[slot].product(low, high, of);
+          } else {
+#pragma unroll
+            for (int p = 0; p < kFours; p++) {
+              const float4 y = reinterpret_cast<const float4*>(from)[p * plane + at], u = a[slot].four(p), v = b[slot].four(p);
+              total_a[t] = fmaf(u.x, y.x, fmaf(u.y, y.y, fmaf(u.z, y.z, fmaf(u.w, y.w, total_a[t]))));
+              total_b[t] = fmaf(v.x, y.x, fmaf(v.y, y.y, fmaf(v.z, y.z, fmaf(v.w, y.w, total_b[t]))));
+            }
+          }
+        }
+      }
+      load(slot);
+      at += step;
+      if (at < chunks + lane) continue;
+#pragma unroll
+      for (int t = 0; t < kRows; t++) {
+        const float sum_a = warp_sum(total_a[t]), sum_b = warp_sum(total_b[t]);
+        if (lane == 0) sums[(pair * 2 * kRows + t) * share.ways + way] = sum_a, sums[((pair * 2 + 1) * kRows + t) * share.ways + way] = sum_b;
+        total_a[t] = total_b[t] = 0.0f;
+      }
+      at = first, pair += groups;
+    }
+  }
+  __syncthreads();
+
+  const auto sum = [&](int32_t local, int32_t t) {
+    float total = 0.0f;
+    for (int32_t i = 0; i < share.ways; i++) total += sums[(local * kRows + t) * share.ways + i];
+    return total * norm_scales[t];
+  };
+  const int32_t wide = share.gated ? pairs : 2 * pairs;
+  for (int32_t o = threadIdx.x; o < wide * rows; o += blockDim.x) {
+    const int32_t t = o / wide, local = o % wide;
+    if (share.gated) to.put(t0 + t, first_pair + local, silu_times(sum(2 * local, t), sum(2 * local + 1, t)));
+    else if (first_pair * 2 + local < w.rows) to.put(t0 + t, first_pair * 2 + local, sum(local, t));
+  }
+}
+
+constexpr int32_t kMostPairs = 512, kMostSums = 4096;  // of a block
+
+/** Gives each multiprocessor one block, and its warps the same number of steps. */
+Share share_out(int32_t pairs, int32_t chunks, int32_t rows, int32_t processors) {
+  Share best{pairs, std::min(kMostPairs, divide_up(pairs, processors)), 1, 0, false};
+  int64_t least = INT64_MAX;
+  for (int32_t ways = 1; ways <= kThreads / 32; ways *= 2) {
+    if (ways > 1 && best.block_pairs * 2 * rows * ways > kMostSums) break;
+    const int64_t steps = int64_t{divide_up(best.block_pairs, kThreads / 32 / ways)} * (2 * divide_up(chunks, 32 * ways) + 1);
+    if (steps < least) least = steps, best.ways = ways;
+  }
+  best.warps = std::min(kThreads / 32, best.block_pairs * best.ways);
+  return best;
+}
+
+template <int kType, bool kInt8, int kRows>
+bool launch_matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
+  const int32_t chunks = in.columns / chunk_columns(kType);
+  Share share = share_out(up.data ? w.rows : divide_up(w.rows, 2), chunks, kRows, ctx.processors);
+  share.gated = up.data != nullptr;
+  const size_t shared = size_t(kRows) * Staged<kType, kInt8>::row(in.columns) * 16 + size_t(share.block_pairs) * 2 * kRows * share.ways * 4;
+  if (shared + 1024 > size_t(ctx.shared_limit)) return false;
+  const int32_t warps = std::max(share.warps, std::min(kThreads / 32, divide_up(in.columns, 128)));  // those without a pair help with x
+  launch(ctx, matvec_kernel<kType, kInt8, kRows>, {dim3(divide_up(share.pairs, share.block_pairs), divide_up(in.rows, kRows)), dim3(warps * 32), shared}, in, w, share.gated ? up : w, to, share);
+  return true;
+}
+
+template <int kType, bool kInt8>
+bool matvec_typed(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
+  if (in.columns % chunk_columns(kType) != 0 || int64_t{w.rows} * (in.columns / chunk_columns(kType)) > UINT32_MAX) return false;
+  if (in.rows > 1 && launch_matvec<kType, kInt8, 4>(ctx, in, w, up, to)) return true;
+  return launch_matvec<kType, kInt8, 1>(ctx, in, w, up, to);
+}
+
+}  // namespace
+
+bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to) {
+  if (up.data && w.dtype != up.dtype) return false;
+  return by_type(w.dtype, [&](auto type) {
+    if constexpr (is_quantised(type.value)) {
+      if (int8) return matvec_typed<type.value, true>(ctx, in, w, up, to);
+    }
+    return matvec_typed<type.value, false>(ctx, in, w, up, to);
+  });
+}
+
+}  // namespace wkv
+`,
+  "cuda/mma.cuh": `/** mma.cuh: copies into shared memory that do not wait, and products of the tensor cores (sm_80 and later). */
+#pragma once
+#include <cstdint>
+
+namespace wkv {
+
+template <int kBytes>
+__device__ inline void copy_async(void* shared, const void* from) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+}
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/** Waits until all but the last kLeft groups of this thread's copies have arrived. */
+template <int kLeft>
+__device__ inline void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory"); }
+
+/** d = a [16 x 32] . b [32 x 8] + c in integers. Lane 4 g + i has a: 4 columns from 4 i of row g, of row g + 8, and both from 16 + 4 i;
+ *  b: 4 rows from 4 i of column g, and from 16 + 4 i; c, d: columns 2 i, 2 i + 1 of row g, then of row g + 8. */
+__device__ inline void mma_int8(int32_t (&d)[4], const int32_t (&a)[4], int32_t b0, int32_t b1, const int32_t (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+/** d = a [16 x 16] . b [16 x 8] + c in f32, a and b f16 or bf16. Lane 4 g + i has a: columns 2 i, 2 i + 1 of row g, of row g + 8, and both from
+ *  8 + 2 i; b: rows 2 i, 2 i + 1 of column g, and from 8 + 2 i; c, d as above. */
+template <bool kBf16>
+__device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0, int32_t b1, const float (&c)[4]) {
+  if constexpr (kBf16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  }
+}
+
+}  // namespace wkv
+`,
   "cuda/prefill.cu": `/**
  * prefill.cu: wkv_prefill, many tokens of one sequence at once: causal attention whose columns are also summed into the scores.
  *
@@ -4011,225 +5280,621 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
  *
  * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
  * tokens (softmax and sums do not mind the order).
- * 1. arrive: rotates q [H, rows, D], rounds k and v to what will be stored. A block owns one head of one row.
- * 2. forward: a block owns 16 rows of one query head and walks over the entries, 32 at a time, with a running maximum; it leaves out and
- *    each row's highest score and 1 / sum. Bytes moved: K and V once a 16 rows of each query head, mostly from the second-level cache.
- * 3. columns: a block owns 32 entries of one KV head, rotated once, and walks over all rows that see them. Bytes moved: K once, q once
- *    a 32 entries.
- * 4. settle: a block owns one KV head, and brings it back to its budget.
+ * 1. arrive: rounds the new k and v to what will be stored, and leaves q, scaled, and all k, both rotated, and all v in scratch, as rows
+ *    of one width, so that whatever follows loads plain tiles. A warp owns a row.
+ * 2. forward: a block owns 64 or 128 rows of one query head and walks over the entries with a running maximum; it leaves out and each
+ *    row's logarithm of its sum, \`lse\`. Bytes moved: K and V once a block, mostly from the second-level cache.
+ * 3. columns: a block owns 64 or 128 entries for one query head and walks over the rows that see them: p = 2^(score - lse). Bytes moved:
+ *    q once a block, from the second-level cache.
+ * 4. settle: a block owns one KV head, adds its query heads' columns to the scores, and brings it back to its budget.
+ * Scores are in units of ln 2: q is scaled by scale / ln 2.
+ *
+ * 2 and 3 come twice. With a 16-bit cache: on tensor cores, q, rotated k, v and p rounded to f16 (bf16 values are exact in it unless
+ * tiny), sums in f32. With an f32 cache, or heads wider than 256: in f32 throughout.
  */
 #include <algorithm>
+#include <type_traits>
 
 #include "cache.cuh"
 
 namespace wkv {
 namespace {
 
-constexpr int kRows = 16, kColumns = 32;
+constexpr float kPerLn2 = 1.44269504f;
 
 struct PrefillView {
   CacheView cache;
   int32_t layer, sequence, rows;
+  int32_t width;  // of a scratch row: D and zeros
   const float* qkv;
   float* out;
-  float scale;
+  float scale;  // in units of ln 2
   // Scratch.
-  float* q;                    // [H, rows, D], rotated, in the library's order
-  uint8_t *keys, *values;      // [N, rows, D], as stored
-  float *highest, *inverse;    // [H, rows]
-  float* columns;              // [N, entries]
-  int64_t entries;             // slots + rows
-  float *score, *gap, *average;
+  void* q;                          // [H, rows, width], rotated, in the library's order, scaled
+  void *keys, *values;              // [N, entries, width], keys rotated
+  uint8_t *new_keys, *new_values;   // [N, rows, D], as stored
+  float* lse;                       // [H, rows]
+  float* columns;                   // [H, entries]
+  int64_t entries;                  // slots + rows
+  float *score, *gap, *average;     // [N, entries]
   int32_t *birth, *rank, *freed;
 
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
   template <typename T>
-  __device__ T* new_keys(int32_t n) const { return reinterpret_cast<T*>(keys) + int64_t{n} * rows * cache.head_dim; }
+  __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }
   template <typename T>
-  __device__ T* new_values(int32_t n) const { return reinterpret_cast<T*>(values) + int64_t{n} * rows * cache.head_dim; }
+  __device__ T* new_values_of(int32_t n) const { return reinterpret_cast<T*>(new_values) + int64_t{n} * rows * cache.head_dim; }
+  template <typename S>
+  __device__ S* queries_of(int32_t h) const { return static_cast<S*>(q) + int64_t{h} * rows * width; }
+  template <typename S>
+  __device__ S* keys_of(int32_t n) const { return static_cast<S*>(keys) + n * entries * width; }
+  template <typename S>
+  __device__ S* values_of(int32_t n) const { return static_cast<S*>(values) + n * entries * width; }
 };
 
+// ---- arrive ----
+
+/** As scratch holds it; what f16 does not reach is cut off, but what is no number or infinite stays so, to be found. */
+template <typename S>
+__device__ S narrowed(float x);
+template <>
+__device__ float narrowed<float>(float x) { return x; }
+template <>
+__device__ __half narrowed<__half>(float x) {
+  return __float2half_rn(fabsf(x) > 65504.0f && fabsf(x) < INFINITY ? copysignf(65504.0f, x) : x);
+}
+
+__device__ inline float2 turned(float2 x, float2 turn) { return make_float2(x.x * turn.x - x.y * turn.y, x.y * turn.x + x.x * turn.y); }
 template <typename T>
-__global__ void __launch_bounds__(128) arrive_kernel(PrefillView p) {
+__device__ float2 rounded(float2 x) { return make_float2(to_float(from_float<T>(x.x)), to_float(from_float<T>(x.y))); }
+
+/** One row by a warp: pair(i) gives the dimensions i and i + pairs, single(d) those that are not rotated; then zeros. */
+template <typename S, typename Pair, typename Single>
+__device__ void write_row(const PrefillView& p, S* to, Pair pair, Single single) {
+  const int32_t lane = threadIdx.x & 31, pairs = p.cache.rope.pairs, dim = p.cache.head_dim;
+  for (int32_t i = lane; i < pairs; i += 32) {
+    const float2 x = pair(i);
+    to[i] = narrowed<S>(x.x), to[i + pairs] = narrowed<S>(x.y);
+  }
+  for (int32_t d = 2 * pairs + lane; d < dim; d += 32) to[d] = narrowed<S>(single(d));
+  for (int32_t d = dim + lane; d < p.width; d += 32) to[d] = narrowed<S>(0.0f);
+}
+
+/** T: the cache's type, S: that of the scratch rows. */
+template <typename T, typename S>
+__global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
+  wait_for_previous();
+  let_next_start();
   const CacheView& c = p.cache;
-  const int32_t t = blockIdx.x, which = blockIdx.y, dim = c.head_dim, pairs = c.rope.pairs;
-  const int32_t n = which < c.heads ? which / c.group() : (which - c.heads) % c.kv_heads;
+  const RopeView& rope = c.rope;
+  const int32_t which = blockIdx.y, dim = c.head_dim, pairs = rope.pairs, lane = threadIdx.x & 31;
+  const int32_t first = blockIdx.x * 8 + (threadIdx.x >> 5), step = gridDim.x * 8;
+  const int32_t n = which < c.heads ? which / c.group() : which - c.heads;
   const Counts& counts = c.counts[p.head(n)];
-  const int64_t place = int64_t{t} + (c.text ? counts.steps : counts.kept);
-  const float* from = p.qkv + (int64_t{t} * (c.heads + 2 * c.kv_heads) + which) * dim;
-  if (which >= c.heads + c.kv_heads) {
-    T* to = p.new_values<T>(n) + int64_t{t} * dim;
-    for (int32_t d = threadIdx.x; d < dim; d += blockDim.x) to[d] = from_float<T>(from[d]);
+  const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim;
+  const int64_t place = c.text ? counts.steps : kept;
+  const auto source = [&](const float* from, int32_t i) { return make_float2(from[rope.source(i)], from[rope.source(i + pairs)]); };
+  if (which < c.heads) {
+    for (int32_t t = first; t < p.rows; t += step) {
+      const float* from = p.qkv + int64_t{t} * columns + which * dim;
+      const auto pair = [&](int32_t i) {
+        const float2 x = turned(source(from, i), rope.at(place + t, i));
+        return make_float2(x.x * p.scale, x.y * p.scale);
+      };
+      write_row(p, p.queries_of<S>(which) + int64_t{t} * p.width, pair, [&](int32_t d) { return from[d] * p.scale; });
+    }
     return;
   }
-  const bool is_key = which >= c.heads;
-  T* key = p.new_keys<T>(n) + int64_t{t} * dim;
-  float* q = p.q + (int64_t{which} * p.rows + t) * dim;
-  for (int32_t d = threadIdx.x; d < dim; d += blockDim.x) {
-    float x = from[c.rope.source(d)];
-    if (d < 2 * pairs && (!is_key || c.text)) {
-      const int32_t i = d < pairs ? d : d - pairs;
-      const float2 cs = c.rope.at(place, i);
-      const float other = from[c.rope.source(d < pairs ? d + pairs : i)];
-      x = d < pairs ? x * cs.x - other * cs.y : other * cs.y + x * cs.x;
+  const T *stored_keys = c.keys_of<T>(p.head(n)), *stored_values = c.values_of<T>(p.head(n));
+  const int32_t* ranks = c.ranks + p.head(n) * (c.slots + 1);
+  for (int32_t i = first; i < kept + p.rows; i += step) {
+    S *key = p.keys_of<S>(n) + int64_t{i} * p.width, *value = p.values_of<S>(n) + int64_t{i} * p.width;
+    if (i < kept) {
+      const T *from_key = stored_keys + int64_t{i} * dim, *from_value = stored_values + int64_t{i} * dim;
+      const auto pair = [&](int32_t j) {
+        const float2 x = make_float2(to_float(from_key[j]), to_float(from_key[j + pairs]));
+        return c.text ? x : turned(x, rope.at(ranks[i], j));
+      };
+      write_row(p, key, pair, [&](int32_t d) { return to_float(from_key[d]); });
+      for (int32_t d = lane; d < p.width; d += 32) value[d] = narrowed<S>(d < dim ? to_float(from_value[d]) : 0.0f);
+      continue;
     }
-    if (is_key) key[d] = from_float<T>(x);
-    else q[d] = x;
+    const int32_t t = i - kept;
+    const float *from_key = p.qkv + int64_t{t} * columns + (c.heads + n) * dim, *from_value = from_key + c.kv_heads * dim;
+    T *new_key = p.new_keys_of<T>(n) + int64_t{t} * dim, *new_value = p.new_values_of<T>(n) + int64_t{t} * dim;
+    const auto pair = [&](int32_t j) {
+      const float2 x = source(from_key, j), turn = rope.at(place + t, j), kept_as = rounded<T>(c.text ? turned(x, turn) : x);
+      new_key[j] = from_float<T>(kept_as.x), new_key[j + pairs] = from_float<T>(kept_as.y);
+      return c.text ? kept_as : turned(kept_as, turn);
+    };
+    write_row(p, key, pair, [&](int32_t d) { return to_float(new_key[d] = from_float<T>(from_key[d])); });
+    for (int32_t d = lane; d < p.width; d += 32) {
+      float x = 0.0f;
+      if (d < dim) x = to_float(new_value[d] = from_float<T>(from_value[d]));
+      value[d] = narrowed<S>(x);
+    }
   }
 }
 
-/** The entries [first, first + kColumns) of a head as floats, keys rotated; rows of \`tile\` are dim + 1 apart. */
-template <typename T>
-__device__ void load_keys(const PrefillView& p, int32_t n, int32_t kept, int32_t first, int32_t length, float* tile) {
+// ---- on tensor cores ----
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+/** Shared rows are 16 bytes longer than wide, so that the 8 rows that one ldmatrix reads lie in different banks. */
+template <int kDim>
+constexpr int kStride = kDim + 8;
+
+__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+__device__ inline void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/** Starts the copy of kRows rows from \`from\` into shared memory, zeros from row \`count\` on (of which nothing is read). */
+template <int kDim, int kRows>
+__device__ void copy_rows(__half* to, const __half* from, int32_t count) {
+  constexpr int kParts = kDim / 8, kStep = kThreads / kParts;  // 16 bytes a part; rows a step
+  const int32_t row = threadIdx.x / kParts, part = threadIdx.x % kParts;
+  const uint32_t to_at = shared_address(to + row * kStride<kDim> + part * 8);
+  from += threadIdx.x * 8;
+#pragma unroll
+  for (int k = 0; k < kRows / kStep; k++) {
+    const uint32_t bytes = row + k * kStep < count ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to_at + k * kStep * kStride<kDim> * 2), "l"(from + k * kThreads * 8), "r"(bytes) : "memory");
+  }
+}
+
+/** Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8 and gets (l / 4, 2 (l % 4)) and its right neighbour. */
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+__device__ inline void load_matrices_across(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+
+/** c [16, 8] += a [16, 16] b [16, 8]. Lane l holds c at row l / 4 (0, 1) and l / 4 + 8 (2, 3), columns 2 (l % 4) and the next. */
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/** Where a lane's ldmatrix of a [16, 16] left factor begins: rows 0-7, 8-15, then the same 8 columns on. */
+template <int kDim>
+__device__ uint32_t left_address(const __half* tile) {
+  const int lane = threadIdx.x & 31;
+  return shared_address(tile + lane % 16 * kStride<kDim> + lane / 16 * 8);
+}
+/** The same for two [16, 8] right factors that lie as rows of [16, 16], each row a column: columns 0-7, then 8-15. */
+template <int kDim>
+__device__ uint32_t right_address(const __half* tile) {
+  const int lane = threadIdx.x & 31;
+  return shared_address(tile + (lane / 16 * 8 + lane % 8) * kStride<kDim> + lane / 8 % 2 * 8);
+}
+template <int kDim>
+__device__ constexpr uint32_t offset_of(int row, int column) { return (row * kStride<kDim> + column) * 2; }
+
+__device__ inline float power_of_2(float x) {
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+__device__ inline uint32_t packed(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+/** Over the four lanes that share a row of c. */
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+/** A warp owns kTiles times 16 rows; kKeys entries at a time. */
+template <int kDim, int kTiles, int kKeys>
+constexpr size_t forward_shared() { return size_t(kTiles * 16 * kWarps + 2 * kKeys) * kStride<kDim> * 2; }
+
+template <int kDim, int kTiles, int kKeys>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Faults faults) {
+  extern __shared__ uint4 shared16[];
+  wait_for_previous();
+  let_next_start();
+  constexpr int kRows = kTiles * 16 * kWarps;
   const CacheView& c = p.cache;
-  const int32_t dim = c.head_dim, pairs = c.text ? 0 : c.rope.pairs;
-  const int64_t head = p.head(n);
-  const T *stored = c.keys_of<T>(head), *fresh = p.new_keys<T>(n);
-  const int32_t* ranks = c.ranks + head * (c.slots + 1);
-  for (int32_t i = threadIdx.x; i < kColumns * dim; i += blockDim.x) {
-    const int32_t entry = first + i / dim, d = i % dim;
-    float x = 0.0f;
-    if (entry < length) {
-      const T* row = entry < kept ? stored + int64_t{entry} * dim : fresh + int64_t{entry - kept} * dim;
-      x = to_float(row[d]);
-      if (d < 2 * pairs) {
-        const int32_t pair = d < pairs ? d : d - pairs;
-        const float2 cs = c.rope.at(entry < kept ? ranks[entry] : entry, pair);
-        const float other = to_float(row[d < pairs ? d + pairs : pair]);
-        x = d < pairs ? x * cs.x - other * cs.y : other * cs.y + x * cs.x;
+  const int32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31, h = blockIdx.x, n = h / c.group();
+  const int32_t t0 = (gridDim.y - 1 - blockIdx.y) * kRows;  // the longest first
+  const int32_t kept = c.counts[p.head(n)].kept, length = kept + min(t0 + kRows, p.rows);
+  const int32_t warp_t = t0 + warp * kTiles * 16, reach = kept + warp_t;  // the last entry that the warp's first row sees
+  __half* q = reinterpret_cast<__half*>(shared16);
+  __half *key = q + kRows * kStride<kDim>, *value = key + kKeys * kStride<kDim>;
+  const __half *keys = p.keys_of<__half>(n), *values = p.values_of<__half>(n);
+  const uint32_t q_at = left_address<kDim>(q + warp * kTiles * 16 * kStride<kDim>), key_at = right_address<kDim>(key);
+  const uint32_t value_at = left_address<kDim>(value);  // across, this gives right factors
+
+  copy_rows<kDim, kRows>(q, p.queries_of<__half>(h) + int64_t{t0} * kDim, p.rows - t0);
+  copy_rows<kDim, kKeys>(key, keys, length);
+  float acc[kTiles][kDim / 8][4] = {}, most[kTiles][2], sum[kTiles][2] = {};
+#pragma unroll
+  for (int m = 0; m < kTiles; m++) most[m][0] = most[m][1] = -INFINITY;
+
+  for (int32_t first = 0; first < length; first += kKeys) {
+    const bool seen = first <= reach + kTiles * 16 - 1;  // by some row of this warp
+    float s[kTiles][kKeys / 8][4] = {};
+    copy_wait();
+    __syncthreads();
+    copy_rows<kDim, kKeys>(value, values + int64_t{first} * kDim, length - first);
+    if (seen) {
+#pragma unroll
+      for (int k = 0; k < kDim; k += 16) {
+        uint32_t a[kTiles][4];
+#pragma unroll
+        for (int m = 0; m < kTiles; m++) load_matrices(a[m], q_at + offset_of<kDim>(m * 16, k));
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; i++) {
+          uint32_t b[4];
+          load_matrices(b, key_at + offset_of<kDim>(i * 16, k));
+#pragma unroll
+          for (int m = 0; m < kTiles; m++) multiply(s[m][2 * i], a[m], b[0], b[1]), multiply(s[m][2 * i + 1], a[m], b[2], b[3]);
+        }
       }
     }
-    tile[i / dim * (dim + 1) + d] = x;
-  }
-}
-
-template <typename T>
-__device__ void load_values(const PrefillView& p, int32_t n, int32_t kept, int32_t first, int32_t length, float* tile) {
-  const int32_t dim = p.cache.head_dim;
-  const T *stored = p.cache.values_of<T>(p.head(n)), *fresh = p.new_values<T>(n);
-  for (int32_t i = threadIdx.x; i < kColumns * dim; i += blockDim.x) {
-    const int32_t entry = first + i / dim, d = i % dim;
-    float x = 0.0f;
-    if (entry < length) x = to_float(entry < kept ? stored[int64_t{entry} * dim + d] : fresh[int64_t{entry - kept} * dim + d]);
-    tile[i / dim * (dim + 1) + d] = x;
-  }
-}
-
-/** Rows [t0, t0 + kRows) of a query head; rows of \`tile\` are dim + 1 apart. */
-__device__ inline void load_queries(const PrefillView& p, int32_t h, int32_t t0, float* tile) {
-  const int32_t dim = p.cache.head_dim;
-  for (int32_t i = threadIdx.x; i < kRows * dim; i += blockDim.x) {
-    const int32_t t = t0 + i / dim;
-    tile[i / dim * (dim + 1) + i % dim] = t < p.rows ? p.q[(int64_t{h} * p.rows + t) * dim + i % dim] : 0.0f;
-  }
-}
-
-__device__ inline float dot(const float* a, const float* b, int32_t dim) {
-  float sum = 0.0f;
-  for (int32_t d = 0; d < dim; d++) sum = fmaf(a[d], b[d], sum);
-  return sum;
-}
-
-/** 16 threads a row; thread x of them owns the dimensions x + 16 k. */
-template <typename T, int kDim>
-__global__ void __launch_bounds__(256) forward_kernel(PrefillView p, Faults faults) {
-  extern __shared__ float shared[];
-  __shared__ float weights[kRows][kColumns];
-  const CacheView& c = p.cache;
-  const int32_t dim = c.head_dim, h = blockIdx.y, n = h / c.group(), t0 = blockIdx.x * kRows, ty = threadIdx.x / 16, tx = threadIdx.x % 16, t = t0 + ty;
-  const int32_t kept = c.counts[p.head(n)].kept;
-  const int32_t length = kept + min(t0 + kRows, p.rows);  // what the last row sees
-  float *q = shared, *tile = shared + kRows * (dim + 1);
-  load_queries(p, h, t0, q);
-  float acc[kDim / 16] = {}, most = -INFINITY, sum = 0.0f;
-  for (int32_t first = 0; first < length; first += kColumns) {
+    copy_wait();
     __syncthreads();
-    load_keys<T>(p, n, kept, first, length, tile);
-    __syncthreads();
-    float s[2];
+    if (first + kKeys < length) copy_rows<kDim, kKeys>(key, keys + int64_t{first + kKeys} * kDim, length - first - kKeys);
+    if (!seen) continue;
+    if (first + kKeys - 1 > reach) {
+      const int32_t ahead = reach - first + lane / 4 - lane % 4 * 2;
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const int32_t column = tx + 16 * k;
-      s[k] = first + column <= kept + t && first + column < length ? dot(q + ty * (dim + 1), tile + column * (dim + 1), dim) * p.scale : -INFINITY;
-    }
-    float highest = fmaxf(most, fmaxf(s[0], s[1]));
+      for (int m = 0; m < kTiles; m++) {
 #pragma unroll
-    for (int o = 8; o > 0; o >>= 1) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, o));
-    // The first tile holds an entry that every row sees, so \`highest\` is finite; rows past the end are never written.
-    const float shrink = expf(most - highest);
-    most = highest;
-    sum *= shrink;
-    float add = 0.0f;
+        for (int i = 0; i < kKeys / 8; i++) {
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const float w = expf(s[k] - most);
-      weights[ty][tx + 16 * k] = w;
-      add += w;
+          for (int x = 0; x < 4; x++) {
+            if (i * 8 + x % 2 > ahead + m * 16 + x / 2 * 8) s[m][i][x] = -INFINITY;
+          }
+        }
+      }
     }
 #pragma unroll
-    for (int o = 8; o > 0; o >>= 1) add += __shfl_xor_sync(0xffffffffu, add, o);
-    sum += add;
-    __syncthreads();
-    load_values<T>(p, n, kept, first, length, tile);
-    __syncthreads();
+    for (int m = 0; m < kTiles; m++) {
 #pragma unroll
-    for (int k = 0; k < kDim / 16; k++) {
-      const int32_t d = tx + 16 * k;
-      acc[k] *= shrink;
-      if (d < dim) {
-        for (int i = 0; i < kColumns; i++) acc[k] = fmaf(weights[ty][i], tile[i * (dim + 1) + d], acc[k]);
+      for (int r = 0; r < 2; r++) {
+        // The first entry is seen by every row, so \`highest\` is finite; rows past the end are never written.
+        float highest = most[m][r];
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; i++) highest = fmaxf(highest, fmaxf(s[m][i][2 * r], s[m][i][2 * r + 1]));
+        highest = quad_max(highest);
+        const float shrink = power_of_2(most[m][r] - highest);
+        most[m][r] = highest;
+        float add = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; i++) {
+          s[m][i][2 * r] = power_of_2(s[m][i][2 * r] - highest);
+          s[m][i][2 * r + 1] = power_of_2(s[m][i][2 * r + 1] - highest);
+          add += s[m][i][2 * r] + s[m][i][2 * r + 1];
+        }
+        sum[m][r] = sum[m][r] * shrink + add;
+#pragma unroll
+        for (int i = 0; i < kDim / 8; i++) acc[m][i][2 * r] *= shrink, acc[m][i][2 * r + 1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; k++) {
+      uint32_t a[kTiles][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; m++) {
+        const float(&left)[4] = s[m][2 * k], (&right)[4] = s[m][2 * k + 1];
+        a[m][0] = packed(left[0], left[1]), a[m][1] = packed(left[2], left[3]), a[m][2] = packed(right[0], right[1]), a[m][3] = packed(right[2], right[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < kDim / 16; i++) {
+        uint32_t b[4];
+        load_matrices_across(b, value_at + offset_of<kDim>(k * 16, i * 16));
+#pragma unroll
+        for (int m = 0; m < kTiles; m++) multiply(acc[m][2 * i], a[m], b[0], b[1]), multiply(acc[m][2 * i + 1], a[m], b[2], b[3]);
       }
     }
   }
-  if (t >= p.rows) return;
-  if (tx == 0 && !is_sum(sum)) faults.report(Fault::NanAttention, p.layer);
-#pragma unroll
-  for (int k = 0; k < kDim / 16; k++) {
-    const int32_t d = tx + 16 * k;
-    if (d < dim) p.out[(int64_t{t} * c.heads + h) * dim + d] = acc[k] / sum;
-  }
-  if (tx == 0) p.highest[int64_t{h} * p.rows + t] = most, p.inverse[int64_t{h} * p.rows + t] = 1.0f / sum;
-}
 
-template <typename T>
-__global__ void __launch_bounds__(256) columns_kernel(PrefillView p) {
-  extern __shared__ float shared[];
-  __shared__ float sums[kRows][kColumns];
-  const CacheView& c = p.cache;
-  const int32_t dim = c.head_dim, n = blockIdx.y, first = blockIdx.x * kColumns, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-  const int32_t kept = c.counts[p.head(n)].kept, length = kept + p.rows;
-  if (first >= length) return;
-  float *q = shared, *tile = shared + kRows * (dim + 1);
-  load_keys<T>(p, n, kept, first, length, tile);
-  float total[2] = {};
-  for (int32_t g = 0; g < c.group(); g++) {
-    const int32_t h = n * c.group() + g;
-    for (int32_t t0 = max(0, first - kept) / kRows * kRows; t0 < p.rows; t0 += kRows) {
-      __syncthreads();
-      load_queries(p, h, t0, q);
-      __syncthreads();
-      const int32_t t = t0 + ty;
+#pragma unroll
+  for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int32_t t = warp_t + lane / 4 + m * 16 + r * 8;
+      const float total = quad_sum(sum[m][r]), inverse = 1.0f / total;
       if (t >= p.rows) continue;
-      const float most = p.highest[int64_t{h} * p.rows + t], inverse = p.inverse[int64_t{h} * p.rows + t];
+      if (lane % 4 == 0) {
+        p.lse[int64_t{h} * p.rows + t] = most[m][r] + log2f(total);
+        if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
+      }
+      float* out = p.out + (int64_t{t} * c.heads + h) * c.head_dim;
 #pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const int32_t column = tx + 16 * k;
-        if (first + column <= kept + t && first + column < length) total[k] += expf(dot(q + ty * (dim + 1), tile + column * (dim + 1), dim) * p.scale - most) * inverse;
+      for (int i = 0; i < kDim / 8; i++) {
+        const int32_t d = i * 8 + lane % 4 * 2;
+        if (d < c.head_dim) *reinterpret_cast<float2*>(out + d) = make_float2(acc[m][i][2 * r] * inverse, acc[m][i][2 * r + 1] * inverse);
       }
     }
   }
-  sums[ty][tx] = total[0], sums[ty][tx + 16] = total[1];
-  __syncthreads();
-  if (threadIdx.x < kColumns && first + threadIdx.x < length) {
-    float sum = 0.0f;
-    for (int i = 0; i < kRows; i++) sum += sums[i][threadIdx.x];
-    p.columns[n * p.entries + first + threadIdx.x] = sum / static_cast<float>(c.group());
+}
+
+constexpr int kQueries = 64;  // rows that the columns take at a time
+template <int kDim>
+constexpr size_t columns_shared() { return size_t(2 * kQueries) * kStride<kDim> * 2 + 2 * kQueries * 4; }
+
+/** A warp holds kTiles times 16 entries in registers. The scores come out across: a row of c is an entry, a column a query. */
+template <int kDim, int kTiles>
+__global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
+  extern __shared__ uint4 shared16[];
+  wait_for_previous();
+  let_next_start();
+  constexpr int kEntries = kTiles * 16 * kWarps;
+  static_assert(kEntries <= 2 * kQueries, "the entries pass through the queries' memory");
+  const CacheView& c = p.cache;
+  const int32_t warp = threadIdx.x >> 5, lane = threadIdx.x & 31, h = blockIdx.x, n = h / c.group();
+  const int32_t kept = c.counts[p.head(n)].kept, length = kept + p.rows;
+  __half* tiles = reinterpret_cast<__half*>(shared16);  // [2, kQueries]
+  float* lse = reinterpret_cast<float*>(tiles + 2 * kQueries * kStride<kDim>);
+  const __half* queries = p.queries_of<__half>(h);
+  const auto lse_of = [&](int32_t t) { return t < p.rows ? p.lse[int64_t{h} * p.rows + t] : INFINITY; };  // a row past the end weighs nothing
+
+  for (int32_t first = blockIdx.y * kEntries; first < length; first += gridDim.y * kEntries) {
+    const int32_t own = first + warp * kTiles * 16 + lane / 4;
+    uint32_t key[kTiles][kDim / 16][4];
+    __syncthreads();
+    copy_rows<kDim, kEntries>(tiles, p.keys_of<__half>(n) + int64_t{first} * kDim, length - first);
+    copy_wait();
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+      for (int k = 0; k < kDim / 16; k++) load_matrices(key[m][k], left_address<kDim>(tiles + (warp * kTiles + m) * 16 * kStride<kDim>) + offset_of<kDim>(0, k * 16));
+    }
+    __syncthreads();
+
+    float total[kTiles][2] = {};
+    int32_t t0 = max(0, first - kept) / kQueries * kQueries, turn = 0;
+    copy_rows<kDim, kQueries>(tiles, queries + int64_t{t0} * kDim, p.rows - t0);
+    if (threadIdx.x < kQueries) lse[threadIdx.x] = lse_of(t0 + threadIdx.x);
+    for (; t0 < p.rows; t0 += kQueries, turn ^= 1) {
+      copy_wait();
+      __syncthreads();
+      const int32_t next = t0 + kQueries;
+      float next_lse = 0.0f;
+      if (next < p.rows) {
+        copy_rows<kDim, kQueries>(tiles + (turn ^ 1) * kQueries * kStride<kDim>, queries + int64_t{next} * kDim, p.rows - next);
+        if (threadIdx.x < kQueries) next_lse = lse_of(next + threadIdx.x);
+      }
+      const uint32_t query_at = right_address<kDim>(tiles + turn * kQueries * kStride<kDim>);
+      const bool all_seen = first + kEntries - 1 <= kept + t0;
+#pragma unroll
+      for (int q0 = 0; q0 < kQueries; q0 += 32) {
+        float s[kTiles][4][4] = {};
+#pragma unroll
+        for (int k = 0; k < kDim / 16; k++) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            uint32_t b[4];
+            load_matrices(b, query_at + offset_of<kDim>(q0 + i * 16, k * 16));
+#pragma unroll
+            for (int m = 0; m < kTiles; m++) multiply(s[m][2 * i], key[m][k], b[0], b[1]), multiply(s[m][2 * i + 1], key[m][k], b[2], b[3]);
+          }
+        }
+        if (!all_seen) {
+#pragma unroll
+          for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+#pragma unroll
+              for (int x = 0; x < 4; x++) {
+                if (own + m * 16 + x / 2 * 8 > kept + t0 + q0 + i * 8 + lane % 4 * 2 + x % 2) s[m][i][x] = -INFINITY;
+              }
+            }
+          }
+        }
+        float add[kTiles][2] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float2 l = *reinterpret_cast<const float2*>(lse + turn * kQueries + q0 + i * 8 + lane % 4 * 2);
+#pragma unroll
+          for (int m = 0; m < kTiles; m++) {
+            add[m][0] += power_of_2(s[m][i][0] - l.x) + power_of_2(s[m][i][1] - l.y);
+            add[m][1] += power_of_2(s[m][i][2] - l.x) + power_of_2(s[m][i][3] - l.y);
+          }
+        }
+#pragma unroll
+        for (int m = 0; m < kTiles; m++) total[m][0] += add[m][0], total[m][1] += add[m][1];
+      }
+      if (threadIdx.x < kQueries) lse[(turn ^ 1) * kQueries + threadIdx.x] = next_lse;
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int32_t entry = own + m * 16 + r * 8;
+        const float sum = quad_sum(total[m][r]);
+        if (lane % 4 == 0 && entry < length) p.columns[h * p.entries + entry] = sum;
+      }
+    }
   }
 }
+
+// ---- in f32 ----
+
+constexpr int kSide = 64, kDepth = 32;           // a block takes 64 rows and 64 entries at a time, 32 dimensions of them
+constexpr int kFactor = kSide * (kDepth + 4);    // floats of one factor
+
+/** A block has 16 x 16 threads; thread (y, x) gets the scores of rows 4 y + i and entries x + 16 j. */
+__device__ void exact_scores(float (&s)[4][4], float* area, const float* queries, int32_t rows, const float* keys, int32_t entries, int32_t width) {
+  float *q = area, *k = area + kFactor;
+  const int32_t y = threadIdx.x / 16, x = threadIdx.x % 16;
+#pragma unroll
+  for (int i = 0; i < 4; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
+  for (int32_t d0 = 0; d0 < width; d0 += kDepth) {
+    __syncthreads();
+#pragma unroll
+    for (int part = 0; part < kSide * kDepth / 4 / 256; part++) {
+      const int32_t i = threadIdx.x + part * 256, row = i / (kDepth / 4), d = i % (kDepth / 4) * 4;
+      const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      *reinterpret_cast<float4*>(q + row * (kDepth + 4) + d) = row < rows ? *reinterpret_cast<const float4*>(queries + int64_t{row} * width + d0 + d) : zero;
+      *reinterpret_cast<float4*>(k + row * (kDepth + 4) + d) = row < entries ? *reinterpret_cast<const float4*>(keys + int64_t{row} * width + d0 + d) : zero;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int d = 0; d < kDepth; d += 4) {
+      float4 a[4], b[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        a[i] = *reinterpret_cast<const float4*>(q + (4 * y + i) * (kDepth + 4) + d);
+        b[i] = *reinterpret_cast<const float4*>(k + (x + 16 * i) * (kDepth + 4) + d);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) s[i][j] = fmaf(a[i].x, b[j].x, fmaf(a[i].y, b[j].y, fmaf(a[i].z, b[j].z, fmaf(a[i].w, b[j].w, s[i][j]))));
+      }
+    }
+  }
+}
+
+/** kParts: how often 64 dimensions fit the width, or more. */
+template <int kParts>
+__global__ void __launch_bounds__(256) exact_forward_kernel(PrefillView p, Faults faults) {
+  __shared__ __align__(16) float area[2 * kFactor];  // of exact_scores, then 64 x 64 of the values
+  __shared__ __align__(16) float weights[kSide][kSide + 4];
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t y = threadIdx.x / 16, x = threadIdx.x % 16, h = blockIdx.x, n = h / c.group();
+  const int32_t t0 = (gridDim.y - 1 - blockIdx.y) * kSide, kept = c.counts[p.head(n)].kept, length = kept + min(t0 + kSide, p.rows);
+  const float *queries = p.queries_of<float>(h) + int64_t{t0} * p.width, *keys = p.keys_of<float>(n), *values = p.values_of<float>(n);
+  float acc[kParts][4][4] = {}, most[4], sum[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; i++) most[i] = -INFINITY;
+  for (int32_t first = 0; first < length; first += kSide) {
+    float s[4][4], shrink[4];
+    exact_scores(s, area, queries, p.rows - t0, keys + int64_t{first} * p.width, length - first, p.width);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float highest = most[i], add = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if (first + x + 16 * j > kept + t0 + 4 * y + i) s[i][j] = -INFINITY;
+        highest = fmaxf(highest, s[i][j]);
+      }
+#pragma unroll
+      for (int o = 8; o > 0; o >>= 1) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, o));
+      // The first entry is seen by every row, so \`highest\` is finite; rows past the end are never written.
+      shrink[i] = exp2f(most[i] - highest);
+      most[i] = highest;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float w = exp2f(s[i][j] - highest);
+        weights[4 * y + i][x + 16 * j] = w;
+        add += w;
+      }
+      sum[i] = sum[i] * shrink[i] + add;
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; part++) {
+      if (part * 64 >= p.width) break;
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kSide * 16 / 256; k++) {
+        const int32_t row = y + k * 16;
+        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (first + row < length) v = *reinterpret_cast<const float4*>(values + int64_t{first + row} * p.width + part * 64 + x * 4);
+        *reinterpret_cast<float4*>(area + row * 64 + x * 4) = v;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int d = 0; d < 4; d++) acc[part][i][d] *= shrink[i];
+      }
+#pragma unroll 4
+      for (int j = 0; j < kSide; j += 4) {
+        float4 w[4], v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          w[i] = *reinterpret_cast<const float4*>(&weights[4 * y + i][j]);
+          v[i] = *reinterpret_cast<const float4*>(area + (j + i) * 64 + x * 4);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const auto add = [&](float weight, const float4& row) {
+            acc[part][i][0] = fmaf(weight, row.x, acc[part][i][0]), acc[part][i][1] = fmaf(weight, row.y, acc[part][i][1]);
+            acc[part][i][2] = fmaf(weight, row.z, acc[part][i][2]), acc[part][i][3] = fmaf(weight, row.w, acc[part][i][3]);
+          };
+          add(w[i].x, v[0]), add(w[i].y, v[1]), add(w[i].z, v[2]), add(w[i].w, v[3]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float total = sum[i];
+#pragma unroll
+    for (int o = 8; o > 0; o >>= 1) total += __shfl_xor_sync(0xffffffffu, total, o);
+    const int32_t t = t0 + 4 * y + i;
+    if (t >= p.rows) continue;
+    if (x == 0) {
+      p.lse[int64_t{h} * p.rows + t] = most[i] + log2f(total);
+      if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; part++) {
+#pragma unroll
+      for (int d = 0; d < 4; d++) {
+        const int32_t column = part * 64 + x * 4 + d;
+        if (column < c.head_dim) p.out[(int64_t{t} * c.heads + h) * c.head_dim + column] = acc[part][i][d] / total;
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(256) exact_columns_kernel(PrefillView p) {
+  __shared__ __align__(16) float area[2 * kFactor];  // of exact_scores, then 16 x 64 sums
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t y = threadIdx.x / 16, x = threadIdx.x % 16, h = blockIdx.x, n = h / c.group();
+  const int32_t kept = c.counts[p.head(n)].kept, length = kept + p.rows;
+  for (int32_t first = blockIdx.y * kSide; first < length; first += gridDim.y * kSide) {
+    float total[4] = {};
+    for (int32_t t0 = max(0, first - kept) / kSide * kSide; t0 < p.rows; t0 += kSide) {
+      float s[4][4], add[4] = {};
+      exact_scores(s, area, p.queries_of<float>(h) + int64_t{t0} * p.width, p.rows - t0, p.keys_of<float>(n) + int64_t{first} * p.width, length - first, p.width);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int32_t t = t0 + 4 * y + i;
+        if (t >= p.rows) continue;
+        const float lse = p.lse[int64_t{h} * p.rows + t];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (first + x + 16 * j <= kept + t) add[j] += exp2f(s[i][j] - lse);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) total[j] += add[j];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < 4; j++) area[y * kSide + x + 16 * j] = total[j];
+    __syncthreads();
+    if (threadIdx.x < kSide && first + threadIdx.x < length) {
+      float sum = 0.0f;
+      for (int i = 0; i < 16; i++) sum += area[i * kSide + threadIdx.x];
+      p.columns[h * p.entries + first + threadIdx.x] = sum;
+    }
+  }
+}
+
+// ---- settle ----
 
 template <typename T>
 __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults faults) {
   __shared__ SettleArea area;
+  wait_for_previous();
+  let_next_start();
   const CacheView& c = p.cache;
   const int32_t n = blockIdx.x;
   const int64_t head = p.head(n), at = n * p.entries;
@@ -4239,7 +5904,9 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   const Entries e{p.score + at, p.birth + at, p.rank + at, c.gapped() ? p.gap + at : nullptr, c.gapped() ? p.average + at : nullptr, p.freed + at};
   for (int32_t i = threadIdx.x; i < kept + p.rows; i += blockDim.x) {
     const bool cached = i < kept;
-    e.score[i] = (cached ? own.score[i] : 0.0f) + p.columns[at + i];
+    float sum = 0.0f;
+    for (int32_t g = 0; g < c.group(); g++) sum += p.columns[(n * c.group() + g) * p.entries + i];
+    e.score[i] = (cached ? own.score[i] : 0.0f) + sum / static_cast<float>(c.group());
     e.birth[i] = cached ? own.birth[i] : steps + 1 + i - kept;
     e.rank[i] = cached ? own.rank[i] : i;
     if (cached && c.gapped()) e.gap[i] = own.gap[i];
@@ -4247,18 +5914,67 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   __syncthreads();
   if (threadIdx.x == 0) counts.steps = steps + p.rows;
   __syncthreads();
-  settle<T>(c, head, e, kept, p.rows, p.new_keys<T>(n), p.new_values<T>(n), -1, faults, area);
+  settle<T>(c, head, e, kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area);
 }
 
-template <typename T, int kDim>
-void launch(Context& ctx, const Cache& cache, const PrefillView& p) {
-  const size_t shared = size_t(kRows + kColumns) * (cache.head_dim + 1) * 4;
-  allow_shared(forward_kernel<T, kDim>, shared);
-  allow_shared(columns_kernel<T>, shared);
-  arrive_kernel<T><<<dim3(p.rows, cache.heads + 2 * cache.kv_heads), 128, 0, ctx.stream>>>(p);
-  forward_kernel<T, kDim><<<dim3(divide_up(p.rows, kRows), cache.heads), 256, shared, ctx.stream>>>(p, ctx.faults());
-  columns_kernel<T><<<dim3(divide_up(p.entries, kColumns), cache.kv_heads), 256, shared, ctx.stream>>>(p);
-  settle_kernel<T><<<cache.kv_heads, 512, 0, ctx.stream>>>(p, ctx.faults());
+// ---- launches ----
+
+/** Blocks of \`size\` entries of each query head: no more than keep the chip busy, as all but \`kept\`, which only the device knows, may be
+ *  empty. A block takes every gridDim.y-th. */
+dim3 entry_blocks(const PrefillView& p, int32_t size) {
+  return dim3(p.cache.heads, std::min(divide_up(p.entries, size), divide_up(2048, p.cache.heads)));
+}
+
+template <typename T, typename S>
+void arrive(Context& ctx, const PrefillView& p) {
+  launch(ctx, arrive_kernel<T, S>, {dim3(std::min(divide_up(p.entries, 32), 64), p.cache.heads + p.cache.kv_heads), 256}, p);
+}
+
+template <int kDim, int kTiles, int kKeys>
+void forward(Context& ctx, const PrefillView& p) {
+  const dim3 grid(p.cache.heads, divide_up(p.rows, kTiles * 16 * kWarps));
+  launch(ctx, forward_kernel<kDim, kTiles, kKeys>, {grid, kThreads, forward_shared<kDim, kTiles, kKeys>()}, p, ctx.faults());
+}
+
+template <int kDim, int kTiles>
+void columns(Context& ctx, const PrefillView& p) {
+  launch(ctx, columns_kernel<kDim, kTiles>, {entry_blocks(p, kTiles * 16 * kWarps), kThreads, columns_shared<kDim>()}, p);
+}
+
+/** Blocks of 64 rows where those of 128 would leave multiprocessors idle. */
+template <int kDim>
+void attend(Context& ctx, const PrefillView& p) {
+  if (int64_t{divide_up(p.rows, 128)} * p.cache.heads < 2 * ctx.processors) forward<kDim, 1, 64>(ctx, p);
+  else forward<kDim, 2, 64>(ctx, p);
+  columns<kDim, 2>(ctx, p);
+}
+
+template <int kParts>
+void attend_exactly(Context& ctx, const PrefillView& p) {
+  launch(ctx, exact_forward_kernel<kParts>, {dim3(p.cache.heads, divide_up(p.rows, kSide)), 256}, p, ctx.faults());
+  launch(ctx, exact_columns_kernel, {entry_blocks(p, kSide), 256}, p);
+}
+
+bool is_exact(const Cache& cache) { return cache.dtype == WKV_F32 || cache.head_dim > 256; }
+
+int32_t width_of(const Cache& cache) {
+  if (is_exact(cache)) return divide_up(cache.head_dim, 64) * 64;
+  return cache.head_dim <= 64 ? 64 : cache.head_dim <= 128 ? 128 : 256;
+}
+
+template <typename T>
+void run(Context& ctx, const Cache& cache, const PrefillView& p) {
+  if (is_exact(cache)) {
+    arrive<T, float>(ctx, p);
+    if (p.width <= 128) attend_exactly<2>(ctx, p);
+    else attend_exactly<8>(ctx, p);
+  } else if constexpr (!std::is_same_v<T, float>) {
+    arrive<T, __half>(ctx, p);
+    if (p.width == 64) attend<64>(ctx, p);
+    else if (p.width == 128) attend<128>(ctx, p);
+    else forward<256, 1, 32>(ctx, p), columns<256, 1>(ctx, p);
+  }
+  launch(ctx, settle_kernel<T>, {cache.kv_heads, 512}, p, ctx.faults());
 }
 
 }  // namespace
@@ -4281,7 +5997,8 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     p.rows = rows;
     p.qkv = from->f32();
     p.out = to->f32();
-    p.scale = scale;
+    p.width = width_of(*cache);
+    p.scale = scale * kPerLn2;
     p.entries = int64_t{cache->slots} + rows;
     // Cut the scratch memory: once to know its size, once to have it.
     uint8_t* scratch = nullptr;
@@ -4295,12 +6012,14 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count, 4)); };
       const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count, 4)); };
       const int64_t states = cache->kv_heads * p.entries, gaps = cache->gapped() ? states : 0;
-      p.q = floats(int64_t{cache->heads} * rows * cache->head_dim);
-      p.keys = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
-      p.values = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
-      p.highest = floats(int64_t{cache->heads} * rows);
-      p.inverse = floats(int64_t{cache->heads} * rows);
-      p.columns = floats(states);
+      const int64_t wide = int64_t{p.width} * (is_exact(*cache) ? 4 : 2);
+      p.q = take(int64_t{cache->heads} * rows, wide);
+      p.keys = take(states, wide);
+      p.values = take(states, wide);
+      p.new_keys = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
+      p.new_values = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
+      p.lse = floats(int64_t{cache->heads} * rows);
+      p.columns = floats(cache->heads * p.entries);
       p.score = floats(states);
       p.gap = floats(gaps);
       p.average = floats(gaps);
@@ -4309,13 +6028,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       p.freed = ints(states);
       if (pass == 0) scratch = ctx.reserve(bytes);
     }
-    by_cache_type(cache->dtype, [&](auto type) {
-      using T = decltype(type);
-      if (cache->head_dim <= 64) launch<T, 64>(ctx, *cache, p);
-      else if (cache->head_dim <= 128) launch<T, 128>(ctx, *cache, p);
-      else if (cache->head_dim <= 256) launch<T, 256>(ctx, *cache, p);
-      else launch<T, 512>(ctx, *cache, p);
-    });
+    by_cache_type(cache->dtype, [&](auto type) { run<decltype(type)>(ctx, *cache, p); });
     ctx.submitted();
   });
 }
@@ -5089,6 +6802,95 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
     ctx.submitted();
   });
 }
+`,
+  "cuda/tile.cuh": `/** tile.cuh: how the tensor-core kernels (matmul_int8.cu, matmul_half.cu) share out a product and finish it. */
+#pragma once
+#include "linear.cuh"
+#include "mma.cuh"
+
+namespace wkv {
+
+constexpr int kTileThreads = 256;
+
+/** How a block is laid out: warps along w and x, the rest along C; tiles of 16 rows of w and of 8 of x a warp; blocks of 32 columns a
+ *  stage; blocks that share a multiprocessor. */
+template <int kWarpsW, int kWarpsX, int kTilesW, int kTilesX, int kBlocks_, int kStages_, int kResident_>
+struct Plan {
+  static constexpr int kAlongX = kWarpsX, kAlongC = 8 / kWarpsW / kWarpsX, kW = kTilesW, kX = kTilesX, kBlocks = kBlocks_, kStages = kStages_, kResident = kResident_;
+  static constexpr int kRows = 16 * kTilesW * kWarpsW, kTokens = 8 * kTilesX * kWarpsX;
+  static constexpr int kStride = kRows + 4;                                           // of the sums of warps along C, in shared memory
+  static constexpr int kSums = kAlongC > 1 ? kAlongC * kTokens * kStride * 4 : 0;  // bytes
+};
+
+/** The rows of w (gated: 16 of gate, 16 of up, in turn) and of x that a block owns. */
+template <typename P>
+struct Tile {
+  WeightView w, up;
+  int32_t gated, rows, t0, j0;
+  int along_w, along_x, along_c, group, i;  // the warp's place; the lane is 4 group + i
+  __device__ Tile(const WeightView& w, const WeightView& up, int32_t gated, int32_t rows) : w(w), up(up), gated(gated), rows(rows) {
+    t0 = blockIdx.x * P::kTokens, j0 = blockIdx.y * (P::kRows >> gated);
+    const int warp = threadIdx.x / 32;
+    along_w = warp / (P::kAlongX * P::kAlongC), along_x = warp / P::kAlongC % P::kAlongX, along_c = warp % P::kAlongC;
+    group = threadIdx.x % 32 / 4, i = threadIdx.x % 4;
+  }
+  __device__ int32_t row_out(int r) const { return j0 + (gated ? r / 32 * 16 + r % 16 : r); }
+  /** Past the end the last row stands in. */
+  __device__ int64_t row_in(int r) const { return min(w.rows - 1, row_out(r)); }
+  __device__ int64_t token_in(int t) const { return min(rows - 1, t0 + t); }
+  __device__ const uint8_t* data(int r) const { return gated && r / 16 % 2 ? up.data : w.data; }
+  __device__ const __half* scales(int r) const { return gated && r / 16 % 2 ? up.scales : w.scales; }
+
+  /** Adds up the warps along C and gives the results to \`to\`, those of x's row t times factors[t] (null: as they are). \`shared\` is free. */
+  __device__ void finish(const float (&total)[P::kW][P::kX][4], const float* factors, float* shared, const OutputView& to) const {
+    const auto put = [&](int t, int r, float first, float second) {
+      const int32_t j = row_out(r);
+      if (t0 + t >= rows || j >= w.rows) return;
+      const float factor = factors ? factors[t0 + t] : 1.0f;
+      to.put(t0 + t, j, gated ? silu_times(first * factor, second * factor) : first * factor);
+    };
+    if constexpr (P::kAlongC == 1) {
+#pragma unroll
+      for (int m = 0; m < P::kW; m++) {
+        if (gated && m % 2) continue;
+#pragma unroll
+        for (int n = 0; n < P::kX; n++) {
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            put((along_x * P::kX + n) * 8 + 2 * i + k % 2, (along_w * P::kW + m) * 16 + k / 2 * 8 + group, total[m][n][k], total[(m + 1) % P::kW][n][k]);
+          }
+        }
+      }
+    } else {
+      __syncthreads();
+#pragma unroll
+      for (int m = 0; m < P::kW; m++) {
+#pragma unroll
+        for (int n = 0; n < P::kX; n++) {
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            const int t = (along_x * P::kX + n) * 8 + 2 * i + k % 2, r = (along_w * P::kW + m) * 16 + k / 2 * 8 + group;
+            shared[(along_c * P::kTokens + t) * P::kStride + r] = total[m][n][k];
+          }
+        }
+      }
+      __syncthreads();
+      const auto sum = [&](int t, int r) {
+        float all = 0.0f;
+#pragma unroll
+        for (int c = 0; c < P::kAlongC; c++) all += shared[(c * P::kTokens + t) * P::kStride + r];
+        return all;
+      };
+      const int wide = P::kRows >> gated;
+      for (int o = threadIdx.x; o < P::kTokens * wide; o += kTileThreads) {
+        const int t = o / wide, r = gated ? o % wide / 16 * 32 + o % 16 : o % wide;
+        put(t, r, sum(t, r), gated ? sum(t, r + 16) : 0.0f);
+      }
+    }
+  }
+};
+
+}  // namespace wkv
 `,
   "handles.cpp": `/** handles.cpp: the handle table, and the entries of wkv.h that know no device. */
 #include "handles.hpp"
