@@ -5,11 +5,12 @@
  *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
  * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: on the tensor
- * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu). Here: the ops' checks, and the choice.
+ * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops'
+ * checks, and the choice.
  */
 #include <algorithm>
 
-#include "linear.cuh"
+#include "cublaslt.cuh"
 
 namespace wkv {
 namespace {
@@ -37,38 +38,62 @@ Way way_of(const WeightView& w, bool int8) {
   return (w.dtype == WKV_F16 || w.dtype == WKV_BF16) && w.columns % 32 == 0 ? Way::Half : Way::Plain;
 }
 
+/** From here on cuBLASLt is faster, and its launches are few beside the work. */
+constexpr int32_t kLibraryRows = 256;
+
+/** Scratch of project_many behind x prepared: of cuBLASLt, or rows of up's product. */
+size_t product_bytes(const InputView& in, const WeightView& w, bool gated, bool int8) {
+  if (way_of(w, int8) == Way::Int8) return 0;
+  const size_t ups = gated ? round_up(size_t(in.rows) * w.rows * 4) : 0;
+  return in.rows >= kLibraryRows && !is_quantised(w.dtype) ? std::max(ups, cublaslt_bytes(in.rows, w, gated)) : ups;
+}
+
+void silu(Context& ctx, const OutputView& to, const float* ups, int32_t rows, int32_t columns) {
+  launch(ctx, silu_kernel, {dim3(divide_up(columns, 256), rows), dim3(256)}, to.out, to.stride, ups, columns);
+}
+
 /** out = in . w^T, or gated with `up` (data null: not), by kernels for many rows. */
 void project_many(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, uint8_t* scratch) {
   const Way way = way_of(w, int8);
+  uint8_t* products = scratch + prepared_bytes(in);
   if (way == Way::Int8) return matmul_int8(ctx, round_rows(ctx, in, scratch), w, up, to);
-  if (way == Way::Half) return matmul_half(ctx, split_rows(ctx, in, w.dtype == WKV_BF16, scratch), w, up, to);
+  if (way == Way::Half) {
+    const SplitView x = split_rows(ctx, in, w.dtype == WKV_BF16, scratch);
+    if (in.rows >= kLibraryRows && cublaslt_matmul(ctx, x.parts, 2, x.factors, in.rows, w, up, to, products)) return;
+    return matmul_half(ctx, x, w, up, to);
+  }
   const float* x = norm_rows(ctx, in, scratch);
+  if (in.rows >= kLibraryRows && w.dtype == WKV_F32 && cublaslt_matmul(ctx, x, 1, nullptr, in.rows, w, up, to, products)) return;
   matmul_f32(ctx, x, in.rows, w, to);
   if (!up.data) return;
-  float* ups = reinterpret_cast<float*>(scratch + prepared_bytes(in));
+  float* ups = reinterpret_cast<float*>(products);
   matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0});
-  launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, ups, w.rows);
+  silu(ctx, to, ups, in.rows, w.rows);
 }
 
-/** Scratch: x prepared, then rows of up's product, then x copied. */
-void project(Context& ctx, InputView in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
-  const size_t own = prepared_bytes(in), ups = up.data ? round_up(size_t(in.rows) * w.rows * 4) : 0;
-  uint8_t* scratch = ctx.reserve(own + ups + (aliased ? own : 0));
-  if (up.data && w.dtype != up.dtype) {  // each by its own kernel
+/** Scratch: x prepared, products, then x copied, or up's product where each weight goes its own way. */
+void project(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
+  const size_t own = prepared_bytes(in);
+  if (up.data && w.dtype != up.dtype) {
+    const size_t products = std::max(product_bytes(in, w, false, int8), product_bytes(in, up, false, int8));
+    uint8_t* scratch = ctx.reserve(own + products + size_t(in.rows) * w.rows * 4);
+    float* ups = reinterpret_cast<float*>(scratch + own + products);
     project_many(ctx, in, w, WeightView{}, int8, to, scratch);
-    project_many(ctx, in, up, WeightView{}, int8, {reinterpret_cast<float*>(scratch + own), w.rows, nullptr, 0}, scratch);
-    launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, reinterpret_cast<float*>(scratch + own), w.rows);
+    project_many(ctx, in, up, WeightView{}, int8, {ups, w.rows, nullptr, 0}, scratch);
+    silu(ctx, to, ups, in.rows, w.rows);
     return;
   }
+  const size_t products = product_bytes(in, w, up.data != nullptr, int8);
+  uint8_t* scratch = ctx.reserve(own + products + (aliased ? own : 0));
   if (in.rows <= (way_of(w, int8) == Way::Plain ? 8 : 4)) {  // more gain by the tensor cores
-    InputView own_in = in;
+    InputView from = in;
     if (aliased) {
-      float* copied = reinterpret_cast<float*>(scratch + own + ups);
+      float* copied = reinterpret_cast<float*>(scratch + own + products);
       const int64_t count = int64_t{in.rows} * in.columns;
       launch(ctx, copy_kernel, {dim3(std::min(1024, divide_up(count, 256))), dim3(256)}, copied, in.x, count);
-      own_in.x = copied;
+      from.x = copied;
     }
-    if (matvec(ctx, own_in, w, up, int8, to)) return;
+    if (matvec(ctx, from, w, up, int8, to)) return;
   }
   project_many(ctx, in, w, up, int8, to, scratch);
 }

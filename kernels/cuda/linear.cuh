@@ -39,7 +39,7 @@ struct RoundedView {
   int32_t rows, stride;
 };
 
-/** Rows of x as sums of two f16 or bf16, [rows][block of 32][high, low][32]; true values are factors[t] times as large. */
+/** Rows of x as sums of two f16 or bf16, [high, low][rows][C]; true values are factors[t] times as large. */
 struct SplitView {
   const uint8_t* parts;
   const float* factors;

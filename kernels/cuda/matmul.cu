@@ -68,12 +68,11 @@ __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts
     most = block_max(most, area);
     if (most > 0.0f && most <= 3.402823466e38f) factor = ldexpf(1.0f, max(ilogbf(most) - 14, -120));
   }
-  T* out = reinterpret_cast<T*>(parts + int64_t{blockIdx.x} * columns * 4);
+  T *high = reinterpret_cast<T*>(parts) + int64_t{blockIdx.x} * columns, *low = high + int64_t{in.rows} * columns;
   for (int32_t c = threadIdx.x; c < columns; c += 256) {
     const float v = value(c) / factor;
-    const T high = from_float<T>(v);
-    out[c / 32 * 64 + c % 32] = high;
-    out[c / 32 * 64 + 32 + c % 32] = from_float<T>(v - to_float(high));
+    high[c] = from_float<T>(v);
+    low[c] = from_float<T>(v - to_float(high[c]));
   }
   if (threadIdx.x == 0) factors[blockIdx.x] = factor;
 }

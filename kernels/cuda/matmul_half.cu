@@ -46,7 +46,10 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel
 #pragma unroll 1
     for (int u = threadIdx.x; u < P::kTokens * P::kBlocks * 8; u += kTileThreads) {
       const int t = u / (P::kBlocks * 8), c = u % (P::kBlocks * 8);
-      if (c < have * 8) copy_async<16>(stage + t * S::kRowX + c * 16, x.parts + (tile.token_in(t) * blocks + first) * 128 + c * 16);
+      if (c < have * 8) {
+        const int64_t row = c / 4 % 2 * int64_t{x.rows} + tile.token_in(t);  // high and low take turns a block
+        copy_async<16>(stage + t * S::kRowX + c * 16, x.parts + (row * blocks + first + c / 8) * 64 + c % 4 * 16);
+      }
     }
   };
 

@@ -1,0 +1,190 @@
+/**
+ * cublaslt.cu: products of many rows by cuBLASLt, loaded at run time.
+ *
+ * Products go to scratch, a run of x's rows at a time, and a kernel takes them on to `out` with factor, bias, sum or gate. Tensor cores cut
+ * sums off instead of rounding them, so a product covers at most 2048 columns; the next is added to it. Declared here is the part of the
+ * interface that is used, the same in versions 12 and 13. Kernels are chosen once a shape; sums over blocks are made in a fixed order.
+ */
+#include "cublaslt.cuh"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+namespace wkv {
+namespace {
+
+using Opaque = void*;
+struct Algorithm {
+  uint64_t data[8];
+};
+struct Choice {
+  Algorithm algorithm;
+  size_t workspace;
+  int32_t status;
+  float waves;
+  int32_t reserved[4];
+};
+enum : int32_t { kCompute32F = 68, kTransA = 3, kOpTranspose = 1, kWorkspaceBytes = 1, kReductions = 3, kReductionInOrder = 2, kAlignA = 5, kAlignB = 6, kReal32F = 0, kReal16F = 2, kRealBF16 = 14 };
+
+constexpr size_t kWorkspace = size_t{32} << 20, kMostResults = size_t{64} << 20;  // bytes, numbers
+constexpr int32_t kMostColumns = 2048;
+
+struct Library {
+  std::string name;
+  Opaque handle = nullptr;
+  std::mutex lock;
+  std::map<std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>, Choice> chosen;  // by type, rows of w and x, columns, row length; status -1: none
+  int32_t (*create)(Opaque*) = nullptr;
+  int32_t (*desc_create)(Opaque*, int32_t, int32_t) = nullptr;
+  int32_t (*desc_set)(Opaque, int32_t, const void*, size_t) = nullptr;
+  int32_t (*desc_destroy)(Opaque) = nullptr;
+  int32_t (*layout_create)(Opaque*, int32_t, uint64_t, uint64_t, int64_t) = nullptr;
+  int32_t (*layout_destroy)(Opaque) = nullptr;
+  int32_t (*preference_create)(Opaque*) = nullptr;
+  int32_t (*preference_set)(Opaque, int32_t, const void*, size_t) = nullptr;
+  int32_t (*preference_destroy)(Opaque) = nullptr;
+  int32_t (*choose)(Opaque, Opaque, Opaque, Opaque, Opaque, Opaque, Opaque, int32_t, Choice*, int32_t*) = nullptr;
+  int32_t (*matmul)(Opaque, Opaque, const void*, const void*, Opaque, const void*, Opaque, const void*, const void*, Opaque, void*, Opaque, const Algorithm*, void*, size_t, cudaStream_t) = nullptr;
+
+  Library() {
+    for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12"}) {
+      void* opened = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+      if (!opened) continue;
+      const auto find = [&](const char* symbol, auto& function) {
+        function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(opened, symbol));
+        return function != nullptr;
+      };
+      if (find("cublasLtCreate", create) && find("cublasLtMatmulDescCreate", desc_create) && find("cublasLtMatmulDescSetAttribute", desc_set) &&
+          find("cublasLtMatmulDescDestroy", desc_destroy) && find("cublasLtMatrixLayoutCreate", layout_create) && find("cublasLtMatrixLayoutDestroy", layout_destroy) &&
+          find("cublasLtMatmulPreferenceCreate", preference_create) && find("cublasLtMatmulPreferenceSetAttribute", preference_set) &&
+          find("cublasLtMatmulPreferenceDestroy", preference_destroy) && find("cublasLtMatmulAlgoGetHeuristic", choose) && find("cublasLtMatmul", matmul) && create(&handle) == 0) {
+        name = file;
+        return;
+      }
+      handle = nullptr;
+      dlclose(opened);
+    }
+  }
+};
+
+/** Opened at its first use; never closed, as graphs may hold its kernels. */
+Library& library() {
+  static Library* const opened = new Library;
+  return *opened;
+}
+
+/** What describes a product of `rows` rows of x, `columns` columns wide: in cuBLASLt's column order, out [J, rows] = w [C, J]^T . x [C, rows]. */
+struct Product {
+  Library& lib;
+  Opaque desc = nullptr, w = nullptr, x = nullptr, out = nullptr;
+  Choice choice{};
+  bool good = false;
+
+  Product(Library& lib, int32_t type, int32_t w_rows, int32_t rows, int32_t columns, int32_t row_length) : lib(lib) {
+    const int32_t transpose = kOpTranspose;
+    if (lib.desc_create(&desc, kCompute32F, kReal32F) || lib.desc_set(desc, kTransA, &transpose, sizeof transpose)) return;
+    if (lib.layout_create(&w, type, columns, w_rows, row_length) || lib.layout_create(&x, type, columns, rows, row_length)) return;
+    if (lib.layout_create(&out, kReal32F, w_rows, rows, w_rows)) return;
+    const std::lock_guard<std::mutex> hold(lib.lock);
+    const auto key = std::make_tuple(type, w_rows, rows, columns, row_length);
+    auto found = lib.chosen.find(key);
+    if (found == lib.chosen.end()) found = lib.chosen.emplace(key, choose(int64_t{row_length} * (type == kReal32F ? 4 : 2))).first;
+    choice = found->second;
+    good = choice.status == 0;
+  }
+  Product(const Product&) = delete;
+  ~Product() {
+    for (const Opaque layout : {w, x, out}) {
+      if (layout) lib.layout_destroy(layout);
+    }
+    if (desc) lib.desc_destroy(desc);
+  }
+  Choice choose(int64_t row_bytes) const {
+    Choice first{};
+    first.status = -1;
+    Opaque preference = nullptr;
+    const size_t workspace = kWorkspace;
+    const uint32_t reductions = kReductionInOrder, alignment = row_bytes % 16 ? 4 : 16;
+    int32_t count = 0;
+    if (lib.preference_create(&preference) == 0 && lib.preference_set(preference, kWorkspaceBytes, &workspace, sizeof workspace) == 0 &&
+        lib.preference_set(preference, kReductions, &reductions, sizeof reductions) == 0 && lib.preference_set(preference, kAlignA, &alignment, sizeof alignment) == 0 &&
+        lib.preference_set(preference, kAlignB, &alignment, sizeof alignment) == 0) {
+      Choice best{};
+      if (lib.choose(lib.handle, desc, w, x, out, out, preference, 1, &best, &count) == 0 && count == 1) first = best;
+    }
+    if (preference) lib.preference_destroy(preference);
+    return first;
+  }
+  void run(const void* from_w, const void* from_x, float* to, bool add, void* workspace, cudaStream_t stream) const {
+    const float alpha = 1.0f, beta = add ? 1.0f : 0.0f;
+    const int32_t status = lib.matmul(lib.handle, desc, &alpha, from_w, w, from_x, x, &beta, to, out, to, out, &choice.algorithm, workspace, kWorkspace, stream);
+    if (status) fail(WKV_DEVICE, lib.name + " failed with status " + std::to_string(status));
+  }
+};
+
+/** Rows of x that are done at a time. */
+int32_t rows_at_once(int32_t rows, const WeightView& w, bool gated) {
+  const int64_t fit = int64_t{kMostResults} / w.rows / (gated ? 2 : 1) / 64 * 64;
+  return static_cast<int32_t>(std::min<int64_t>(rows, std::max<int64_t>(64, fit)));
+}
+
+__global__ void __launch_bounds__(256) finish_kernel(const float* product, const float* second, const float* factors, int32_t t0, int32_t columns, OutputView to) {
+  wait_for_previous();
+  let_next_start();
+  const int64_t from = int64_t{blockIdx.x} * columns;
+  const int32_t t = t0 + blockIdx.x;
+  const float factor = factors ? factors[t] : 1.0f;
+  for (int32_t j = blockIdx.y * 256 + threadIdx.x; j < columns; j += gridDim.y * 256) {
+    const float first = product[from + j] * factor;
+    to.put(t, j, second ? silu_times(first, second[from + j] * factor) : first);
+  }
+}
+
+}  // namespace
+
+bool cublaslt_loaded(std::string* which) {
+  *which = library().name;
+  return library().handle != nullptr;
+}
+
+size_t cublaslt_bytes(int32_t rows, const WeightView& w, bool gated) {
+  if (!library().handle) return 0;
+  return kWorkspace + round_up(size_t(rows_at_once(rows, w, gated)) * w.rows * 4) * (gated ? 2 : 1);
+}
+
+bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* factors, int32_t rows, const WeightView& w, const WeightView& up, const OutputView& to, uint8_t* scratch) {
+  Library& lib = library();
+  if (!lib.handle) return false;
+  const bool gated = up.data != nullptr;
+  const int32_t type = w.dtype == WKV_F32 ? kReal32F : w.dtype == WKV_F16 ? kReal16F : kRealBF16, size = w.dtype == WKV_F32 ? 4 : 2, columns = w.columns;
+  const int32_t step = rows_at_once(rows, w, gated), last = (rows - 1) % step + 1, wide = std::min(columns, kMostColumns), rest = columns % wide;
+  // With full and last runs of rows, and full and last runs of columns.
+  const Product whole(lib, type, w.rows, step, wide, columns), end(lib, type, w.rows, last, wide, columns);
+  const Product whole_rest(lib, type, w.rows, step, rest ? rest : wide, columns), end_rest(lib, type, w.rows, last, rest ? rest : wide, columns);
+  if (!whole.good || !end.good || !whole_rest.good || !end_rest.good) return false;
+  float* results[2] = {reinterpret_cast<float*>(scratch + kWorkspace), nullptr};
+  if (gated) results[1] = reinterpret_cast<float*>(scratch + kWorkspace + round_up(size_t(step) * w.rows * 4));
+  for (int32_t t0 = 0; t0 < rows; t0 += step) {
+    const int32_t count = std::min(step, rows - t0);
+    for (int g = 0; g <= int(gated); g++) {
+      bool add = false;
+      for (int32_t c = 0; c < columns; c += wide) {
+        const bool full = columns - c >= wide;
+        const Product& product = count == step ? (full ? whole : whole_rest) : (full ? end : end_rest);
+        for (int32_t part = parts - 1; part >= 0; part--) {  // the lowest first
+          const uint8_t* from = static_cast<const uint8_t*>(x) + ((int64_t{part} * rows + t0) * columns + c) * size;
+          product.run((g ? up : w).data + int64_t{c} * size, from, results[g], add, scratch, ctx.stream);
+          add = true;
+        }
+      }
+    }
+    launch(ctx, finish_kernel, {dim3(count, std::min(64, divide_up(w.rows, 256))), dim3(256)}, results[0], results[1], factors, t0, w.rows, to);
+  }
+  return true;
+}
+
+}  // namespace wkv
