@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "common.cuh"
+#include "cublaslt.cuh"
 
 namespace wkv {
 
@@ -233,7 +233,8 @@ int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
 int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
   return entry(context, [&](Context& ctx) {
     require(out != nullptr && out_bytes >= 1, "out must hold a text");
-    give_text("CUDA, " + ctx.name, out, out_bytes);
+    std::string products;
+    give_text("CUDA, " + ctx.name + ", " + (cublaslt_loaded(&products) ? products : "no cuBLASLt"), out, out_bytes);
   });
 }
 

@@ -106,14 +106,27 @@ export class Backend implements Disposable {
       );
     }
     if (device === "cuda") {
-      if (!await hasDriver()) throw new Error(`No CUDA: ${NO_DRIVER}`);
-      return Backend.#load((await findCudaLibrary(options)).path, threads);
+      return Backend.#load(await Backend.#cudaLibrary(options), threads);
     }
     if (device === "auto") {
       const cuda = await Backend.#tryCuda(options);
       if (cuda !== null) return cuda;
     }
     return Backend.#load((await findCpuLibrary(options)).path, threads);
+  }
+
+  /** The CUDA library's path; it is built where there is a driver to run it. */
+  static async #cudaLibrary(options: BackendOptions): Promise<string> {
+    try {
+      return (await findCudaLibrary({ ...options, build: false })).path;
+    } catch (error) {
+      if (!(error instanceof LibraryError)) throw error;
+      if (Deno.env.get(CUDA_LIBRARY_VARIABLE)) throw error;
+      if (!await hasDriver()) {
+        throw new LibraryError(`No CUDA: ${NO_DRIVER}`, error.tried);
+      }
+    }
+    return (await findCudaLibrary(options)).path;
   }
 
   /** The CUDA library, if there is one and a GPU answers; else a note says why not. */
@@ -126,16 +139,16 @@ export class Backend implements Disposable {
     const variable = CUDA_LIBRARY_VARIABLE;
     const { state } = await Deno.permissions.query({ name: "env", variable });
     if (state !== "granted") return refuse(`${variable} may not be read`);
-    if (!await hasDriver()) return refuse(NO_DRIVER);
     let path: string;
     try {
       ({ path } = await findCudaLibrary({ build: false }));
     } catch (error) {
       if (!(error instanceof LibraryError)) throw error;
+      if (Deno.env.get(variable)) return refuse(error.message);
       return refuse(
-        Deno.env.get(variable)
-          ? error.message
-          : "no CUDA library is built yet (wkv build cuda, or --device cuda)",
+        await hasDriver()
+          ? "no CUDA library is built yet (wkv build cuda, or --device cuda)"
+          : NO_DRIVER,
       );
     }
     const ffi = await Deno.permissions.query({ name: "ffi", path });

@@ -4088,6 +4088,214 @@ __device__ inline float weight_at(const WeightView& w, int64_t row, int32_t colu
 
 }  // namespace wkv
 `,
+  "cuda/cublaslt.cu": `/**
+ * cublaslt.cu: products of many rows by cuBLASLt, loaded at run time.
+ *
+ * Products go to scratch, a run of x's rows at a time, and a kernel takes them on to \`out\` with factor, bias, sum or gate. Tensor cores cut
+ * sums off instead of rounding them, so a product covers at most 2048 columns; the next is added to it. Declared here is the part of the
+ * interface that is used, the same in versions 12 and 13. Kernels are chosen once a shape; sums over blocks are made in a fixed order.
+ */
+#include "cublaslt.cuh"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+namespace wkv {
+namespace {
+
+using Opaque = void*;
+struct Algorithm {
+  uint64_t data[8];
+};
+struct Choice {
+  Algorithm algorithm;
+  size_t workspace;
+  int32_t status;
+  float waves;
+  int32_t reserved[4];
+};
+enum : int32_t { kCompute32F = 68, kTransA = 3, kOpTranspose = 1, kWorkspaceBytes = 1, kReductions = 3, kReductionInOrder = 2, kAlignA = 5, kAlignB = 6, kReal32F = 0, kReal16F = 2, kRealBF16 = 14 };
+
+constexpr size_t kWorkspace = size_t{32} << 20, kMostResults = size_t{64} << 20;  // bytes, numbers
+constexpr int32_t kMostColumns = 2048;
+
+struct Library {
+  std::string name;
+  Opaque handle = nullptr;
+  std::mutex lock;
+  std::map<std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>, Choice> chosen;  // by type, rows of w and x, columns, row length; status -1: none
+  int32_t (*create)(Opaque*) = nullptr;
+  int32_t (*desc_create)(Opaque*, int32_t, int32_t) = nullptr;
+  int32_t (*desc_set)(Opaque, int32_t, const void*, size_t) = nullptr;
+  int32_t (*desc_destroy)(Opaque) = nullptr;
+  int32_t (*layout_create)(Opaque*, int32_t, uint64_t, uint64_t, int64_t) = nullptr;
+  int32_t (*layout_destroy)(Opaque) = nullptr;
+  int32_t (*preference_create)(Opaque*) = nullptr;
+  int32_t (*preference_set)(Opaque, int32_t, const void*, size_t) = nullptr;
+  int32_t (*preference_destroy)(Opaque) = nullptr;
+  int32_t (*choose)(Opaque, Opaque, Opaque, Opaque, Opaque, Opaque, Opaque, int32_t, Choice*, int32_t*) = nullptr;
+  int32_t (*matmul)(Opaque, Opaque, const void*, const void*, Opaque, const void*, Opaque, const void*, const void*, Opaque, void*, Opaque, const Algorithm*, void*, size_t, cudaStream_t) = nullptr;
+
+  Library() {
+    for (const char* file : {"libcublasLt.so.13", "libcublasLt.so.12"}) {
+      void* opened = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+      if (!opened) continue;
+      const auto find = [&](const char* symbol, auto& function) {
+        function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(opened, symbol));
+        return function != nullptr;
+      };
+      if (find("cublasLtCreate", create) && find("cublasLtMatmulDescCreate", desc_create) && find("cublasLtMatmulDescSetAttribute", desc_set) &&
+          find("cublasLtMatmulDescDestroy", desc_destroy) && find("cublasLtMatrixLayoutCreate", layout_create) && find("cublasLtMatrixLayoutDestroy", layout_destroy) &&
+          find("cublasLtMatmulPreferenceCreate", preference_create) && find("cublasLtMatmulPreferenceSetAttribute", preference_set) &&
+          find("cublasLtMatmulPreferenceDestroy", preference_destroy) && find("cublasLtMatmulAlgoGetHeuristic", choose) && find("cublasLtMatmul", matmul) && create(&handle) == 0) {
+        name = file;
+        return;
+      }
+      handle = nullptr;
+      dlclose(opened);
+    }
+  }
+};
+
+/** Opened at its first use; never closed, as graphs may hold its kernels. */
+Library& library() {
+  static Library* const opened = new Library;
+  return *opened;
+}
+
+/** What describes a product of \`rows\` rows of x, \`columns\` columns wide: in cuBLASLt's column order, out [J, rows] = w [C, J]^T . x [C, rows]. */
+struct Product {
+  Library& lib;
+  Opaque desc = nullptr, w = nullptr, x = nullptr, out = nullptr;
+  Choice choice{};
+  bool good = false;
+
+  Product(Library& lib, int32_t type, int32_t w_rows, int32_t rows, int32_t columns, int32_t row_length) : lib(lib) {
+    const int32_t transpose = kOpTranspose;
+    if (lib.desc_create(&desc, kCompute32F, kReal32F) || lib.desc_set(desc, kTransA, &transpose, sizeof transpose)) return;
+    if (lib.layout_create(&w, type, columns, w_rows, row_length) || lib.layout_create(&x, type, columns, rows, row_length)) return;
+    if (lib.layout_create(&out, kReal32F, w_rows, rows, w_rows)) return;
+    const std::lock_guard<std::mutex> hold(lib.lock);
+    const auto key = std::make_tuple(type, w_rows, rows, columns, row_length);
+    auto found = lib.chosen.find(key);
+    if (found == lib.chosen.end()) found = lib.chosen.emplace(key, choose(int64_t{row_length} * (type == kReal32F ? 4 : 2))).first;
+    choice = found->second;
+    good = choice.status == 0;
+  }
+  Product(const Product&) = delete;
+  ~Product() {
+    for (const Opaque layout : {w, x, out}) {
+      if (layout) lib.layout_destroy(layout);
+    }
+    if (desc) lib.desc_destroy(desc);
+  }
+  Choice choose(int64_t row_bytes) const {
+    Choice first{};
+    first.status = -1;
+    Opaque preference = nullptr;
+    const size_t workspace = kWorkspace;
+    const uint32_t reductions = kReductionInOrder, alignment = row_bytes % 16 ? 4 : 16;
+    int32_t count = 0;
+    if (lib.preference_create(&preference) == 0 && lib.preference_set(preference, kWorkspaceBytes, &workspace, sizeof workspace) == 0 &&
+        lib.preference_set(preference, kReductions, &reductions, sizeof reductions) == 0 && lib.preference_set(preference, kAlignA, &alignment, sizeof alignment) == 0 &&
+        lib.preference_set(preference, kAlignB, &alignment, sizeof alignment) == 0) {
+      Choice best{};
+      if (lib.choose(lib.handle, desc, w, x, out, out, preference, 1, &best, &count) == 0 && count == 1) first = best;
+    }
+    if (preference) lib.preference_destroy(preference);
+    return first;
+  }
+  void run(const void* from_w, const void* from_x, float* to, bool add, void* workspace, cudaStream_t stream) const {
+    const float alpha = 1.0f, beta = add ? 1.0f : 0.0f;
+    const int32_t status = lib.matmul(lib.handle, desc, &alpha, from_w, w, from_x, x, &beta, to, out, to, out, &choice.algorithm, workspace, kWorkspace, stream);
+    if (status) fail(WKV_DEVICE, lib.name + " failed with status " + std::to_string(status));
+  }
+};
+
+/** Rows of x that are done at a time. */
+int32_t rows_at_once(int32_t rows, const WeightView& w, bool gated) {
+  const int64_t fit = int64_t{kMostResults} / w.rows / (gated ? 2 : 1) / 64 * 64;
+  return static_cast<int32_t>(std::min<int64_t>(rows, std::max<int64_t>(64, fit)));
+}
+
+__global__ void __launch_bounds__(256) finish_kernel(const float* product, const float* second, const float* factors, int32_t t0, int32_t columns, OutputView to) {
+  wait_for_previous();
+  let_next_start();
+  const int64_t from = int64_t{blockIdx.x} * columns;
+  const int32_t t = t0 + blockIdx.x;
+  const float factor = factors ? factors[t] : 1.0f;
+  for (int32_t j = blockIdx.y * 256 + threadIdx.x; j < columns; j += gridDim.y * 256) {
+    const float first = product[from + j] * factor;
+    to.put(t, j, second ? silu_times(first, second[from + j] * factor) : first);
+  }
+}
+
+}  // namespace
+
+bool cublaslt_loaded(std::string* which) {
+  *which = library().name;
+  return library().handle != nullptr;
+}
+
+size_t cublaslt_bytes(int32_t rows, const WeightView& w, bool gated) {
+  if (!library().handle) return 0;
+  return kWorkspace + round_up(size_t(rows_at_once(rows, w, gated)) * w.rows * 4) * (gated ? 2 : 1);
+}
+
+bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* factors, int32_t rows, const WeightView& w, const WeightView& up, const OutputView& to, uint8_t* scratch) {
+  Library& lib = library();
+  if (!lib.handle) return false;
+  const bool gated = up.data != nullptr;
+  const int32_t type = w.dtype == WKV_F32 ? kReal32F : w.dtype == WKV_F16 ? kReal16F : kRealBF16, size = w.dtype == WKV_F32 ? 4 : 2, columns = w.columns;
+  const int32_t step = rows_at_once(rows, w, gated), last = (rows - 1) % step + 1, wide = std::min(columns, kMostColumns), rest = columns % wide;
+  // With full and last runs of rows, and full and last runs of columns.
+  const Product whole(lib, type, w.rows, step, wide, columns), end(lib, type, w.rows, last, wide, columns);
+  const Product whole_rest(lib, type, w.rows, step, rest ? rest : wide, columns), end_rest(lib, type, w.rows, last, rest ? rest : wide, columns);
+  if (!whole.good || !end.good || !whole_rest.good || !end_rest.good) return false;
+  float* results[2] = {reinterpret_cast<float*>(scratch + kWorkspace), nullptr};
+  if (gated) results[1] = reinterpret_cast<float*>(scratch + kWorkspace + round_up(size_t(step) * w.rows * 4));
+  for (int32_t t0 = 0; t0 < rows; t0 += step) {
+    const int32_t count = std::min(step, rows - t0);
+    for (int g = 0; g <= int(gated); g++) {
+      bool add = false;
+      for (int32_t c = 0; c < columns; c += wide) {
+        const bool full = columns - c >= wide;
+        const Product& product = count == step ? (full ? whole : whole_rest) : (full ? end : end_rest);
+        for (int32_t part = parts - 1; part >= 0; part--) {  // the lowest first
+          const uint8_t* from = static_cast<const uint8_t*>(x) + ((int64_t{part} * rows + t0) * columns + c) * size;
+          product.run((g ? up : w).data + int64_t{c} * size, from, results[g], add, scratch, ctx.stream);
+          add = true;
+        }
+      }
+    }
+    launch(ctx, finish_kernel, {dim3(count, std::min(64, divide_up(w.rows, 256))), dim3(256)}, results[0], results[1], factors, t0, w.rows, to);
+  }
+  return true;
+}
+
+}  // namespace wkv
+`,
+  "cuda/cublaslt.cuh": `/** cublaslt.cuh: the products of cuBLASLt, where that library is installed; it is looked for at run time and nothing needs it. */
+#pragma once
+#include "linear.cuh"
+
+namespace wkv {
+
+/** Whether it was found, and as what. */
+bool cublaslt_loaded(std::string* which);
+
+/** Bytes of scratch for cublaslt_matmul. */
+size_t cublaslt_bytes(int32_t rows, const WeightView& w, bool gated);
+/** out = x . w^T, gated where up has data, for weights that are not quantised. x: \`parts\` matrices [rows, C] of w's dtype, one after the other,
+ *  whose sum times factors[t] (null: 1) is row t. False, and nothing launched, when there is no cuBLASLt or it has no kernel for the shape. */
+bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* factors, int32_t rows, const WeightView& w, const WeightView& up, const OutputView& to, uint8_t* scratch);
+
+}  // namespace wkv
+`,
   "cuda/embed.cu": `/**
  * embed.cu: wkv_embed and wkv_rmsnorm, the ops at both ends of a forward pass.
  *
@@ -4159,11 +4367,12 @@ int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32
  *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
  * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: on the tensor
- * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu). Here: the ops' checks, and the choice.
+ * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops'
+ * checks, and the choice.
  */
 #include <algorithm>
 
-#include "linear.cuh"
+#include "cublaslt.cuh"
 
 namespace wkv {
 namespace {
@@ -4191,38 +4400,62 @@ Way way_of(const WeightView& w, bool int8) {
   return (w.dtype == WKV_F16 || w.dtype == WKV_BF16) && w.columns % 32 == 0 ? Way::Half : Way::Plain;
 }
 
+/** From here on cuBLASLt is faster, and its launches are few beside the work. */
+constexpr int32_t kLibraryRows = 256;
+
+/** Scratch of project_many behind x prepared: of cuBLASLt, or rows of up's product. */
+size_t product_bytes(const InputView& in, const WeightView& w, bool gated, bool int8) {
+  if (way_of(w, int8) == Way::Int8) return 0;
+  const size_t ups = gated ? round_up(size_t(in.rows) * w.rows * 4) : 0;
+  return in.rows >= kLibraryRows && !is_quantised(w.dtype) ? std::max(ups, cublaslt_bytes(in.rows, w, gated)) : ups;
+}
+
+void silu(Context& ctx, const OutputView& to, const float* ups, int32_t rows, int32_t columns) {
+  launch(ctx, silu_kernel, {dim3(divide_up(columns, 256), rows), dim3(256)}, to.out, to.stride, ups, columns);
+}
+
 /** out = in . w^T, or gated with \`up\` (data null: not), by kernels for many rows. */
 void project_many(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, uint8_t* scratch) {
   const Way way = way_of(w, int8);
+  uint8_t* products = scratch + prepared_bytes(in);
   if (way == Way::Int8) return matmul_int8(ctx, round_rows(ctx, in, scratch), w, up, to);
-  if (way == Way::Half) return matmul_half(ctx, split_rows(ctx, in, w.dtype == WKV_BF16, scratch), w, up, to);
+  if (way == Way::Half) {
+    const SplitView x = split_rows(ctx, in, w.dtype == WKV_BF16, scratch);
+    if (in.rows >= kLibraryRows && cublaslt_matmul(ctx, x.parts, 2, x.factors, in.rows, w, up, to, products)) return;
+    return matmul_half(ctx, x, w, up, to);
+  }
   const float* x = norm_rows(ctx, in, scratch);
+  if (in.rows >= kLibraryRows && w.dtype == WKV_F32 && cublaslt_matmul(ctx, x, 1, nullptr, in.rows, w, up, to, products)) return;
   matmul_f32(ctx, x, in.rows, w, to);
   if (!up.data) return;
-  float* ups = reinterpret_cast<float*>(scratch + prepared_bytes(in));
+  float* ups = reinterpret_cast<float*>(products);
   matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0});
-  launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, ups, w.rows);
+  silu(ctx, to, ups, in.rows, w.rows);
 }
 
-/** Scratch: x prepared, then rows of up's product, then x copied. */
-void project(Context& ctx, InputView in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
-  const size_t own = prepared_bytes(in), ups = up.data ? round_up(size_t(in.rows) * w.rows * 4) : 0;
-  uint8_t* scratch = ctx.reserve(own + ups + (aliased ? own : 0));
-  if (up.data && w.dtype != up.dtype) {  // each by its own kernel
+/** Scratch: x prepared, products, then x copied, or up's product where each weight goes its own way. */
+void project(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
+  const size_t own = prepared_bytes(in);
+  if (up.data && w.dtype != up.dtype) {
+    const size_t products = std::max(product_bytes(in, w, false, int8), product_bytes(in, up, false, int8));
+    uint8_t* scratch = ctx.reserve(own + products + size_t(in.rows) * w.rows * 4);
+    float* ups = reinterpret_cast<float*>(scratch + own + products);
     project_many(ctx, in, w, WeightView{}, int8, to, scratch);
-    project_many(ctx, in, up, WeightView{}, int8, {reinterpret_cast<float*>(scratch + own), w.rows, nullptr, 0}, scratch);
-    launch(ctx, silu_kernel, {dim3(divide_up(w.rows, 256), in.rows), dim3(256)}, to.out, to.stride, reinterpret_cast<float*>(scratch + own), w.rows);
+    project_many(ctx, in, up, WeightView{}, int8, {ups, w.rows, nullptr, 0}, scratch);
+    silu(ctx, to, ups, in.rows, w.rows);
     return;
   }
+  const size_t products = product_bytes(in, w, up.data != nullptr, int8);
+  uint8_t* scratch = ctx.reserve(own + products + (aliased ? own : 0));
   if (in.rows <= (way_of(w, int8) == Way::Plain ? 8 : 4)) {  // more gain by the tensor cores
-    InputView own_in = in;
+    InputView from = in;
     if (aliased) {
-      float* copied = reinterpret_cast<float*>(scratch + own + ups);
+      float* copied = reinterpret_cast<float*>(scratch + own + products);
       const int64_t count = int64_t{in.rows} * in.columns;
       launch(ctx, copy_kernel, {dim3(std::min(1024, divide_up(count, 256))), dim3(256)}, copied, in.x, count);
-      own_in.x = copied;
+      from.x = copied;
     }
-    if (matvec(ctx, own_in, w, up, int8, to)) return;
+    if (matvec(ctx, from, w, up, int8, to)) return;
   }
   project_many(ctx, in, w, up, int8, to, scratch);
 }
@@ -4324,7 +4557,7 @@ struct RoundedView {
   int32_t rows, stride;
 };
 
-/** Rows of x as sums of two f16 or bf16, [rows][block of 32][high, low][32]; true values are factors[t] times as large. */
+/** Rows of x as sums of two f16 or bf16, [high, low][rows][C]; true values are factors[t] times as large. */
 struct SplitView {
   const uint8_t* parts;
   const float* factors;
@@ -4452,12 +4685,11 @@ __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts
     most = block_max(most, area);
     if (most > 0.0f && most <= 3.402823466e38f) factor = ldexpf(1.0f, max(ilogbf(most) - 14, -120));
   }
-  T* out = reinterpret_cast<T*>(parts + int64_t{blockIdx.x} * columns * 4);
+  T *high = reinterpret_cast<T*>(parts) + int64_t{blockIdx.x} * columns, *low = high + int64_t{in.rows} * columns;
   for (int32_t c = threadIdx.x; c < columns; c += 256) {
     const float v = value(c) / factor;
-    const T high = from_float<T>(v);
-    out[c / 32 * 64 + c % 32] = high;
-    out[c / 32 * 64 + 32 + c % 32] = from_float<T>(v - to_float(high));
+    high[c] = from_float<T>(v);
+    low[c] = from_float<T>(v - to_float(high[c]));
   }
   if (threadIdx.x == 0) factors[blockIdx.x] = factor;
 }
@@ -4629,7 +4861,10 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel
 #pragma unroll 1
     for (int u = threadIdx.x; u < P::kTokens * P::kBlocks * 8; u += kTileThreads) {
       const int t = u / (P::kBlocks * 8), c = u % (P::kBlocks * 8);
-      if (c < have * 8) copy_async<16>(stage + t * S::kRowX + c * 16, x.parts + (tile.token_in(t) * blocks + first) * 128 + c * 16);
+      if (c < have * 8) {
+        const int64_t row = c / 4 % 2 * int64_t{x.rows} + tile.token_in(t);  // high and low take turns a block
+        copy_async<16>(stage + t * S::kRowX + c * 16, x.parts + (row * blocks + first + c / 8) * 64 + c % 4 * 16);
+      }
     }
   };
 
@@ -6039,7 +6274,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
 #include <cstdlib>
 #include <cstring>
 
-#include "common.cuh"
+#include "cublaslt.cuh"
 
 namespace wkv {
 
@@ -6268,7 +6503,8 @@ int32_t wkv_context_open(int32_t threads, int32_t* out, int32_t out_bytes) {
 int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
   return entry(context, [&](Context& ctx) {
     require(out != nullptr && out_bytes >= 1, "out must hold a text");
-    give_text("CUDA, " + ctx.name, out, out_bytes);
+    std::string products;
+    give_text("CUDA, " + ctx.name + ", " + (cublaslt_loaded(&products) ? products : "no cuBLASLt"), out, out_bytes);
   });
 }
 
