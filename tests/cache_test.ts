@@ -16,15 +16,17 @@ import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
 import { policyNames } from "../src/cache/registry.ts";
 import {
   dense,
-  largestError,
   type Layer,
   openCache,
   openReference,
   qkvWidth,
+  turn,
+} from "../src/selftest/layer.ts";
+import {
+  largestError,
   Random,
   relativeError,
-  turn,
-} from "./attention.ts";
+} from "../src/selftest/numbers.ts";
 
 let backend: Backend;
 beforeAll(async () => {

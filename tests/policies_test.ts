@@ -18,15 +18,17 @@ import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy, policies, policyNames } from "../src/cache/registry.ts";
 import {
-  largestError,
   type Layer,
   openCache,
   openReference,
   qkvWidth,
+} from "../src/selftest/layer.ts";
+import {
+  largestError,
   Random,
   relativeError,
-} from "./attention.ts";
-import { average, type ReferenceCache } from "./reference.ts";
+} from "../src/selftest/numbers.ts";
+import { average, type ReferenceCache } from "../src/selftest/reference.ts";
 
 let backend: Backend;
 beforeAll(async () => {

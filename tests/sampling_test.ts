@@ -11,8 +11,8 @@ import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
 import { Backend } from "../src/backend/backend.ts";
 import { sample } from "../src/backend/ops.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import { Random } from "./attention.ts";
-import { softmax } from "./reference.ts";
+import { Random } from "../src/selftest/numbers.ts";
+import { softmax } from "../src/selftest/reference.ts";
 
 let backend: Backend;
 beforeAll(async () => {
