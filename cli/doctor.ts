@@ -12,7 +12,9 @@ import { commands } from "./commands.ts";
 import { errorMessage } from "./errors.ts";
 import { shellQuote } from "./help.ts";
 import { buildGrants, compiler, pullGrants, runFlags } from "./permissions.ts";
-import { modelOption, outputOptions } from "./shared_options.ts";
+import { flag } from "./option.ts";
+import { runSelfTest } from "./self_test.ts";
+import { loadOptions, modelOption, outputOptions } from "./shared_options.ts";
 
 /** What was found of one thing: it, or why there is none. */
 interface Finding {
@@ -26,7 +28,12 @@ export const doctorCommand = defineCommand({
   most: { count: 0, what: "no argument" },
   description:
     "Checks what generating needs: library or compiler, tokenizer, model or pip. It\nexits with 0 when generating can work, builds nothing and downloads nothing.",
-  options: { ...modelOption, ...outputOptions },
+  options: {
+    ...modelOption,
+    "self-test": flag("Run the kernels for a minute, beside f64"),
+    device: loadOptions.device,
+    ...outputOptions,
+  },
   permissions: async ({ model }) => {
     const { run = [] } = pullGrants();
     return await runFlags(model, {
@@ -34,7 +41,11 @@ export const doctorCommand = defineCommand({
       env: ["CXX"],
     });
   },
-  async run({ values, terminal }) {
+  async run({ values, terminal, signal }) {
+    if (values["self-test"]) {
+      const { device = "auto", json = false } = values;
+      return await runSelfTest(device, { terminal, signal, json });
+    }
     const name = values.model ?? DEFAULT_MODEL;
     const library = await findLibrary();
     const [compilerFound, python, pip, tokenizer, model] = await Promise

@@ -8,7 +8,6 @@ import {
   assertLessOrEqual,
   assertThrows,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
 import { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
@@ -27,10 +26,11 @@ import {
   Random,
   relativeError,
 } from "../src/selftest/numbers.ts";
+import { afterAll, beforeAll, describe, it, openBackend } from "./device.ts";
 
 let backend: Backend;
 beforeAll(async () => {
-  backend = await Backend.open({ device: "cpu", threads: 1 });
+  backend = await openBackend();
 });
 afterAll(() => backend.close());
 

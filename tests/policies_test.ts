@@ -10,8 +10,7 @@ import {
   assertLessOrEqual,
   assertThrows,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
-import { Backend } from "../src/backend/backend.ts";
+import type { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
 import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
@@ -29,10 +28,11 @@ import {
   relativeError,
 } from "../src/selftest/numbers.ts";
 import { average, type ReferenceCache } from "../src/selftest/reference.ts";
+import { afterAll, beforeAll, describe, it, openBackend } from "./device.ts";
 
 let backend: Backend;
 beforeAll(async () => {
-  backend = await Backend.open({ device: "cpu", threads: 1 });
+  backend = await openBackend();
 });
 afterAll(() => backend.close());
 

@@ -4,6 +4,7 @@
  */
 
 import type { Backend } from "../backend/backend.ts";
+import { isQuantised } from "../backend/tensor.ts";
 import { cacheCases, type CacheRow } from "./cache_cases.ts";
 import type { Finding } from "./findings.ts";
 import { Random } from "./numbers.ts";
@@ -57,4 +58,58 @@ function seedOf(name: string): number {
     hash = Math.imul(hash ^ name.charCodeAt(i), 0x01000193);
   }
   return hash | 0;
+}
+
+/** Whether a row takes about a second, most of it in f64. */
+export function isLarge(row: KernelCase): boolean {
+  if ("times" in row) return row.times * row.budget > 5000;
+  return "budget" in row && row.budget * row.headDim * row.sequences > 3e5;
+}
+
+/** A few tiny rows that reach every kernel in every type, for tools that are slow. */
+export function tinyCases(): KernelCase[] {
+  const chosen = new Map<string, KernelCase>();
+  for (const row of kernelCases) {
+    const name = kindOf(row);
+    if (name !== null && !chosen.has(name)) chosen.set(name, row);
+  }
+  return [...chosen.values()];
+}
+
+/** What a tiny row stands for; null when it is not tiny, or of no kernel. */
+function kindOf(row: KernelCase): string | null {
+  const { kernel } = row;
+  switch (kernel) {
+    case "attend":
+    case "insert":
+      if (row.budget < 8 || row.budget > 513) return null;
+      if (row.budget * row.headDim * row.sequences > 4e4) return null;
+      if (kernel === "insert") return kernel;
+      return `${kernel} ${row.victims ?? `${row.cacheType} ${row.positions}`}`;
+    case "prefill":
+      if (row.passes.some((rows) => rows > 129)) return null;
+      if (!row.passes.some((rows) => rows > 60)) return null;
+      if (row.budget > 130) return null;
+      return `${kernel} ${row.cacheType} ${row.positions}`;
+    case "linear": {
+      if (row.columns < 96) return null;
+      const size = row.rows > 8 ? "many" : "few";
+      if (!isQuantised(row.dtype)) return `${kernel} ${row.dtype} ${size}`;
+      const other = row.rows > 8 ? "f32" : "int8";
+      if (row.precision !== other && row.dtype !== "Q8_0") return null;
+      return `${kernel} ${row.dtype} ${row.precision} ${size}`;
+    }
+    case "gated":
+      if (row.dtype !== "Q4_1" || row.rows < 2) return null;
+      return `${kernel} ${row.precision}`;
+    case "sample":
+      if (row.vocabulary !== 1000) return null;
+      return `${kernel} ${row.temperature > 0}`;
+    case "logProb":
+    case "embed":
+    case "rmsnorm":
+      return row.rows > 1 ? kernel : null;
+    default:
+      return null;
+  }
 }
