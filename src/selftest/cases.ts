@@ -100,14 +100,16 @@ function kindOf(row: KernelCase): string | null {
       return `${kernel} ${row.dtype} ${row.precision} ${size}`;
     }
     case "gated":
-      if (row.dtype !== "Q4_1" || row.rows < 2) return null;
+      if (row.dtype !== "Q4_1" || row.rows < 2 || row.outputs < 7) return null;
       return `${kernel} ${row.precision}`;
     case "sample":
       if (row.vocabulary !== 1000) return null;
       return `${kernel} ${row.temperature > 0}`;
     case "logProb":
-    case "embed":
+      return row.rows > 1 && row.vocabulary === 33 ? kernel : null;
     case "rmsnorm":
+      return row.rows > 1 && row.columns === 31 ? kernel : null;
+    case "embed":
       return row.rows > 1 ? kernel : null;
     default:
       return null;

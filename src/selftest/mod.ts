@@ -1,7 +1,13 @@
 /** The self-test of `wkv doctor`: rows of the table of kernel cases on the user's own device. */
 
 import type { Backend } from "../backend/backend.ts";
-import { caseName, isLarge, kernelCases, runCase } from "./cases.ts";
+import {
+  caseName,
+  isLarge,
+  type KernelCase,
+  kernelCases,
+  runCase,
+} from "./cases.ts";
 import { type Finding, share } from "./findings.ts";
 import { Random } from "./numbers.ts";
 
@@ -23,7 +29,7 @@ export interface SelfTest {
   readonly device: string;
   /** Rows that ran. */
   readonly cases: number;
-  /** Rows of the table. */
+  /** Rows that there were. */
   readonly table: number;
   /** How long it took. */
   readonly seconds: number;
@@ -37,13 +43,15 @@ export interface SelfTest {
 }
 
 /**
- * Runs rows of the table, in an order that mixes the kernels and is always the
- * same, until `seconds` have passed or all have run; large ones come last.
+ * Runs the rows, all of the table unless said, in an order that mixes the
+ * kernels and is always the same, until `seconds` have passed or all have run;
+ * large ones come last.
  */
 export async function selfTest(
   backend: Backend,
-  { seconds, signal, onCase }: {
+  { seconds, rows: all = kernelCases, signal, onCase }: {
     seconds: number;
+    rows?: readonly KernelCase[];
     signal?: AbortSignal;
     onCase?: (name: string, findings: readonly Finding[]) => void;
   },
@@ -51,7 +59,7 @@ export async function selfTest(
   const start = performance.now();
   const passed = () => (performance.now() - start) / 1000;
   const random = new Random(1);
-  const rows = kernelCases.map((row) => ({
+  const rows = all.map((row) => ({
     row,
     place: random.uniform() + (isLarge(row) ? 1 : 0),
   })).sort((a, b) => a.place - b.place);
