@@ -13,7 +13,7 @@ import { errorMessage } from "./errors.ts";
 import { shellQuote } from "./help.ts";
 import { buildGrants, compiler, pullGrants, runFlags } from "./permissions.ts";
 import { flag } from "./option.ts";
-import { runSelfTest } from "./self_test.ts";
+import { runSelfTest } from "./doctor_kernels.ts";
 import { loadOptions, modelOption, outputOptions } from "./shared_options.ts";
 
 /** What was found of one thing: it, or why there is none. */

@@ -35,6 +35,7 @@ import {
   runCase,
 } from "../src/selftest/cases.ts";
 import { matrix } from "../src/selftest/matrix.ts";
+import { selfTest, type WorstFinding } from "../src/selftest/mod.ts";
 import { Random, relativeError } from "../src/selftest/numbers.ts";
 import { weightTypes } from "../src/selftest/op_cases.ts";
 import {
@@ -115,6 +116,21 @@ describe("each kernel against f64", () => {
       }
     });
   }
+});
+
+describe("selfTest()", () => {
+  it("names the worst case of each quantity, and what is over its limit", async () => {
+    const good = await selfTest(backend, { seconds: 60, rows: tinyCases() });
+    assertEquals([good.ok, good.failures], [true, []]);
+    assert(good.cases <= 40 && good.cases === good.table);
+    const row = kernelCases.find((row) => row.kernel === "linear")!;
+    const strict = { ...row, tolerance: 0 };
+    const rows = [strict, ...tinyCases()];
+    const bad = await selfTest(backend, { seconds: 60, rows });
+    assertEquals(bad.ok, false);
+    const [{ quantity, ok, case: name }] = bad.worst as [WorstFinding];
+    assertEquals([quantity, ok, name], ["linear", false, caseName(strict)]);
+  });
 });
 
 describe("tensors", () => {

@@ -121,7 +121,7 @@ describe("the package", () => {
   it("has nothing else than the library and the command line", () => {
     const other = [...files.keys()].filter((path) =>
       !/^(src|cli)\/[\w/]+(\.d)?\.ts$|^(mod\.ts|deno(\.jsr)?\.json|README\.md|LICENSE)$/
-        .test(path) || /test|bench|golden/.test(path)
+        .test(path) || /_test\.|tests|bench|golden/.test(path)
     );
     assertEquals(other, []);
   });
