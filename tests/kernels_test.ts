@@ -33,6 +33,7 @@ import {
   isLarge,
   kernelCases,
   runCase,
+  tinyCases,
 } from "../src/selftest/cases.ts";
 import { matrix } from "../src/selftest/matrix.ts";
 import { selfTest, type WorstFinding } from "../src/selftest/mod.ts";
