@@ -15,8 +15,10 @@ import { defineCommand } from "./command.ts";
 import { commands } from "./commands.ts";
 import { errorMessage } from "./errors.ts";
 import { shellQuote } from "./help.ts";
+import { runSelfTest } from "./doctor_kernels.ts";
+import { flag } from "./option.ts";
 import { buildGrants, pullGrants, runFlags } from "./permissions.ts";
-import { modelOption, outputOptions } from "./shared_options.ts";
+import { loadOptions, modelOption, outputOptions } from "./shared_options.ts";
 
 /** What was found of one thing: it, or why there is none. */
 interface Finding {
@@ -30,7 +32,12 @@ export const doctorCommand = defineCommand({
   most: { count: 0, what: "no argument" },
   description:
     "Checks what generating needs: library or compiler, tokenizer, model or pip, and\nwhat a GPU needs: driver, CUDA library or nvcc. It exits with 0 when generating can\nwork, on the CPU at least, builds nothing and downloads nothing.",
-  options: { ...modelOption, ...outputOptions },
+  options: {
+    ...modelOption,
+    "self-test": flag("Run the kernels for a minute, beside f64"),
+    device: loadOptions.device,
+    ...outputOptions,
+  },
   permissions: async ({ model }) => {
     const { run = [] } = pullGrants();
     return await runFlags(model, {
@@ -38,7 +45,11 @@ export const doctorCommand = defineCommand({
       env: ["CXX", "NVCC"],
     });
   },
-  async run({ values, terminal }) {
+  async run({ values, terminal, signal }) {
+    if (values["self-test"]) {
+      const { device = "auto", json = false } = values;
+      return await runSelfTest(device, { terminal, signal, json });
+    }
     const name = values.model ?? DEFAULT_MODEL;
     const library = await findLibrary(findCpuLibrary);
     const cuda = await findLibrary(findCudaLibrary);

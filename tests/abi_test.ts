@@ -12,7 +12,6 @@ import {
   assertStringIncludes,
   assertThrows,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
 import { sourceModule, symbolTable } from "../kernels/bind.ts";
 import { Backend } from "../src/backend/backend.ts";
 import { sourceHash } from "../src/backend/build.ts";
@@ -23,6 +22,7 @@ import {
   wkv_cache_field,
   wkv_status,
 } from "../src/backend/symbols.ts";
+import { afterAll, beforeAll, describe, it } from "./device.ts";
 import { LibraryCopy, runScript } from "./isolated.ts";
 
 const root = new URL("../", import.meta.url);

@@ -17,6 +17,7 @@ import {
 } from "../bench/random_model.ts";
 import { shapeNames, shapeOf } from "../bench/shapes.ts";
 import { median, quantile, timeGraph } from "../bench/timing.ts";
+import { LibraryCopy } from "./isolated.ts";
 import { Backend } from "../src/backend/backend.ts";
 import { sourceHash } from "../src/backend/build.ts";
 import { dtypes, Tensor } from "../src/backend/tensor.ts";
@@ -127,7 +128,8 @@ describe("random weights", () => {
 
 describe("benchKernels", () => {
   it("times every op, on full caches that merged, under every policy's name", async () => {
-    using backend = await Backend.open({ device: "cpu" });
+    await using copy = await LibraryCopy.make();
+    using backend = await Backend.open({ library: copy.path });
     const before = backend.liveHandles;
     const seen = new Set<string>();
     for await (

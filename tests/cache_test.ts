@@ -8,7 +8,6 @@ import {
   assertLessOrEqual,
   assertThrows,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
 import { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
@@ -16,19 +15,22 @@ import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
 import { policyNames } from "../src/cache/registry.ts";
 import {
   dense,
-  largestError,
   type Layer,
   openCache,
   openReference,
   qkvWidth,
+  turn,
+} from "../src/selftest/layer.ts";
+import {
+  largestError,
   Random,
   relativeError,
-  turn,
-} from "./attention.ts";
+} from "../src/selftest/numbers.ts";
+import { afterAll, beforeAll, describe, it, openBackend } from "./device.ts";
 
 let backend: Backend;
 beforeAll(async () => {
-  backend = await Backend.open({ device: "cpu", threads: 1 });
+  backend = await openBackend();
 });
 afterAll(() => backend.close());
 

@@ -11,7 +11,6 @@ import {
   assertStrictEquals,
   assertStringIncludes,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
 import {
   generate,
   type GenerateOptions,
@@ -30,6 +29,7 @@ import type { Prefill, SamplerOptions } from "../src/session.ts";
 import { testModel } from "./model.ts";
 import { LibraryCopy } from "./isolated.ts";
 import { loadTiny, TINY_END } from "./tiny_model.ts";
+import { afterAll, beforeAll, describe, it, testDevice } from "./device.ts";
 
 /** Runs a generation to its end. */
 async function run(
@@ -831,7 +831,7 @@ describe("generate()", () => {
 describe("generate() with the default model", () => {
   let model: Model;
   beforeAll(async () => {
-    model = await loadModel(await testModel());
+    model = await loadModel(await testModel(), { device: testDevice });
   });
   afterAll(() => model.close());
 

@@ -22,6 +22,7 @@ const layers: readonly (readonly string[])[] = [
   ["src/session.ts"],
   ["src/model.ts"],
   ["src/models/"],
+  ["src/selftest/"],
   ["src/cache/"],
   ["src/backend/"],
   ["src/tokenizer/", "src/hub/"],

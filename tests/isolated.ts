@@ -3,9 +3,9 @@
  * handles are its own, and child processes, whose memory and permissions are.
  */
 
-import { findCpuLibrary } from "../src/backend/library.ts";
+import { testLibrary } from "./device.ts";
 
-/** A copy of the CPU library with handles of its own. */
+/** A copy of the library with handles of its own. */
 export class LibraryCopy implements AsyncDisposable {
   /** Its full path. */
   readonly path: string;
@@ -18,7 +18,7 @@ export class LibraryCopy implements AsyncDisposable {
 
   /** Copies the library, which is built when there is none. */
   static async make(): Promise<LibraryCopy> {
-    const { path } = await findCpuLibrary();
+    const path = await testLibrary();
     const folder = await Deno.makeTempDir({ prefix: "wkv_library_" });
     const copy = new LibraryCopy(await Deno.realPath(folder));
     await Deno.copyFile(path, copy.path);

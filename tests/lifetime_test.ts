@@ -10,12 +10,12 @@ import {
   assertStringIncludes,
   assertThrows,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
 import { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { embed, linear } from "../src/backend/ops.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import { type Layer, openCache, qkvWidth } from "./attention.ts";
+import { type Layer, openCache, qkvWidth } from "../src/selftest/layer.ts";
+import { afterAll, beforeAll, describe, it } from "./device.ts";
 import { LibraryCopy, runScript } from "./isolated.ts";
 
 const layer: Layer = { heads: 4, kvHeads: 2, headDim: 16 };

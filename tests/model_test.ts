@@ -9,7 +9,6 @@ import {
   assertRejects,
   assertStringIncludes,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
 import { generate, loadModel, type Model } from "../mod.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
@@ -26,6 +25,7 @@ import {
   tinyModel,
   type TinyOptions,
 } from "./tiny_model.ts";
+import { afterAll, beforeAll, describe, it, testDevice } from "./device.ts";
 
 type Floats = Float32Array | Float64Array;
 
@@ -527,7 +527,10 @@ describe("the default model", () => {
   let exact: Model;
   beforeAll(async () => {
     ({ prompts } = await golden<{ prompts: Greedy[] }>("llamacpp.json"));
-    exact = await loadModel(await testModel(), { activations: "f32" });
+    exact = await loadModel(await testModel(), {
+      device: testDevice,
+      activations: "f32",
+    });
   });
   afterAll(() => exact.close());
 
@@ -632,7 +635,7 @@ describe("the default model", () => {
   });
 
   it("chooses llama.cpp's greedy tokens", async () => {
-    using model = await loadModel(await testModel());
+    using model = await loadModel(await testModel(), { device: testDevice });
     assertEquals(model.activations, "int8");
     const gaps: number[] = [];
     for (const { promptTokens, tokens } of prompts) {

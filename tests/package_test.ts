@@ -121,7 +121,7 @@ describe("the package", () => {
   it("has nothing else than the library and the command line", () => {
     const other = [...files.keys()].filter((path) =>
       !/^(src|cli|bench)\/[\w/]+(\.d)?\.ts$|^(mod\.ts|deno(\.jsr)?\.json|README\.md|LICENSE)$/
-        .test(path) || /test|golden|bench\/(cpu|gpu|.*\/)/.test(path)
+        .test(path) || /_test\.|tests|golden|bench\/(cpu|gpu|.*\/)/.test(path)
     );
     assertEquals(other, []);
   });

@@ -12,7 +12,6 @@ import {
   assertStrictEquals,
   assertStringIncludes,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
 import {
   loadModel,
   type Model,
@@ -26,6 +25,7 @@ import { Session } from "../src/session.ts";
 import { LibraryCopy } from "./isolated.ts";
 import { testModel } from "./model.ts";
 import { loadBytes, type TinyModel, tinyModel } from "./tiny_model.ts";
+import { afterAll, beforeAll, describe, it, testDevice } from "./device.ts";
 
 /** All rows of a run. */
 async function rowsOf(
@@ -388,7 +388,10 @@ describe("the default model against PyTorch in f32", () => {
     golden = await read("perplexity.json");
     ids = await read("text.json");
     for (const activations of ["f32", "int8"] as const) {
-      const model = await loadModel(await testModel(), { activations });
+      const model = await loadModel(await testModel(), {
+        device: testDevice,
+        activations,
+      });
       models.set(activations, model);
     }
   });

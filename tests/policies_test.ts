@@ -10,27 +10,29 @@ import {
   assertLessOrEqual,
   assertThrows,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
-import { Backend } from "../src/backend/backend.ts";
+import type { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
 import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy, policies, policyNames } from "../src/cache/registry.ts";
 import {
-  largestError,
   type Layer,
   openCache,
   openReference,
   qkvWidth,
+} from "../src/selftest/layer.ts";
+import {
+  largestError,
   Random,
   relativeError,
-} from "./attention.ts";
-import { average, type ReferenceCache } from "./reference.ts";
+} from "../src/selftest/numbers.ts";
+import { average, type ReferenceCache } from "../src/selftest/reference.ts";
+import { afterAll, beforeAll, describe, it, openBackend } from "./device.ts";
 
 let backend: Backend;
 beforeAll(async () => {
-  backend = await Backend.open({ device: "cpu", threads: 1 });
+  backend = await openBackend();
 });
 afterAll(() => backend.close());
 

@@ -7,16 +7,16 @@ import {
   assertLess,
   assertNotEquals,
 } from "@std/assert";
-import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
 import { Backend } from "../src/backend/backend.ts";
 import { sample } from "../src/backend/ops.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import { Random } from "./attention.ts";
-import { softmax } from "./reference.ts";
+import { Random } from "../src/selftest/numbers.ts";
+import { softmax } from "../src/selftest/reference.ts";
+import { afterAll, beforeAll, describe, it, openBackend } from "./device.ts";
 
 let backend: Backend;
 beforeAll(async () => {
-  backend = await Backend.open({ device: "cpu", threads: 1 });
+  backend = await openBackend();
 });
 afterAll(() => backend.close());
 

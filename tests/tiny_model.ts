@@ -3,6 +3,7 @@
 import { loadModel, type LoadOptions, type Model } from "../mod.ts";
 import { GGML_TYPES } from "../src/formats/ggml_types.ts";
 import { spellBytes } from "../src/tokenizer/byte_map.ts";
+import { testDevice } from "./device.ts";
 import {
   f32,
   type FieldValue,
@@ -176,7 +177,7 @@ export async function loadBytes(
   const path = await Deno.makeTempFile({ prefix: "wkv-", suffix: ".gguf" });
   try {
     await Deno.writeFile(path, bytes);
-    return await loadModel(path, options);
+    return await loadModel(path, { device: testDevice, ...options });
   } finally {
     await Deno.remove(path);
   }

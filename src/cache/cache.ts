@@ -306,10 +306,12 @@ export class KvCache implements Disposable {
     this.#read(field.WKV_CACHE_SCORES, layer, sequence, head, score);
     const values = this.values(layer, head, sequence);
     const { headDim } = this.#shape;
-    const valueNorm = Array.from(
-      { length: kept },
-      (_, i) => Math.hypot(...values.subarray(i * headDim, (i + 1) * headDim)),
-    );
+    const valueNorm: number[] = [];
+    for (let from = 0; from < values.length; from += headDim) {
+      let squares = 0;
+      for (let i = from; i < from + headDim; i++) squares += values[i]! ** 2;
+      valueNorm.push(Math.sqrt(squares));
+    }
     return {
       kept: [...positions],
       steps: [...steps],

@@ -1,12 +1,10 @@
 /**
- * Every kernel as a table of shapes, types and tolerances; kernels_test.ts
- * checks each row against f64 formulas, whatever the device.
+ * The kernels without a cache as a table of shapes, types and tolerances;
+ * run_ops.ts checks each row against its formula in f64.
  */
 
-import type { Precision } from "../src/backend/ops.ts";
-import type { Dtype } from "../src/backend/tensor.ts";
-import type { CacheType } from "../src/cache/cache.ts";
-import type { Layer } from "./attention.ts";
+import type { Precision } from "../backend/ops.ts";
+import type { Dtype } from "../backend/tensor.ts";
 
 /** `out = norm(x) w^T + bias (+ out)`. */
 export interface LinearCase {
@@ -88,16 +86,22 @@ export interface RmsnormCase {
   tolerance: number;
 }
 
-/** The first of the highest logits. */
-export interface ArgmaxCase {
+/** Tokens drawn from logits. */
+export interface SampleCase {
   /** The kernel. */
-  kernel: "argmax";
+  kernel: "sample";
   /** Sequences. */
   rows: number;
   /** Logits of one. */
   vocabulary: number;
-  /** No error is allowed. */
-  tolerance: 0;
+  /** 0 takes the first of the highest. */
+  temperature: number;
+  /** Tokens that may be drawn; 0 is all. */
+  topK: number;
+  /** Their share; 1 is all. */
+  topP: number;
+  /** Their least probability, as a share of the highest. */
+  minP: number;
 }
 
 /** The logarithm of a softmax. */
@@ -112,31 +116,14 @@ export interface LogProbCase {
   tolerance: number;
 }
 
-/** One decode step of attention. */
-export interface AttendCase {
-  /** The kernel. */
-  kernel: "attend";
-  /** Shape of the layer. */
-  layer: Layer;
-  /** Tokens cached before the step. */
-  kept: number;
-  /** Type of the cache. */
-  cacheType: CacheType;
-  /** Sequences. */
-  sequences: number;
-  /** Relative error of outputs and of each head's weights that is allowed. */
-  tolerance: number;
-}
-
 /** One row of the table. */
-export type KernelCase =
+export type OpCase =
   | LinearCase
   | GatedCase
   | EmbedCase
   | RmsnormCase
-  | ArgmaxCase
-  | LogProbCase
-  | AttendCase;
+  | SampleCase
+  | LogProbCase;
 
 /** Types of weights. */
 export const weightTypes = [
@@ -154,7 +141,7 @@ const tolerance = 1e-5;
 const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
   precisions.flatMap((precision): LinearCase[] => {
     const common = { kernel: "linear" as const, dtype, precision, tolerance };
-    const rowCounts = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 70];
+    const rowCounts = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 130];
     const outputCounts = [1, 2, 3, 7, 8, 9, 15, 17, 33, 65, 97];
     const columnCounts = dtype.startsWith("Q")
       ? [32, 64, 96, 160, 576, 1536]
@@ -256,63 +243,55 @@ const rmsnorm: RmsnormCase[] = [1, 2, 9, 33].flatMap((rows) =>
   )
 );
 
-const argmax: ArgmaxCase[] = [1, 3].flatMap((rows) =>
-  [1, 2, 7, 8, 9, 31, 64, 1000, 49152].map((vocabulary): ArgmaxCase => ({
-    kernel: "argmax",
+const greedy: SampleCase[] = [1, 3].flatMap((rows) =>
+  [1, 2, 7, 8, 9, 31, 64, 1000, 49152].map((vocabulary): SampleCase => ({
+    kernel: "sample",
     rows,
     vocabulary,
-    tolerance: 0,
+    temperature: 0,
+    topK: 0,
+    topP: 1,
+    minP: 0,
+  }))
+);
+
+const drawn: SampleCase[] = [3, 1000, 49152].flatMap((vocabulary) =>
+  [
+    [1, 0, 1, 0],
+    [0.8, 40, 1, 0],
+    [1.3, 0, 0.9, 0],
+    [0.8, 0, 1, 0.05],
+    [1, 50, 0.95, 0.02],
+    [0.7, 1, 1, 0],
+    [20, 0, 1, 0],
+    [1, 0, 0.0001, 0],
+  ].map(([temperature, topK, topP, minP]): SampleCase => ({
+    kernel: "sample",
+    rows: 3,
+    vocabulary,
+    temperature: temperature!,
+    topK: topK!,
+    topP: topP!,
+    minP: minP!,
   }))
 );
 
 const logProb: LogProbCase[] = [1, 3, 20].flatMap((rows) =>
   [1, 2, 7, 8, 9, 33, 1000, 49152].map((vocabulary): LogProbCase => ({
     kernel: "logProb",
-    rows: vocabulary > 1000 ? Math.min(rows, 2) : rows,
+    rows: vocabulary > 1000 ? Math.ceil(rows / 2) : rows,
     vocabulary,
     tolerance,
   }))
 );
 
-const layers: Layer[] = [
-  { heads: 9, kvHeads: 3, headDim: 64 },
-  { heads: 2, kvHeads: 2, headDim: 80, pairs: "half" },
-  { heads: 8, kvHeads: 1, headDim: 128, pairs: "half" },
-  { heads: 3, kvHeads: 1, headDim: 10, rotary: 6 },
-  { heads: 4, kvHeads: 2, headDim: 256 },
-];
-
-const attend: AttendCase[] = layers.flatMap((layer, i) =>
-  (["f32", "f16", "bf16"] as const).flatMap((cacheType) =>
-    (i === 0 ? [0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 127, 257, 600] : [0, 5, 70])
-      .map((kept): AttendCase => ({
-        kernel: "attend",
-        layer,
-        kept,
-        cacheType,
-        sequences: kept > 100 ? 1 : kept % 3 + 1,
-        tolerance: 1e-5,
-      }))
-  )
-);
-
 /** The table. */
-export const kernelCases: KernelCase[] = [
+export const opCases: OpCase[] = [
   ...linear,
   ...gated,
   ...embed,
   ...rmsnorm,
-  ...argmax,
+  ...greedy,
+  ...drawn,
   ...logProb,
-  ...attend,
 ];
-
-/** A row's name, such as `linear dtype Q8_0 rows 3`. */
-export function caseName(row: KernelCase): string {
-  return Object.entries(row).map(([key, value]) => {
-    if (key === "kernel") return value;
-    return value === true
-      ? key
-      : `${key} ${typeof value === "object" ? JSON.stringify(value) : value}`;
-  }).join(" ");
-}

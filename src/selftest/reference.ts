@@ -1,6 +1,6 @@
 /**
  * The cache step in f64 on plain lists, written from its description alone: the
- * oracle of policies_test.ts, cache_test.ts and kernels_test.ts.
+ * oracle of the self-test and of the tests of the cache.
  */
 
 /** One cached token of one KV head. */
@@ -15,6 +15,22 @@ export interface Token {
   score: number;
   /** n: the steps that attended to it. */
   steps: number;
+  /** Values that were merged into its own since it came or was loaded. */
+  merges: number;
+}
+
+/** What one KV head holds, in rank order. */
+export interface HeadState {
+  /** Places in the text. */
+  kept: ArrayLike<number>;
+  /** n of each token. */
+  steps: ArrayLike<number>;
+  /** a of each token. */
+  score: ArrayLike<number>;
+  /** Keys as stored, `[kept, D]`. */
+  keys: ArrayLike<number>;
+  /** Values as stored, `[kept, D]`. */
+  values: ArrayLike<number>;
 }
 
 /** What a reference cache is made of. */
@@ -88,6 +104,25 @@ export class ReferenceCache {
     this.heads = Array.from({ length: options.kvHeads }, () => []);
   }
 
+  /** Takes over what another cache holds after `seen` tokens, head by head. */
+  load(seen: number, heads: readonly HeadState[]): void {
+    const { headDim } = this.#options;
+    this.seen = seen;
+    heads.forEach(({ kept, steps, score, keys, values }, head) => {
+      this.heads[head] = Array.from(kept, (position, rank) => {
+        const at = rank * headDim;
+        return {
+          position,
+          key: slice(keys, at, headDim),
+          value: slice(values, at, headDim),
+          score: score[rank]!,
+          steps: steps[rank]!,
+          merges: 0,
+        };
+      });
+    });
+  }
+
   /** One decode step: `qkv` `[(H + 2 N) D]` in, the output `[H D]` out. */
   step(qkv: ArrayLike<number>, choose: Choose = cheapest): Float64Array {
     return this.prefill(qkv, 1, choose);
@@ -129,18 +164,18 @@ export class ReferenceCache {
             slice(qkv, row * width + h * headDim, headDim),
             inText ? this.seen + row : last,
           );
-          const weights = softmax(
-            keys.slice(0, last + 1).map((key) =>
-              dot(query, key) / Math.sqrt(headDim)
-            ),
-          );
-          weights.forEach((p, rank) => {
+          const logits = new Float64Array(last + 1);
+          for (let rank = 0; rank <= last; rank++) {
+            logits[rank] = dot(query, keys[rank]!) / Math.sqrt(headDim);
+          }
+          const weights = softmax(logits);
+          const sum = out.subarray((row * heads + h) * headDim);
+          for (let rank = 0; rank <= last; rank++) {
+            const p = weights[rank]!;
             mean[rank]! += p / group;
             const { value } = tokens[rank]!;
-            for (let d = 0; d < headDim; d++) {
-              out[(row * heads + h) * headDim + d]! += p * value[d]!;
-            }
-          });
+            for (let d = 0; d < headDim; d++) sum[d]! += p * value[d]!;
+          }
         }
         receive(tokens, mean);
       }
@@ -195,15 +230,20 @@ export class ReferenceCache {
     return out;
   }
 
-  #token(key: number[], value: number[], position: number): Token {
+  #token(
+    key: Float64Array,
+    value: Float64Array,
+    position: number,
+  ): Token {
     const { positions, cacheType } = this.#options;
     const placed = positions === "text" ? this.#rotate(key, position) : key;
     return {
       position,
-      key: Float64Array.from(placed, (x) => stored(x, cacheType)),
-      value: Float64Array.from(value, (x) => stored(x, cacheType)),
+      key: placed.map((x) => stored(x, cacheType)),
+      value: value.map((x) => stored(x, cacheType)),
       score: 0,
       steps: 0,
+      merges: 0,
     };
   }
 
@@ -221,6 +261,7 @@ export class ReferenceCache {
             stored((a * leaving.value[d]! + b * x) / (a + b), cacheType)
           );
         }
+        right.merges += leaving.merges + 1;
         if (head === 0) this.merged++;
       } else if (head === 0) this.evicted++;
       tokens.splice(victim, 1);
@@ -253,10 +294,13 @@ export function average({ score, steps }: Token): number {
 }
 
 /** The softmax of some logits. */
-export function softmax(logits: readonly number[]): number[] {
-  const highest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
-  const parts = logits.map((x) => Math.exp(x - highest));
-  const sum = parts.reduce((a, b) => a + b, 0);
+export function softmax(logits: ArrayLike<number>): Float64Array {
+  const parts = Float64Array.from(logits);
+  const highest = parts.reduce((a, b) => Math.max(a, b), -Infinity);
+  let sum = 0;
+  for (let i = 0; i < parts.length; i++) {
+    sum += parts[i] = Math.exp(parts[i]! - highest);
+  }
   return parts.map((x) => x / sum);
 }
 
@@ -287,6 +331,12 @@ function dot(a: Float64Array, b: Float64Array): number {
   return sum;
 }
 
-function slice(x: ArrayLike<number>, from: number, length: number): number[] {
-  return Array.from({ length }, (_, i) => x[from + i]!);
+function slice(
+  x: ArrayLike<number>,
+  from: number,
+  length: number,
+): Float64Array {
+  const out = new Float64Array(length);
+  for (let i = 0; i < length; i++) out[i] = x[from + i]!;
+  return out;
 }

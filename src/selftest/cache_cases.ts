@@ -1,0 +1,313 @@
+/**
+ * The kernels with a cache as a table of shapes, types, policies and budgets:
+ * every two values of them meet. run_cache.ts checks each row in f64.
+ */
+
+import type { CacheType, Positions } from "../cache/cache.ts";
+import { findPolicy, policyNames } from "../cache/registry.ts";
+import { pairwise } from "./pairs.ts";
+
+/** What all cases of a cache say. */
+export interface CacheCase {
+  /** The policy. */
+  policy: string;
+  /** Tokens kept a KV head, or what `full` has room for. */
+  budget: number;
+  /** First tokens that never leave. */
+  sinks: number;
+  /** Newest tokens that never leave. */
+  recent: number;
+  /** Type of keys and values. */
+  cacheType: CacheType;
+  /** Where keys are rotated. */
+  positions: Positions;
+  /** Sequences. */
+  sequences: number;
+  /** Query heads a KV head. */
+  group: number;
+  /** KV heads. */
+  kvHeads: number;
+  /** Dimensions of a head. */
+  headDim: number;
+  /** Dimensions that are rotated. @default all */
+  rotary?: number;
+  /** Which dimensions a rotation turns together. */
+  pairs: "half" | "interleaved";
+}
+
+/**
+ * Which ranks are forced to leave: the new token, the one before it (its value
+ * goes into the new token's), the first, the newest and the oldest slot in
+ * turns, ranks at the ends of blocks of 64, or any, some left free.
+ */
+export type Victims =
+  | "new"
+  | "before new"
+  | "first"
+  | "across"
+  | "block ends"
+  | "any";
+
+/** Decode steps. */
+export interface AttendCase extends CacheCase {
+  /** The kernel. */
+  kernel: "attend";
+  /** Tokens that are cached before the first step. */
+  kept: number;
+  /** Steps. */
+  steps: number;
+  /** Ranks that are forced to leave. @default none */
+  victims?: Victims;
+}
+
+/** Steps with weights from elsewhere. */
+export interface InsertCase extends CacheCase {
+  /** The kernel. */
+  kernel: "insert";
+  /** Steps. */
+  steps: number;
+  /** Ranks that are forced to leave. @default none */
+  victims?: Victims;
+}
+
+/** Several tokens of one sequence at once. */
+export interface PrefillCase extends CacheCase {
+  /** The kernel. */
+  kernel: "prefill";
+  /** Tokens of each pass, one after the other. */
+  passes: readonly number[];
+}
+
+/** Runs that must give the same bytes: again and again, or as one graph. */
+export interface RepeatCase extends CacheCase {
+  /** The kernel. */
+  kernel: "repeat" | "graph";
+  /** Runs of the case, or of the graph. */
+  times: number;
+}
+
+/** One row of the table. */
+export type CacheRow = AttendCase | InsertCase | PrefillCase | RepeatCase;
+
+/** Types of keys and values. */
+export const cacheTypes = ["f32", "f16", "bf16"] as const;
+/** Head dimensions: those of models, and odd ones. */
+export const headDims = [64, 80, 96, 128, 256, 2, 66] as const;
+/** Query heads a KV head. */
+export const groups = [1, 2, 3, 4, 5, 6, 7, 8, 16] as const;
+/** Sequences. */
+export const sequenceCounts = [1, 2, 3, 16] as const;
+/** Where keys are rotated. */
+export const placements = ["cache", "text"] as const;
+/** Every policy with its options. */
+export const casePolicies: readonly string[] = policyNames();
+/** Budgets at the edges; 7 is 4 sinks and 3 recent tokens. */
+export const edgeBudgets = [1, 2, 7, 63, 64, 65, 8192, 8193] as const;
+
+const shapes = {
+  cacheType: cacheTypes,
+  headDim: headDims,
+  group: groups,
+  sequences: sequenceCounts,
+  positions: placements,
+  policy: casePolicies,
+};
+
+/** What a step of f64 costs: multiplications of one KV head. */
+function cost(
+  row: {
+    budget?: number;
+    headDim?: number;
+    group?: number;
+    sequences?: number;
+  },
+): number {
+  const { budget = 1, headDim = 2, group = 1, sequences = 1 } = row;
+  return budget * headDim * group * sequences;
+}
+
+const cheapEnough = (row: Parameters<typeof cost>[0]) =>
+  cost(row) <= 8193 * 256 * 2;
+
+/** Tokens that stay, so that at least one may leave. */
+function protects(
+  policy: string,
+  budget: number,
+): { sinks: number; recent: number } {
+  if (findPolicy(policy).select === "none") return { sinks: 0, recent: 0 };
+  if (budget === 1) return { sinks: 0, recent: 0 };
+  if (budget === 2) return { sinks: 1, recent: 1 };
+  if (budget === 7) return { sinks: 4, recent: 3 };
+  const { sinks, recent } = findPolicy(policy).protects(budget);
+  return sinks + recent <= budget ? { sinks, recent } : { sinks: 1, recent: 1 };
+}
+
+const kvHeadsOf = (row: Parameters<typeof cost>[0], i: number) =>
+  cost(row) > 2e5 ? 1 : 1 + i % 3;
+
+const pairsOf = (i: number) => i % 2 === 0 ? "interleaved" : "half";
+
+/** Steps that cross the budget, the edge budgets among them. */
+const edges: AttendCase[] = pairwise(
+  { ...shapes, budget: edgeBudgets },
+  cheapEnough,
+  1,
+).map((row, i): AttendCase => {
+  const full = findPolicy(row.policy).select === "none";
+  const steps = row.budget > 1000 ? 3 : 4;
+  return {
+    kernel: "attend",
+    ...row,
+    ...protects(row.policy, row.budget),
+    kvHeads: kvHeadsOf(row, i),
+    pairs: pairsOf(i),
+    kept: Math.max(0, row.budget - (full ? steps : 1)),
+    steps: full ? Math.min(steps, row.budget) : steps,
+  };
+});
+
+/** Odd budgets, nearly empty caches, and rotations of some dimensions. */
+const odd: AttendCase[] = pairwise(
+  {
+    ...shapes,
+    budget: [3, 5, 17, 33, 100, 127, 129, 255, 257, 513, 1000, 4097],
+    fill: ["over", "empty", "few", "half"],
+  },
+  cheapEnough,
+  2,
+).map(({ fill, ...row }, i): AttendCase => {
+  const full = findPolicy(row.policy).select === "none";
+  const steps = row.budget > 1000 ? 2 : 3;
+  const kept = {
+    over: row.budget - (full ? steps : 1),
+    empty: 0,
+    few: Math.min(2 + i % 7, row.budget - steps),
+    half: (row.budget - steps) >> 1,
+  }[fill];
+  const partly = row.headDim > 2 && i % 5 === 0;
+  return {
+    kernel: "attend",
+    ...row,
+    ...protects(row.policy, row.budget),
+    ...partly ? { rotary: row.headDim / 2 & ~1 } : {},
+    kvHeads: kvHeadsOf(row, i),
+    pairs: pairsOf(i),
+    kept: Math.max(0, kept),
+    steps,
+  };
+});
+
+const bounded = casePolicies.filter((name) =>
+  findPolicy(name).select !== "none"
+);
+
+/** Victims and neighbours at every place that a cache of blocks has. */
+const forced: AttendCase[] = pairwise(
+  {
+    cacheType: cacheTypes,
+    headDim: headDims,
+    policy: bounded,
+    positions: placements,
+    victims: ["new", "before new", "first", "across", "block ends", "any"],
+    budget: [2, 3, 64, 65, 130, 513, 1000, 2049],
+  },
+  cheapEnough,
+  3,
+).map((row, i): AttendCase => ({
+  kernel: "attend",
+  ...row,
+  sinks: 0,
+  recent: 0,
+  sequences: 1 + i % 2,
+  group: 1 + i % 4,
+  kvHeads: 1 + i % 2,
+  pairs: pairsOf(i),
+  kept: row.budget,
+  steps: 3,
+}));
+
+/** Prompts that fit, that do not, and chunks behind them. */
+const prefill: PrefillCase[] = pairwise(
+  {
+    ...shapes,
+    sequences: [1, 2],
+    budget: [7, 64, 130, 320],
+    passes: [
+      [1],
+      [2, 1, 5],
+      [63],
+      [64, 3],
+      [65, 64],
+      [20, 129, 1],
+      [7, 300],
+      [128, 17, 100],
+    ] as readonly (readonly number[])[],
+  },
+  ({ passes = [1], headDim = 2, group = 1, budget = 320, policy }) => {
+    const rows = passes.reduce((a, b) => a + b);
+    const isFull = policy !== undefined &&
+      findPolicy(policy).select === "none";
+    return rows * rows * headDim * group <= 2.5e7 &&
+      (!isFull || rows <= budget);
+  },
+  4,
+).map((row, i): PrefillCase => ({
+  kernel: "prefill",
+  ...row,
+  ...protects(row.policy, row.budget),
+  kvHeads: row.headDim * row.group > 256 ? 1 : 1 + i % 3,
+  pairs: pairsOf(i),
+}));
+
+const insert: InsertCase[] = pairwise(
+  {
+    cacheType: cacheTypes,
+    headDim: headDims,
+    policy: casePolicies,
+    positions: placements,
+    sequences: sequenceCounts,
+    budget: [1, 2, 7, 65, 130],
+  },
+  () => true,
+  5,
+).map((row, i): InsertCase => ({
+  kernel: "insert",
+  ...row,
+  ...protects(row.policy, row.budget),
+  group: 1 + i % 3,
+  kvHeads: 1 + i % 3,
+  pairs: pairsOf(i),
+  steps: findPolicy(row.policy).select === "none" ? row.budget : row.budget + 3,
+  ...i % 4 === 3 && row.budget > 7 && row.policy !== "full"
+    ? { victims: "any" as const, sinks: 0, recent: 0 }
+    : {},
+}));
+
+const repeat: RepeatCase[] = (["repeat", "graph"] as const).flatMap((kernel) =>
+  casePolicies.filter((name) => name !== "full").flatMap((policy, i) =>
+    [65, 1000].map((budget): RepeatCase => ({
+      kernel,
+      policy,
+      budget,
+      ...protects(policy, budget),
+      cacheType: cacheTypes[(i + budget) % 3]!,
+      positions: placements[i % 2]!,
+      sequences: 1 + i % 3,
+      group: 3,
+      kvHeads: 3,
+      headDim: 64,
+      pairs: pairsOf(i),
+      times: kernel === "repeat" ? budget === 65 ? 100 : 10 : 64,
+    }))
+  )
+);
+
+/** The table. */
+export const cacheCases: CacheRow[] = [
+  ...edges,
+  ...odd,
+  ...forced,
+  ...prefill,
+  ...insert,
+  ...repeat,
+];
