@@ -22,7 +22,7 @@ import {
   wkv_cache_field,
   wkv_status,
 } from "../src/backend/symbols.ts";
-import { afterAll, beforeAll, describe, it } from "./device.ts";
+import { afterAll, beforeAll, describe, it, testDevice } from "./device.ts";
 import { LibraryCopy, runScript } from "./isolated.ts";
 
 const root = new URL("../", import.meta.url);
@@ -234,7 +234,7 @@ describe("the library", () => {
     assertEquals(raw("wkv_source_hash", out, 65), WKV_OK);
     assertEquals(
       new TextDecoder().decode(out),
-      `${await sourceHash()}\0`,
+      `${await sourceHash(testDevice)}\0`,
     );
     assertEquals(raw("wkv_source_hash", out, 64), WKV_INVALID);
     assertEquals(raw("wkv_source_hash", null, 65), WKV_INVALID);
@@ -246,7 +246,10 @@ describe("the library", () => {
     const out = new Uint8Array(64);
     assertEquals(raw("wkv_device", things.context, out, 64), WKV_OK);
     const line = new TextDecoder().decode(out.subarray(0, out.indexOf(0)));
-    assertMatch(line, /, 1 thread$/);
+    assertMatch(
+      line,
+      testDevice === "cuda" ? /^CUDA, / : /^CPU, .*, 1 thread$/,
+    );
     assertEquals(raw("wkv_device", things.context, out.fill(7), 4), WKV_OK);
     assertEquals([...out.subarray(0, 5)], [
       ...new TextEncoder().encode(line.slice(0, 3)),

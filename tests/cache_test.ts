@@ -106,7 +106,10 @@ function assertSameState(
       relativeError(a.values(0, head), b.values(0, head)),
       tolerance,
     );
-    assertEquals(a.keys(0, head), b.keys(0, head));
+    const keys = [a.keys(0, head), b.keys(0, head)] as const;
+    // Keys that are rotated when they are stored need not be of one kernel.
+    if (a.positions === "cache") assertEquals(...keys);
+    else assertLessOrEqual(relativeError(...keys), tolerance);
   }
 }
 

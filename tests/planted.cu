@@ -24,13 +24,11 @@ __global__ void race_in_shared(int* out) {
 /** initcheck: sums what nothing wrote. */
 __global__ void read_uninitialised(const int* in, int* out) { out[threadIdx.x] = in[threadIdx.x] + 1; }
 
-/** synccheck: half of a block, with a part of a warp, waits at a barrier that the others never reach. */
-__global__ void divergent_barrier(int* out) {
-  if (threadIdx.x < kThreads / 2 + 5) {
-    out[threadIdx.x] = 1;
-    __syncthreads();
-    out[threadIdx.x] += 1;
-  }
+/** synccheck: odd threads wait at a barrier of the warp's even ones. */
+__global__ void foreign_barrier(int* out) {
+  out[threadIdx.x] = 1;
+  if (threadIdx.x % 2 == 1) __syncwarp(0x55555555u);
+  out[threadIdx.x] += 1;
 }
 
 int main(int count, char** words) {
@@ -44,7 +42,7 @@ int main(int count, char** words) {
   if (!std::strcmp(tool, "memcheck")) write_out_of_bounds<<<1, kThreads + 32>>>(out, kThreads);
   else if (!std::strcmp(tool, "racecheck")) race_in_shared<<<1, kThreads>>>(out);
   else if (!std::strcmp(tool, "initcheck")) read_uninitialised<<<1, kThreads>>>(empty, out);
-  else if (!std::strcmp(tool, "synccheck")) divergent_barrier<<<1, kThreads>>>(out);
+  else if (!std::strcmp(tool, "synccheck")) foreign_barrier<<<1, kThreads>>>(out);
   else {
     std::fprintf(stderr, "usage: planted memcheck|racecheck|initcheck|synccheck\n");
     return 2;

@@ -36,11 +36,14 @@ beforeAll(async () => {
 });
 afterAll(() => backend.close());
 
-/** Limits of each cache type, for logits of deviation 1. */
+/**
+ * Limits of each cache type, for logits of deviation 1; values of 16 bits may be
+ * rounded to the other side, by one unit in the last place.
+ */
 const limits = {
   f32: { out: 1e-5, score: 1e-5, value: 1e-5 },
   f16: { out: 1e-3, score: 1e-3, value: 2 ** -10 },
-  bf16: { out: 5e-3, score: 5e-3, value: 2 ** -8 },
+  bf16: { out: 5e-3, score: 5e-3, value: 2 ** -7 },
 };
 
 interface Run extends CacheOptions {

@@ -28,7 +28,8 @@ const args = parseArgs(Deno.args, {
 }) as unknown as Record<"planted" | "sanitizer" | "tools" | "out", string>;
 
 const options: Record<Tool, string[]> = {
-  memcheck: ["--leak-check", "full"],
+  // Without padding what lies behind an allocation may be another one.
+  memcheck: ["--leak-check", "full", "--padding", "512"],
   racecheck: ["--racecheck-report", "all"],
   initcheck: [],
   synccheck: [],

@@ -6144,7 +6144,7 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
     e.score[i] = (cached ? own.score[i] : 0.0f) + sum / static_cast<float>(c.group());
     e.birth[i] = cached ? own.birth[i] : steps + 1 + i - kept;
     e.rank[i] = cached ? own.rank[i] : i;
-    if (cached && c.gapped()) e.gap[i] = own.gap[i];
+    if (c.gapped()) e.gap[i] = cached ? own.gap[i] : 0.0f;
   }
   __syncthreads();
   if (threadIdx.x == 0) counts.steps = steps + p.rows;
