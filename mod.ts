@@ -82,6 +82,7 @@ export type {
   Graph,
 } from "./src/backend/backend.ts";
 export type { FindOptions } from "./src/backend/library.ts";
+export type { KernelUse } from "./src/backend/build.ts";
 export type { Precision } from "./src/backend/ops.ts";
 export type { Dtype, Tensor } from "./src/backend/tensor.ts";
 export { LibraryError, WkvError } from "./src/backend/error.ts";

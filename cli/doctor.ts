@@ -1,9 +1,13 @@
 /** `wkv doctor`: checks what generating needs on this machine. */
 
-import { Backend } from "../src/backend/backend.ts";
-import { sourceHash } from "../src/backend/build.ts";
+import { Backend, DRIVER_FILES } from "../src/backend/backend.ts";
+import { compilerOf, sourceHash } from "../src/backend/build.ts";
 import { LibraryError } from "../src/backend/error.ts";
-import { findCpuLibrary, LIBRARY_VARIABLE } from "../src/backend/library.ts";
+import {
+  findCpuLibrary,
+  findCudaLibrary,
+  LIBRARY_VARIABLE,
+} from "../src/backend/library.ts";
 import { ABI_VERSION } from "../src/backend/symbols.ts";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
 import { openNative } from "../src/tokenizer/addon.ts";
@@ -11,7 +15,7 @@ import { defineCommand } from "./command.ts";
 import { commands } from "./commands.ts";
 import { errorMessage } from "./errors.ts";
 import { shellQuote } from "./help.ts";
-import { buildGrants, compiler, pullGrants, runFlags } from "./permissions.ts";
+import { buildGrants, pullGrants, runFlags } from "./permissions.ts";
 import { modelOption, outputOptions } from "./shared_options.ts";
 
 /** What was found of one thing: it, or why there is none. */
@@ -25,21 +29,24 @@ export const doctorCommand = defineCommand({
   operands: "",
   most: { count: 0, what: "no argument" },
   description:
-    "Checks what generating needs: library or compiler, tokenizer, model or pip. It\nexits with 0 when generating can work, builds nothing and downloads nothing.",
+    "Checks what generating needs: library or compiler, tokenizer, model or pip, and\nwhat a GPU needs: driver, CUDA library or nvcc. It exits with 0 when generating can\nwork, on the CPU at least, builds nothing and downloads nothing.",
   options: { ...modelOption, ...outputOptions },
   permissions: async ({ model }) => {
     const { run = [] } = pullGrants();
     return await runFlags(model, {
-      run: [...run, ...buildGrants().run!],
-      env: ["CXX"],
+      run: [...run, ...buildGrants(["cpu", "cuda"]).run!],
+      env: ["CXX", "NVCC"],
     });
   },
   async run({ values, terminal }) {
     const name = values.model ?? DEFAULT_MODEL;
-    const library = await findLibrary();
-    const [compilerFound, python, pip, tokenizer, model] = await Promise
-      .all([
-        version(compiler(), ["--version"]),
+    const library = await findLibrary(findCpuLibrary);
+    const cuda = await findLibrary(findCudaLibrary);
+    const [compilerFound, nvcc, driver, python, pip, tokenizer, model] =
+      await Promise.all([
+        version(compilerOf("cpu"), ["--version"]),
+        version(compilerOf("cuda"), ["--version"], -2),
+        findDriver(),
         version("python3", ["--version"]),
         version("python3", ["-m", "pip", "--version"]),
         openTokenizer(),
@@ -51,6 +58,9 @@ export const doctorCommand = defineCommand({
       : Deno.env.get(LIBRARY_VARIABLE)
       ? { ok: false, text: `unset ${LIBRARY_VARIABLE}, or name a library` }
       : { ok: compilerFound.ok, text: "known once the library is built" };
+    const gpu = cuda.path !== null
+      ? await openDevice(cuda.path)
+      : { ok: false, text: "known once the CUDA library is built" };
     const pullable = name.startsWith("hf:") ||
       (name === DEFAULT_MODEL && pip.ok);
     const ok = device.ok && tokenizer.ok && (model.ok || pullable);
@@ -66,6 +76,7 @@ export const doctorCommand = defineCommand({
           library: library.path,
           tried: library.tried,
           compiler: compilerFound,
+          cuda: { library: cuda.path, tried: cuda.tried, gpu, driver, nvcc },
           python,
           pip,
           tokenizer,
@@ -87,12 +98,13 @@ export const doctorCommand = defineCommand({
         `Deno ${Deno.version.deno}, ABI ${ABI_VERSION}, sources ${
           (await sourceHash()).slice(0, 16)
         }\n`,
-        line("library", {
-          ok: library.path !== null,
-          text: [library.path ?? library.reason, ...library.tried].join("\n"),
-        }),
+        line("library", libraryFinding(library)),
         line("device", device),
         line("compiler", compilerFound),
+        line("cuda", libraryFinding(cuda)),
+        line("gpu", gpu),
+        line("driver", driver),
+        line("nvcc", nvcc),
         line("tokenizer", tokenizer),
         line("model", model),
         line("python", python),
@@ -108,16 +120,39 @@ export const doctorCommand = defineCommand({
   },
 });
 
-async function findLibrary(): Promise<
-  { path: string | null; reason: string; tried: readonly string[] }
-> {
+/** Where a library is, or why there is none. */
+interface Search {
+  path: string | null;
+  reason: string;
+  tried: readonly string[];
+}
+
+async function findLibrary(find: typeof findCpuLibrary): Promise<Search> {
   try {
-    const { path, tried } = await findCpuLibrary({ build: false });
+    const { path, tried } = await find({ build: false });
     return { path, tried, reason: "" };
   } catch (error) {
     if (!(error instanceof LibraryError)) throw error;
     const reason = error.message.split("\n")[0]!;
     return { path: null, reason, tried: error.tried };
+  }
+}
+
+function libraryFinding({ path, reason, tried }: Search): Finding {
+  return { ok: path !== null, text: [path ?? reason, ...tried].join("\n") };
+}
+
+/** What the kernel says about its NVIDIA driver. */
+async function findDriver(): Promise<Finding> {
+  try {
+    const [line = ""] = (await Deno.readTextFile(DRIVER_FILES[0])).split("\n");
+    return { ok: true, text: line.replace(/^NVRM version:\s*/, "") };
+  } catch (error) {
+    if (error instanceof Deno.errors.NotCapable) {
+      return { ok: false, text: "not to be seen without --allow-all" };
+    }
+    if (!(error instanceof Deno.errors.NotFound)) throw error;
+    return { ok: false, text: "No NVIDIA driver is loaded" };
   }
 }
 
@@ -140,8 +175,12 @@ function openTokenizer(): Promise<Finding> {
   });
 }
 
-/** The first line that a program prints about itself. */
-function version(program: string, args: string[]): Promise<Finding> {
+/** A line that a program prints about itself, the first unless told otherwise. */
+function version(
+  program: string,
+  args: string[],
+  line = 0,
+): Promise<Finding> {
   return attempt(async () => {
     const { success, stdout, stderr } = await new Deno.Command(program, {
       args,
@@ -149,7 +188,8 @@ function version(program: string, args: string[]): Promise<Finding> {
       signal: AbortSignal.timeout(20_000),
     }).output();
     const decoder = new TextDecoder();
-    if (success) return decoder.decode(stdout).split("\n")[0]!;
+    const lines = decoder.decode(stdout).trim().split("\n");
+    if (success) return lines.at(line) ?? lines[0]!;
     throw new Error(
       decoder.decode(stderr).trim().split("\n").at(-1) || `${program} failed`,
     );

@@ -1,6 +1,13 @@
 /** The flags of `deno run` that each command needs on this machine; used by help and by doctor. */
 
-import { buildFolders, findCpuLibrary } from "../src/backend/library.ts";
+import {
+  buildFolders,
+  CUDA_LIBRARY_VARIABLE,
+  findCpuLibrary,
+  findCudaLibrary,
+  LIBRARY_VARIABLE,
+} from "../src/backend/library.ts";
+import { compilerOf, type LibraryKind } from "../src/backend/build.ts";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
 import { tokenizerPermissions } from "../src/tokenizer/addon.ts";
 import { cacheDir, modelsDir } from "../src/user_cache.ts";
@@ -16,9 +23,9 @@ const FOLDERS = ["XDG_CACHE_HOME", "HOME"];
 /** Running a model that is here, in a library that is here. */
 export async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
   return {
-    ffi: [await libraryOr(buildFolders())].flat(),
+    ffi: await libraries(),
     read: [await modelPath(model), ...buildFolders()],
-    env: ["WKV_LIB_CPU", ...FOLDERS],
+    env: [LIBRARY_VARIABLE, CUDA_LIBRARY_VARIABLE, ...FOLDERS],
   };
 }
 
@@ -46,20 +53,20 @@ export function pullGrants(model = DEFAULT_MODEL): Grants {
     : { ...all, run: ["python3"], env: FOLDERS };
 }
 
-/** Compiling the library. */
-export function buildGrants(): Grants {
+/** Compiling the libraries. */
+export function buildGrants(kinds: readonly LibraryKind[] = ["cpu"]): Grants {
   const folders = buildFolders();
   return {
-    run: [compiler()],
+    run: kinds.map(compilerOf),
     read: folders,
     write: folders,
-    env: ["CXX", ...FOLDERS],
+    env: [
+      ...kinds.flatMap((kind) =>
+        kind === "cpu" ? ["CXX"] : ["NVCC", "WKV_CUDA_TARGETS"]
+      ),
+      ...FOLDERS,
+    ],
   };
-}
-
-/** The compiler that a build takes. */
-export function compiler(): string {
-  return Deno.env.get("CXX") ?? "g++";
 }
 
 /** All of these together as flags; an empty list allows the whole kind. */
@@ -99,13 +106,18 @@ export async function runFlags(
   return toFlags([await runGrants(model), more], tokenizerPermissions());
 }
 
-async function libraryOr(folders: string[]): Promise<string | string[]> {
-  try {
-    return (await findCpuLibrary({ build: false })).path;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotCapable) throw error;
-    return folders;
+/** The libraries that are here, or the folders where the CPU's would be. */
+async function libraries(): Promise<string[]> {
+  const found: string[] = [];
+  for (const find of [findCpuLibrary, findCudaLibrary]) {
+    try {
+      found.push((await find({ build: false })).path);
+    } catch (error) {
+      if (error instanceof Deno.errors.NotCapable) throw error;
+      if (find === findCpuLibrary) found.push(...buildFolders());
+    }
   }
+  return found;
 }
 
 /** The model's file, or where it would be. */

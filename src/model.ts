@@ -101,9 +101,9 @@ export class Model implements Disposable {
     using file = await GgufFile.open(path);
     const architecture = findArchitecture(file);
     const config = architecture.config(file);
-    const note = (line: string) =>
+    const note = (stage: Progress["stage"]) => (line: string) =>
       onProgress?.({
-        stage: "build",
+        stage,
         loaded: 0,
         total: null,
         label: line,
@@ -111,8 +111,8 @@ export class Model implements Disposable {
       });
     const backend = await Backend.open({
       ...options,
-      onBuild: note,
-      onNote: note,
+      onBuild: note("build"),
+      onNote: note("load"),
     });
     let tokenizer: Tokenizer | undefined;
     try {

@@ -355,7 +355,8 @@ async function feedChunks(
 
 function defaultBatch(model: Model, cacheOptions: CacheOptions): number {
   using one = model.createCache(cacheOptions);
-  return Math.max(1, Math.min(8, Math.floor(BATCH_BYTES / one.bytes)));
+  const most = model.backend.device === "cuda" ? 64 : 8;
+  return Math.max(1, Math.min(most, Math.floor(BATCH_BYTES / one.bytes)));
 }
 
 function whole(

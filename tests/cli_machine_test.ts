@@ -49,7 +49,7 @@ describe("the library", () => {
   it("cannot be built without a compiler: generate and doctor say so", async () => {
     const setting = { root: copy, env: { ...empty, PATH: bare } };
     await expectErrors([{
-      args: ["generate", "x", "--model", model],
+      args: ["generate", "x", "--model", model, "--device", "cpu"],
       code: 1,
       says: [
         "No CPU library could be built",
@@ -85,13 +85,17 @@ while [ $# -gt 1 ]; do [ "$1" = -o ] && echo "$$" > "$2"; shift; done`,
     assert(path.startsWith(`${copy}/build/libwkv_cpu-${ABI_VERSION}-`), path);
     const before = await Deno.readTextFile(path);
     const again = await ok(["build", "cpu", "--json", "--quiet"], setting);
-    assertEquals(JSON.parse(again.stdout), { library: "cpu", path });
+    assertEquals(JSON.parse(again.stdout), {
+      library: "cpu",
+      path,
+      kernels: [],
+    });
     assertEquals(again.stderr, "");
     assert(await Deno.readTextFile(path) !== before);
     // What this compiler made is no library.
     await expectErrors([
       {
-        args: ["generate", "x", "--model", model],
+        args: ["generate", "x", "--model", model, "--device", "cpu"],
         code: 1,
         says: [path, "cannot be opened"],
         setting,
@@ -169,7 +173,7 @@ sleep 4`,
       ...["-shared", "-fPIC", "-o", other, source],
     ]);
     assertEquals(built.code, 0, built.stderr);
-    const args = ["generate", "x", "--model", model];
+    const args = ["generate", "x", "--model", model, "--device", "cpu"];
     await expectErrors([
       {
         args,
@@ -255,7 +259,7 @@ describe("permissions", () => {
       await ok(args, { flags: allowed });
     }
     // So are those of the default model by its name.
-    const named = ["generate", PROMPT, "--max-tokens", "2"];
+    const named = ["generate", PROMPT, "--max-tokens", "2", "--device", "cpu"];
     const allowed = await flags(named);
     for (const kind of ["ffi", "read", "env"]) {
       assertMatch(allowed.join("\n"), new RegExp(`^--allow-${kind}=`, "m"));

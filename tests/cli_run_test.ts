@@ -21,11 +21,12 @@ import {
 import { testModel } from "./model.ts";
 
 const PROMPT = "Once upon a time";
-let model = "";
+/** What every run is told. */
+let here: string[] = [];
 let temporary = "";
 
 beforeAll(async () => {
-  model = await testModel();
+  here = ["--model", await testModel(), "--device", "cpu"];
   temporary = await Deno.makeTempDir({ prefix: "wkv_cli_" });
 });
 afterAll(async () => {
@@ -46,7 +47,7 @@ interface Json {
 
 async function generateJson(args: string[], setting?: Setting): Promise<Json> {
   const { stdout, stderr } = await ok(
-    ["generate", "--json", "--model", model, ...args],
+    ["generate", "--json", ...here, ...args],
     setting,
   );
   assertEquals(stdout.split("\n").length, 2, stdout);
@@ -57,7 +58,7 @@ async function generateJson(args: string[], setting?: Setting): Promise<Json> {
 describe("wkv generate", () => {
   it("prints text, and a line on speed and memory", async () => {
     const args = [PROMPT, "--max-tokens", "40", "--budget", "16"];
-    const plain = await ok(["generate", "--model", model, ...args]);
+    const plain = await ok(["generate", ...here, ...args]);
     assertMatch(
       plain.stderr,
       /^40 tokens at \d+\.\d tokens\/s; first after \d.*; cache 385 KiB \(in full 968 KiB\); 27 merged, 0 evicted\n$/,
@@ -74,7 +75,7 @@ describe("wkv generate", () => {
       "timings",
       "cache",
     ]);
-    assertEquals(json.model, model);
+    assertEquals(json.model, here[1]);
     assertMatch(json.device, /CPU/);
     assertEquals([json.tokens.length, json.promptTokens], [40, 4]);
     assertEquals(json.finishReason, "length");
@@ -156,7 +157,7 @@ describe("wkv generate", () => {
 
   it("stops before a stop string, which it does not print", async () => {
     const { stdout, stderr } = await ok([
-      ...["generate", "--model", model, PROMPT, "--stop", "Nova", "--quiet"],
+      ...["generate", ...here, PROMPT, "--stop", "Nova", "--quiet"],
     ]);
     assertEquals(stderr, "");
     assertGreater(stdout.length, 5);
@@ -165,7 +166,7 @@ describe("wkv generate", () => {
 
   it("refuses a prompt longer than the context with full", async () => {
     const { code, stderr, ms } = await wkv(
-      ["generate", "--model", model, "--policy", "full"],
+      ["generate", ...here, "--policy", "full"],
       { stdin: "word ".repeat(9000) },
     );
     assertEquals(code, 2, stderr);
@@ -176,7 +177,7 @@ describe("wkv generate", () => {
   it("ends silently when nobody reads on", async () => {
     const child = new Deno.Command(Deno.execPath(), {
       args: denoArguments(
-        ["generate", "--model", model, PROMPT, "--ignore-eos"],
+        ["generate", ...here, PROMPT, "--ignore-eos"],
       ),
       stdin: "null",
       stdout: "piped",
@@ -198,7 +199,7 @@ describe("wkv generate", () => {
       'exec "$@" <&-',
       "sh",
       Deno.execPath(),
-      ...denoArguments(["generate", "--model", model, "x", "--max-tokens=2"]),
+      ...denoArguments(["generate", ...here, "x", "--max-tokens=2"]),
     ]);
     assertEquals(code, 0, stderr);
   });
@@ -208,7 +209,7 @@ describe("Ctrl-C", () => {
   it("once prints what there is, and ends with 130", async () => {
     const child = new Deno.Command(Deno.execPath(), {
       args: denoArguments(
-        ["generate", "--model", model, PROMPT, "--ignore-eos"].concat(
+        ["generate", ...here, PROMPT, "--ignore-eos"].concat(
           ["--max-tokens", "100000"],
         ),
       ),
@@ -232,7 +233,7 @@ describe("Ctrl-C", () => {
 
   it("ends with 130 while standard input is waited for", async () => {
     const child = new Deno.Command(Deno.execPath(), {
-      args: denoArguments(["generate", "--model", model, "-"]),
+      args: denoArguments(["generate", ...here, "-"]),
       stdin: "piped",
       stdout: "null",
       stderr: "piped",
@@ -291,7 +292,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 describe("on a terminal", () => {
   it("draws a bar, takes it away and ends the text with a newline", async () => {
-    const args = ["generate", "--model", model, PROMPT, "--max-tokens", "3"];
+    const args = ["generate", ...here, PROMPT, "--max-tokens", "3"];
     const { code, stdout } = await onTerminal(args);
     assertEquals(code, 0, stdout);
     assertMatch(stdout, /\r<clear>Loading SmolLM2.* \[#*-*\] +\d+% /);
@@ -303,7 +304,7 @@ describe("on a terminal", () => {
 
   it("shows the time left of a perplexity", async () => {
     const { stdout } = await onTerminal(
-      ["perplexity", "--model", model, "--window", "32", "--windows", "1"]
+      ["perplexity", ...here, "--window", "32", "--windows", "1"]
         .concat("--text", `${ROOT}/tests/golden/text.txt`),
     );
     assertMatch(stdout, /Perplexity \[#+-+\] +\d+% \d+ m?s left/);
@@ -312,7 +313,7 @@ describe("on a terminal", () => {
 
   it("stops at Ctrl-C", async () => {
     const { code, stdout } = await onTerminal(
-      ["generate", "--model", model, PROMPT, "--ignore-eos"].concat(
+      ["generate", ...here, PROMPT, "--ignore-eos"].concat(
         ["--max-tokens", "100000"],
       ),
       { interrupt: ", the city" },
@@ -327,7 +328,7 @@ describe("wkv perplexity", () => {
 
   it("prints a JSON line for each policy and budget, and dumps the caches", async () => {
     const dump = `${temporary}/dump.jsonl`;
-    const args = ["perplexity", "--model", model, "--text", text];
+    const args = ["perplexity", ...here, "--text", text];
     const { stdout, stderr } = await ok([
       ...args,
       ...["--window", "24", "--windows", "2", "--stride", "8", "--json"],
@@ -367,7 +368,7 @@ describe("wkv perplexity", () => {
 
   it("prints a table without --json", async () => {
     const { stdout } = await ok(
-      ["perplexity", "--model", model, "--text", text, "--windows", "1"]
+      ["perplexity", ...here, "--text", text, "--windows", "1"]
         .concat("--window", "24", "--policy", "full", "--quiet"),
     );
     assertMatch(
@@ -378,7 +379,7 @@ describe("wkv perplexity", () => {
 
   it("refuses a text without a whole window", async () => {
     const { code, stderr } = await wkv(
-      ["perplexity", "--model", model, "--text", "-", "--window", "64"],
+      ["perplexity", ...here, "--text", "-", "--window", "64"],
       { stdin: "too short" },
     );
     assertEquals(code, 2);

@@ -46,6 +46,15 @@ type Rest<T> = T extends (context: number, ...rest: infer R) => unknown ? R
 
 const decoder = new TextDecoder();
 
+/** What a machine with an NVIDIA driver has: its version, or Windows' GPU or a Jetson's under Linux. */
+export const DRIVER_FILES = [
+  "/proc/driver/nvidia/version",
+  "/dev/dxg",
+  "/dev/nvmap",
+] as const;
+
+const NO_DRIVER = "no NVIDIA driver is loaded";
+
 /** An open native library with one context. */
 export class Backend implements Disposable {
   /** The library's file. */
@@ -69,7 +78,8 @@ export class Backend implements Disposable {
 
   /**
    * Opens the library, building it when there is none. `auto` takes the CUDA
-   * library when one is built or named and a GPU answers, else the CPU's.
+   * library when one is built or named and a GPU answers, else the CPU's, with
+   * a note that says why.
    *
    * @throws {LibraryError} No library was found and none could be built.
    * @throws {WkvError} The library has another ABI, or opens no context.
@@ -96,6 +106,7 @@ export class Backend implements Disposable {
       );
     }
     if (device === "cuda") {
+      if (!await hasDriver()) throw new Error(`No CUDA: ${NO_DRIVER}`);
       return Backend.#load((await findCudaLibrary(options)).path, threads);
     }
     if (device === "auto") {
@@ -105,26 +116,34 @@ export class Backend implements Disposable {
     return Backend.#load((await findCpuLibrary(options)).path, threads);
   }
 
-  /** The CUDA library, if there is one and a GPU answers. */
+  /** The CUDA library, if there is one and a GPU answers; else a note says why not. */
   static async #tryCuda(options: BackendOptions): Promise<Backend | null> {
+    const refuse = (reason: string): null => {
+      options.onNote?.(`Using the CPU: ${reason}`);
+      return null;
+    };
     // Who may not ask for the variable gets the CPU, not a question.
     const variable = CUDA_LIBRARY_VARIABLE;
     const { state } = await Deno.permissions.query({ name: "env", variable });
-    if (state !== "granted") return null;
+    if (state !== "granted") return refuse(`${variable} may not be read`);
+    if (!await hasDriver()) return refuse(NO_DRIVER);
     let path: string;
     try {
       ({ path } = await findCudaLibrary({ build: false }));
     } catch (error) {
-      if (error instanceof LibraryError) return null;
-      throw error;
+      if (!(error instanceof LibraryError)) throw error;
+      return refuse(
+        Deno.env.get(variable)
+          ? error.message
+          : "no CUDA library is built yet (wkv build cuda, or --device cuda)",
+      );
     }
+    const ffi = await Deno.permissions.query({ name: "ffi", path });
+    if (ffi.state !== "granted") return null;
     try {
       return Backend.#load(path, options.threads ?? 0);
     } catch (error) {
-      options.onNote?.(
-        `Using the CPU: ${error instanceof Error ? error.message : error}`,
-      );
-      return null;
+      return refuse(error instanceof Error ? error.message : String(error));
     }
   }
 
@@ -322,4 +341,18 @@ function lastError(library: Library, context: number): string {
   const out = new Uint8Array(1024);
   library.symbols.wkv_error(context, out, out.length);
   return decoder.decode(out.subarray(0, out.indexOf(0)));
+}
+
+/** Whether this machine has an NVIDIA driver; true where that may not be asked. */
+async function hasDriver(): Promise<boolean> {
+  for (const path of DRIVER_FILES) {
+    try {
+      await Deno.stat(path);
+      return true;
+    } catch (error) {
+      // Such files may be asked for with all permissions only.
+      if (error instanceof Deno.errors.NotCapable) return true;
+    }
+  }
+  return false;
 }

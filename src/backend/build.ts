@@ -9,6 +9,13 @@ import { ABI_VERSION } from "./symbols.ts";
 /** The libraries there are. */
 export type LibraryKind = "cpu" | "cuda";
 
+/** The compiler of a library: what `CXX` or `NVCC` names, else `g++` or `nvcc`. */
+export function compilerOf(kind: LibraryKind): string {
+  return kind === "cpu"
+    ? Deno.env.get("CXX") || "g++"
+    : Deno.env.get("NVCC") || "nvcc";
+}
+
 /** How a build's file is named and where builds lie. */
 export interface BuildOptions {
   /** The folder that receives the library. */
@@ -80,7 +87,7 @@ export async function libraryPrefix(
  * @throws {Error} The compiler is missing or fails; its text is in the message.
  */
 export async function buildCpuLibrary(options: BuildOptions): Promise<string> {
-  const compiler = options.compiler ?? Deno.env.get("CXX") ?? "g++";
+  const compiler = options.compiler ?? compilerOf("cpu");
   const sets = instructionSets[Deno.build.arch] ?? [];
   const version = await run(compiler, ["--version"], options.signal);
   const hash = await sourceHash();
@@ -159,7 +166,7 @@ export interface CudaBuildOptions extends BuildOptions {
 export async function buildCudaLibrary(
   options: CudaBuildOptions,
 ): Promise<string> {
-  const compiler = options.compiler ?? (Deno.env.get("NVCC") || "nvcc");
+  const compiler = options.compiler ?? compilerOf("cuda");
   const targets = options.targets ??
     Deno.env.get("WKV_CUDA_TARGETS")?.split(",").map((t) => t.trim())
       .filter((t) => t !== "") ??

@@ -7,6 +7,7 @@ import { cacheDir } from "../user_cache.ts";
 import {
   buildCpuLibrary,
   buildCudaLibrary,
+  type KernelUse,
   type LibraryKind,
   libraryPrefix,
 } from "./build.ts";
@@ -20,6 +21,8 @@ export interface FindOptions {
   signal?: AbortSignal | undefined;
   /** Whether a missing library may be built. @default `true` */
   build?: boolean;
+  /** Gets what each kernel uses, after a CUDA build. */
+  onKernels?: ((kernels: KernelUse[]) => void) | undefined;
   /** Builds even where there is a library; the variable is left aside. @default `false` */
   anew?: boolean;
 }
@@ -119,6 +122,7 @@ async function findLibrary(
         folder,
         ...(options.onBuild ? { onStart: options.onBuild } : {}),
         ...(options.signal ? { signal: options.signal } : {}),
+        ...(options.onKernels ? { onKernels: options.onKernels } : {}),
       });
       return { path, tried };
     } catch (cause) {
