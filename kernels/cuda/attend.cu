@@ -327,26 +327,34 @@ struct Attend {
   }
   __device__ int32_t read_rank(int32_t i) const { return slot_at(i) < c.slots ? __ldcg(e.rank + slot_at(i)) : 0; }
 
+  /** Where this thread's pair of the new token's rows lies: of its first query head's, of the key and of the value. */
+  struct Places {
+    const float *q, *k, *v;
+    int32_t apart;  // from a pair's first to its second
+  };
+  __device__ Places find_rows() const {
+    const int32_t n = unit % c.kv_heads, b = unit / c.kv_heads, x = tid % kHalf;
+    const int32_t first = c.rope.source(first_of(x)), second = c.rope.source(second_of(x));
+    const float* row = a.qkv + int64_t{b} * (c.heads + 2 * c.kv_heads) * dim;
+    const float* k = row + int64_t{c.heads + n} * dim;
+    return {row + (int64_t{n} * group + tid / kHalf) * dim + first, k + first, k + int64_t{c.kv_heads} * dim + 2 * x, second - first};
+  }
   /** The new token's rows on their way: a pair of each of this thread's query heads, of the key and of the value. */
   struct Rows {
     static constexpr int kTurns = (kGroup * kHalf + kThreads - 1) / kThreads;
     float2 q[kTurns], k, v;
   };
-  __device__ Rows read_rows() const {
+  __device__ Rows read_rows(const Places& at) const {
     Rows rows;
-    const int32_t n = unit % c.kv_heads, b = unit / c.kv_heads, x = tid % kHalf;
-    const float* row = a.qkv + int64_t{b} * (c.heads + 2 * c.kv_heads) * dim;
-    const float *k = row + int64_t{c.heads + n} * dim, *v = k + int64_t{c.kv_heads} * dim;
-    const int32_t first = c.rope.source(first_of(x)), second = c.rope.source(second_of(x));
+    const bool there = tid % kHalf < half;
 #pragma unroll
     for (int t = 0; t < Rows::kTurns; t++) {
-      const int32_t g = (tid + t * kThreads) / kHalf;
-      const float* from = row + int64_t{n * group + g} * dim;
+      const float* q = at.q + t * (kThreads / kHalf) * dim;
       rows.q[t] = make_float2(0.0f, 0.0f);
-      if (x < half && g < group) rows.q[t] = make_float2(__ldcg(from + first), __ldcg(from + second));
+      if (there && (tid + t * kThreads) / kHalf < group) rows.q[t] = make_float2(__ldcg(q), __ldcg(q + at.apart));
     }
     rows.k = rows.v = make_float2(0.0f, 0.0f);
-    if (x < half) rows.k = make_float2(__ldcg(k + first), __ldcg(k + second)), rows.v = make_float2(__ldcg(v + 2 * x), __ldcg(v + 2 * x + 1));
+    if (there) rows.k = make_float2(__ldcg(at.k), __ldcg(at.k + at.apart)), rows.v = make_float2(__ldcg(at.v), __ldcg(at.v + 1));
     return rows;
   }
 
@@ -933,15 +941,16 @@ __global__ void __launch_bounds__(kThreads, kGroup > 8 || kDim > 128 || sizeof(T
   Block my(a, faults, area, reinterpret_cast<uint8_t*>(shared16));
   const CacheView& c = a.cache;
   const uint64_t phase = my.begin();
+  const auto places = my.find_rows();
+  my.length = my.length_of((c.slots + kChunk - 1) / kChunk);
+  my.begin_keys();
   wait_for_previous();
   let_next_start();
 
   // Nothing waits for the cache's length here: the first items are read as if it were full.
   const int2 counts = __ldcg(reinterpret_cast<const int2*>(c.counts + my.head));
-  const auto rows = my.read_rows();
+  const auto rows = my.read_rows(places);
   const auto own = my.read_own(my.entry_at(0));
-  my.length = my.length_of((c.slots + kChunk - 1) / kChunk);
-  my.begin_keys();
 #pragma unroll 1
   for (int n = 0; n < Block::kStages; n++) my.bring_item();
   const int32_t forced = a.victims ? a.victims[my.unit] : -1;
