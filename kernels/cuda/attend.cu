@@ -297,6 +297,7 @@ struct Attend {
       area.newest = -1;
       if (blocks > 1) open_barrier(&area.met), open_barrier(&area.told);
     }
+    __syncwarp();
     if (blocks > 1) say_begun();
     return phase;
   }
@@ -593,6 +594,7 @@ struct Attend {
 
   /** Warp 0 waits until all warps have their scores, and tells every block this one's highest scores and sums. */
   __device__ void tell_softmax() {
+    __syncwarp();
     if (warp != 0) {
       asm volatile("bar.arrive 1, %0;" ::"n"(kThreads) : "memory");
       return;
@@ -786,6 +788,7 @@ struct Attend {
       const float gap = warp_gap(values + int64_t{area.newest} * dim, value, dim);
       if (lane == 0) e.gap[area.newest] = gap;
     }
+    __syncwarp();
     cluster_sync(blocks);
     if (!selects || !by_gap) return best;
     for (int32_t t = 0, i; (i = entry_at(t)) < count; t++) {
