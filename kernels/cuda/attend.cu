@@ -7,7 +7,8 @@
  * qkv [B, (H + 2 N) D], out [B, H D]. A KV head of a sequence, with all its query heads, belongs to a cluster of blocks (one block where
  * there are no clusters). Chunks of 8 slots go round the blocks, then round a block's warps, so K and V are read once. A warp works alone:
  * it has its own keys and then its own values brought to shared memory, some items ahead, each lane the parts that it will read; it scores
- * all its slots, and sums its values under its own highest score. Its barriers: before the scores (q is ready) and after the values.
+ * all its slots, and sums its values under its own highest score. Its barriers: before the scores (q is ready), after them and after the
+ * values.
  *
  * What the blocks tell each other they push into each other's shared memory, where a barrier counts the bytes: first the highest score and
  * the sum of each block (while values are summed), then its part of the output and its candidate for leaving. Then every block knows the
@@ -594,12 +595,8 @@ struct Attend {
 
   /** Warp 0 waits until all warps have their scores, and tells every block this one's highest scores and sums. */
   __device__ void tell_softmax() {
-    __syncwarp();
-    if (warp != 0) {
-      asm volatile("bar.arrive 1, %0;" ::"n"(kThreads) : "memory");
-      return;
-    }
-    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+    __syncthreads();
+    if (warp != 0) return;
     const int32_t g = lane % kHeads;
     float2 parts[kWarps];
 #pragma unroll

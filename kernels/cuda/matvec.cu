@@ -20,6 +20,9 @@ namespace {
 
 constexpr int kThreads = 512;
 
+/** Blocks on a multiprocessor at once. */
+constexpr int resident(int rows) { return rows == 1 ? 2 : 1; }
+
 /** How the pairs of a launch are shared out. */
 struct Share {
   int32_t pairs, block_pairs, ways, warps;
@@ -201,7 +204,7 @@ __device__ inline void stage_f32(const InputView& in, const float* x, int32_t ro
 }
 
 template <int kType, bool kInt8, int kRows>
-__global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1) matvec_kernel(InputView in, WeightView w, WeightView second, OutputView to, Share share) {
+__global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(InputView in, WeightView w, WeightView second, OutputView to, Share share) {
   extern __shared__ int4 shared[];
   __shared__ double area[kThreads / 32][kRows];
   __shared__ float norm_scales[kRows];
@@ -300,9 +303,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 2 : 1) matvec_kernel(In
 
 constexpr int32_t kMostPairs = 512, kMostSums = 4096;  // of a block
 
-/** Gives each multiprocessor one block, and its warps the same number of steps. */
+/** Gives each multiprocessor the blocks it can hold, and their warps the same number of steps. With one block of one row of x the head of
+ *  Llama 3 read 3.16 TB/s on an H200, with two 4.14; with three or four, which do not all run at once, 3.71 and 3.95. */
 Share share_out(int32_t pairs, int32_t chunks, int32_t rows, int32_t processors) {
-  Share best{pairs, std::min(kMostPairs, divide_up(pairs, processors)), 1, 0, false};
+  Share best{pairs, std::min(kMostPairs, divide_up(pairs, processors * resident(rows))), 1, 0, false};
   int64_t least = INT64_MAX;
   for (int32_t ways = 1; ways <= kThreads / 32; ways *= 2) {
     if (ways > 1 && best.block_pairs * 2 * rows * ways > kMostSums) break;

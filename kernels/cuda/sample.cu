@@ -46,6 +46,7 @@ __device__ inline int32_t row_rank() {
 /** Waits for all threads of the row; what they wrote to shared memory can then be seen. */
 __device__ inline void row_sync() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // the barrier is one for warps, not for threads
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 #else
