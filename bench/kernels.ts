@@ -79,7 +79,7 @@ export interface KernelRow {
   op: string;
   /** The row of the table of kernel cases that has this launch, for ops that the table has by model. */
   case?: string;
-  /** Whether the table has that row: then `wkv doctor --self-test` and the tests check it against f64. */
+  /** Whether the table has that row: its tests and `wkv doctor --self-test` compare it with f64, of huge ones on a GPU only. */
   checked?: boolean;
   shapes: ShapeName;
   device: string;
