@@ -15,6 +15,7 @@
 
 import { parseArgs } from "@std/cli/parse-args";
 import { formatTable } from "../cli/units.ts";
+import { peerSizes } from "../src/selftest/model_cases.ts";
 import { frame, writeResult } from "./record.ts";
 
 /** A figure as a part printed it. */
@@ -51,13 +52,9 @@ const args = parseArgs(Deno.args, {
 };
 const { quick, device, shapes } = args;
 const tiny = shapes === "tiny";
-const budgets = tiny
-  ? [32, 64]
-  : quick
-  ? [1024, 8192]
-  : [512, 1024, 2048, 8192];
+const budgets = tiny ? [32, 64] : quick ? [1024, 8192] : peerSizes.budgets;
 const budget = tiny ? 32 : 1024;
-const batches = tiny ? [1, 2] : [1, 16];
+const batches = tiny ? [1, 2] : peerSizes.batches;
 const list = (numbers: readonly number[]) => numbers.join(",");
 
 const start = performance.now();
@@ -101,7 +98,7 @@ async function parts(): Promise<Part[]> {
     limit,
   });
   const random = ["--shapes", shapes, "--dtype", "BF16"];
-  const cache = ["--cache-type", "bf16"];
+  const cache = ["--cache-type", peerSizes.cacheType];
   const sizes = ["--batch", list(batches)];
   return [
     wkv("attend", 90, [

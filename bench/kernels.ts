@@ -22,6 +22,17 @@ import {
 import { isQuantised, Tensor } from "../src/backend/tensor.ts";
 import type { CacheType, KvCache, Positions } from "../src/cache/cache.ts";
 import type { ModelConfig } from "../src/models/architecture.ts";
+import {
+  caseName,
+  type KernelCase,
+  kernelCases,
+} from "../src/selftest/cases.ts";
+import {
+  attendCase,
+  gatedCase,
+  linearCase,
+  type LinearOp,
+} from "../src/selftest/model_cases.ts";
 import type { Memory } from "./memory.ts";
 import {
   emptyModel,
@@ -66,6 +77,10 @@ export interface KernelOptions {
 export interface KernelRow {
   test: "kernel";
   op: string;
+  /** The row of the table of kernel cases that has this launch, for ops that the table has by model. */
+  case?: string;
+  /** Whether the table has that row: its tests and `wkv doctor --self-test` compare it with f64, of huge ones on a GPU only. */
+  checked?: boolean;
   shapes: ShapeName;
   device: string;
   /** Type of the weights, for ops on weights. */
@@ -107,6 +122,8 @@ export interface KernelRow {
 /** An op that is ready to be timed. */
 interface Case {
   fields: Partial<KernelRow>;
+  /** What is timed as a row of the table. */
+  row?: KernelCase;
   /** Bytes that one op must move; `times` matters where a cache still grows. */
   bytes: (times: number) => number;
   flops?: number;
@@ -220,6 +237,7 @@ async function measure(
     op,
     shapes: options.shapes,
     device: backend.description,
+    ...one.row ? nameOf(one.row) : {},
     batch: 1,
     ...fields,
     copies: one.copies,
@@ -233,6 +251,14 @@ async function measure(
     ...(one.flops ? { tflops: one.flops / middle / 1e6 } : {}),
     samples: rounded(us),
   };
+}
+
+const names: ReadonlySet<string> = new Set(kernelCases.map(caseName));
+
+/** What a row says of the case that it timed. */
+function nameOf(row: KernelCase): { case: string; checked: boolean } {
+  const name = caseName(row);
+  return { case: name, checked: names.has(name) };
 }
 
 /** Copies of so many bytes that together are the working set. */
@@ -342,6 +368,13 @@ async function* attend(bench: Bench): AsyncGenerator<Case> {
             merged,
             evicted,
           },
+          row: attendCase(bench.config, {
+            policy,
+            budget,
+            cacheType,
+            positions,
+            batch,
+          }),
           // A full cache grows while it is timed.
           bytes: (times) =>
             batch * cacheBytes(bench, full ? kept + times / 2 : kept),
@@ -452,25 +485,25 @@ function normOf(bench: Bench): { weight: Tensor; epsilon: number } {
 
 async function* weights(
   bench: Bench,
-  op: "qkv" | "output" | "down" | "head",
+  op: LinearOp,
 ): AsyncGenerator<Case> {
-  const { width, hidden, heads, kvHeads, headDim, vocabulary } = bench.config;
-  const [rows, columns, kind] = {
-    qkv: [(heads + 2 * kvHeads) * headDim, width, "norm"],
-    output: [width, heads * headDim, "add"],
-    down: [width, hidden, "add"],
-    head: [vocabulary, width, "norm"],
-  }[op] as [number, number, "norm" | "add"];
   for (const dtype of bench.options.dtypes) {
     for (const batch of bench.options.batches) {
+      const fields = weightFields(dtype, batch, bench);
+      const precision = fields.activations;
+      const row = linearCase(bench.config, op, {
+        dtype,
+        precision,
+        rows: batch,
+      });
+      const { outputs: rows, columns, add = false } = row;
       const w = randomWeights(bench, dtype, rows, columns);
       const x = normal(bench, batch, columns);
       const out = open(bench, batch, rows);
-      const fields = weightFields(dtype, batch, bench);
-      const how = kind === "norm" ? { norm: normOf(bench) } : { add: true };
-      const precision = fields.activations;
+      const how = row.norm ? { norm: normOf(bench) } : { add };
       yield {
         fields,
+        row,
         bytes: () => w[0]!.rowBytes * rows,
         flops: 2 * batch * rows * columns,
         copies: w.length,
@@ -486,17 +519,19 @@ async function* weights(
 }
 
 async function* gatedCases(bench: Bench): AsyncGenerator<Case> {
-  const { width, hidden } = bench.config;
   for (const dtype of bench.options.dtypes) {
     for (const batch of bench.options.batches) {
+      const fields = weightFields(dtype, batch, bench);
+      const precision = fields.activations;
+      const row = gatedCase(bench.config, { dtype, precision, rows: batch });
+      const { outputs: hidden, columns: width } = row;
       const w = randomWeights(bench, dtype, hidden, width, 2);
       const x = normal(bench, batch, width);
       const out = open(bench, batch, hidden);
       const norm = normOf(bench);
-      const fields = weightFields(dtype, batch, bench);
-      const precision = fields.activations;
       yield {
         fields,
+        row,
         bytes: () => 2 * w[0]!.rowBytes * hidden,
         flops: 4 * batch * hidden * width,
         copies: w.length / 2,

@@ -189,6 +189,9 @@ async function* runKernels(
     throw new UsageError("bench kernels takes --shapes, not --model");
   }
   const { benchKernels } = await import("../bench/kernels.ts");
+  const { defaultSetting: of } = await import(
+    "../src/selftest/model_cases.ts"
+  );
   using backend = await openBackend(values, terminal, signal);
   const memory = await measureMemory(backend.device);
   yield { test: "memory", device: backend.device, ...memory };
@@ -197,11 +200,11 @@ async function* runKernels(
   yield* benchKernels(backend, memory, {
     shapes: values.shapes ?? "llama-3-8b",
     ops: values.op ?? ["attend", "linear", "gated", "sample", "prefill"],
-    budgets: values.budget ?? [1024],
-    batches: values.batch ?? [1],
-    policies: values.policy ?? ["weighted-kv"],
-    cacheType: values["cache-type"] ?? "f16",
-    positions: values.positions ?? "cache",
+    budgets: values.budget ?? [of.budget],
+    batches: values.batch ?? [of.batch],
+    policies: values.policy ?? [of.policy],
+    cacheType: values["cache-type"] ?? of.cacheType,
+    positions: values.positions ?? of.positions,
     dtypes: (values.dtype ?? ["BF16"]) as WeightType[],
     activations: values.activations ?? "int8",
     rows: values.rows ?? 512,

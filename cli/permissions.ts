@@ -22,10 +22,13 @@ const FOLDERS = ["XDG_CACHE_HOME", "HOME"];
 
 /** Running a model that is here, in a library that is here. */
 export async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
+  const variables = [LIBRARY_VARIABLE, CUDA_LIBRARY_VARIABLE];
+  // A named library may lie anywhere, and be a link.
+  const named = variables.flatMap((name) => Deno.env.get(name) || []);
   return {
     ffi: await libraries(),
-    read: [await modelPath(model), ...buildFolders()],
-    env: [LIBRARY_VARIABLE, CUDA_LIBRARY_VARIABLE, ...FOLDERS],
+    read: [await modelPath(model), ...buildFolders(), ...named],
+    env: [...variables, ...FOLDERS],
   };
 }
 

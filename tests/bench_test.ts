@@ -15,12 +15,19 @@ import {
   RandomRows,
   type WeightType,
 } from "../bench/random_model.ts";
-import { shapeNames, shapeOf } from "../bench/shapes.ts";
+import { type ShapeName, shapeNames, shapeOf } from "../bench/shapes.ts";
 import { median, quantile, timeGraph } from "../bench/timing.ts";
 import { LibraryCopy } from "./isolated.ts";
 import { Backend } from "../src/backend/backend.ts";
 import { sourceHash } from "../src/backend/build.ts";
 import { dtypes, Tensor } from "../src/backend/tensor.ts";
+import { caseName, kernelCases } from "../src/selftest/cases.ts";
+import {
+  attendCase,
+  type AttendSetting,
+  defaultSetting,
+  peerSizes,
+} from "../src/selftest/model_cases.ts";
 import { Session } from "../src/session.ts";
 import { expectErrors, ok, ROOT } from "./cli_process.ts";
 import { loadTiny } from "./tiny_model.ts";
@@ -169,6 +176,57 @@ describe("benchKernels", () => {
       kernelOps.filter((op) => op !== "all" && op !== "linear").sort(),
     );
     assertEquals(backend.liveHandles, before);
+  });
+
+  it("times rows of the table of kernel cases", async () => {
+    const table = new Set(kernelCases.map(caseName));
+    const has = (name: ShapeName, setting: Partial<AttendSetting>) => {
+      const { config } = shapeOf(name);
+      const row = attendCase(config, { ...defaultSetting, ...setting });
+      assert(table.has(caseName(row)), caseName(row));
+    };
+    for (const name of shapeNames) if (name !== "tiny") has(name, {});
+    const { cacheType, budgets, batches } = peerSizes;
+    for (const budget of budgets) {
+      for (const batch of batches) {
+        has("llama-3-8b", { cacheType, budget, batch });
+      }
+    }
+    using backend = await Backend.open({ device: "cpu" });
+    const run = async (
+      options: { shapes: ShapeName; op: string; budget: number },
+    ) => {
+      for await (
+        const row of benchKernels(backend, memory, {
+          ...options,
+          ops: [options.op],
+          budgets: [options.budget],
+          batches: [1],
+          policies: [defaultSetting.policy],
+          cacheType: defaultSetting.cacheType,
+          positions: defaultSetting.positions,
+          dtypes: ["BF16"],
+          activations: "int8",
+          rows: 8,
+          repeats: 1,
+          least: 0.1,
+          workingSet: 1,
+        })
+      ) return row;
+    };
+    const { budget } = defaultSetting;
+    const cases = [
+      [{ shapes: "smollm2-135m", op: "attend", budget }, true],
+      [{ shapes: "smollm2-135m", op: "attend", budget: 999 }, false],
+      [{ shapes: "smollm2-135m", op: "head", budget }, true],
+      [{ shapes: "smollm2-135m", op: "gated", budget }, false],
+      [{ shapes: "llama-3-8b", op: "output", budget }, true],
+    ] as const;
+    for (const [options, checked] of cases) {
+      const row = (await run(options))!;
+      assertEquals(row.checked, checked, row.case);
+      assertEquals(table.has(row.case!), checked);
+    }
   });
 
   it("refuses ops that it does not know", async () => {

@@ -8,6 +8,7 @@ import {
   assertStringIncludes,
 } from "@std/assert";
 import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
+import { findCpuLibrary } from "../src/backend/library.ts";
 import { ABI_VERSION, symbols } from "../src/backend/symbols.ts";
 import {
   copyCheckout,
@@ -279,6 +280,33 @@ describe("permissions", () => {
       })),
       { args: ["list"], code: 1, says: ["--allow-"], setting: { flags: [] } },
     ]);
+  });
+
+  it("in help are those of named libraries, wherever they lie", async () => {
+    const file = `${temporary}/named_cpu.so`, link = `${temporary}/link.so`;
+    await Deno.copyFile((await findCpuLibrary()).path, file);
+    await Deno.symlink(file, link);
+    const none = `${temporary}/named_cuda.so`;
+    await Deno.writeTextFile(none, "no library");
+    const here = { WKV_LIB_CPU: link, WKV_LIB_CUDA: none };
+    const run = ["generate", PROMPT, "--model", model, "--max-tokens", "2"]
+      .concat("--device", "cpu");
+    const find = async (args: string[]) =>
+      (await wkv([...args, "--help"], { env: here })).stdout
+        .match(/(?<=^ *)--allow-.*/gm)!;
+    await ok(run, { flags: await find(run), env: here });
+    // It gets as far as opening the file.
+    const args = ["doctor", "--self-test", "--device", "cuda"];
+    const flags = await find(args);
+    const kinds = flags.filter((flag) => flag.includes(none))
+      .map((flag) => flag.slice(0, flag.indexOf("=")));
+    assertEquals(kinds, ["--allow-ffi", "--allow-read"]);
+    await expectErrors([{
+      args,
+      code: 1,
+      says: [none, /^(?!.*--allow)/s],
+      setting: { flags, env: here },
+    }]);
   });
 
   it("are not needed for help", async () => {

@@ -18,6 +18,7 @@ import {
   type Setting,
   wkv,
 } from "./cli_process.ts";
+import * as onDevice from "./device.ts";
 import { testModel } from "./model.ts";
 
 const PROMPT = "Once upon a time";
@@ -205,12 +206,12 @@ describe("wkv generate", () => {
   });
 });
 
-describe("Ctrl-C", () => {
-  it("once prints what there is, and ends with 130", async () => {
+onDevice.describe("Ctrl-C", () => {
+  onDevice.it("once prints what there is, and ends with 130", async () => {
     const child = new Deno.Command(Deno.execPath(), {
       args: denoArguments(
-        ["generate", ...here, PROMPT, "--ignore-eos"].concat(
-          ["--max-tokens", "100000"],
+        ["generate", ...here, "--device", onDevice.testDevice, PROMPT].concat(
+          ["--ignore-eos", "--max-tokens", "100000"],
         ),
       ),
       stdin: "null",
@@ -226,12 +227,13 @@ describe("Ctrl-C", () => {
       child.status,
       new Response(child.stderr).text(),
     ]);
-    assertLess(performance.now() - sent, 3000);
+    // Tens of milliseconds, which cuda_check.ts prints; a busy machine's more.
+    assertLess(performance.now() - sent, 1000);
     assertEquals(code, 130);
     assertMatch(stderr, /^\d+ tokens.*; cache .*\n$/);
   });
 
-  it("ends with 130 while standard input is waited for", async () => {
+  onDevice.it("ends with 130 while standard input is waited for", async () => {
     const child = new Deno.Command(Deno.execPath(), {
       args: denoArguments(["generate", ...here, "-"]),
       stdin: "piped",

@@ -1,10 +1,12 @@
 /**
  * Checks the CUDA library on a machine with a GPU: every kernel case against
- * f64, long runs and the default model beside the CPU library, and the tests
- * that take a device. About three minutes on 16 cores.
+ * f64, long runs and the default model beside the CPU library, the memory that
+ * a long prompt takes, how soon Ctrl-C ends a run, and the tests that take a
+ * device. About three minutes on 16 cores.
  *
- *   deno run -A tests/cuda_check.ts [--only table,long,model,tests]
- *     [--small] [--model FILE] [--steps 1500] [--tokens 64] [--device cuda]
+ *   deno run -A tests/cuda_check.ts
+ *     [--only table,long,model,prefill,interrupt,tests] [--small] [--model FILE]
+ *     [--steps 1500] [--tokens 64] [--rows 32768] [--device cuda]
  *
  * Prints one JSON line a check; `error` is relative unless its name says
  * otherwise, `limit` what it must stay below. The last line has the number of
@@ -19,21 +21,24 @@ import { Tensor } from "../src/backend/tensor.ts";
 import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
 import { policyNames } from "../src/cache/registry.ts";
 import { DEFAULT_MODEL } from "../src/hub/models.ts";
-import { loadModel } from "../src/model.ts";
+import { loadModel, type Model } from "../src/model.ts";
 import { tinyCases } from "../src/selftest/cases.ts";
 import { type Layer, openCache, qkvWidth } from "../src/selftest/layer.ts";
 import { selfTest } from "../src/selftest/mod.ts";
+import { modelShapes } from "../src/selftest/model_cases.ts";
 import { Random, relativeError } from "../src/selftest/numbers.ts";
 import { Session } from "../src/session.ts";
+import { denoArguments } from "./cli_process.ts";
 
 const args = parseArgs(Deno.args, {
-  string: ["only", "model", "steps", "tokens", "device"],
+  string: ["only", "model", "steps", "tokens", "rows", "device"],
   boolean: ["small"],
   default: {
     only: "",
     model: DEFAULT_MODEL,
     steps: "1500",
     tokens: "64",
+    rows: "32768",
     device: "cuda",
     small: false,
   },
@@ -42,11 +47,13 @@ const args = parseArgs(Deno.args, {
   model: string;
   steps: string;
   tokens: string;
+  rows: string;
   device: "cuda" | "cpu";
   small: boolean;
 };
 const { device } = args;
 const steps = Number(args.steps), newTokens = Number(args.tokens);
+const promptRows = Number(args.rows);
 
 // ---- report ----
 
@@ -289,7 +296,166 @@ async function checkModel(): Promise<void> {
         },
       );
     }
+    if (activations === "f32") {
+      for (const policy of ["weighted-kv", "streaming-llm"]) {
+        await attempt(
+          "model side by side",
+          { activations, cacheType, policy, budget: 64 },
+          () => sideBySide(models[1]!, { policy, budget: 64, cacheType }),
+        );
+      }
+    }
     models.forEach((m) => m.close());
+  }
+}
+
+/** Windows of a text side by side beside each alone, on the device both times. */
+async function sideBySide(
+  model: Model,
+  options: CacheOptions,
+): Promise<Record<string, unknown>> {
+  const windows = 4, tokens = 256;
+  const ids: number[] = JSON.parse(
+    await Deno.readTextFile(new URL("golden/text.json", import.meta.url)),
+  );
+  const { vocabulary, layers, kvHeads } = model.config;
+  using cache = model.createCache({ ...options, sequences: windows });
+  using single = model.createCache(options);
+  using session = new Session(model, cache);
+  using alone = new Session(model, single);
+  const id = (window: number, i: number) => ids[window * tokens + i]!;
+  const together: Float32Array[] = [];
+  for (let i = 0; i < tokens; i++) {
+    const all = Int32Array.from({ length: windows }, (_, b) => id(b, i));
+    together.push(await session.logits(all));
+  }
+  let error = 0, kept = 0;
+  for (let b = 0; b < windows; b++) {
+    single.reset();
+    for (let i = 0; i < tokens; i++) {
+      const right = await alone.logits(Int32Array.of(id(b, i)));
+      const from = b * vocabulary;
+      const mine = together[i]!.subarray(from, from + vocabulary);
+      error = Math.max(error, relativeError(mine, right));
+    }
+    kept += overlapOf([single, cache], layers, kvHeads, b).overlap / windows;
+  }
+  const limit = 1e-4;
+  return {
+    ok: error <= limit && kept >= 0.999,
+    windows,
+    tokens,
+    error,
+    limit,
+    overlap: kept,
+  };
+}
+
+// ---- memory of a long prompt ----
+
+/** What says how many bytes are in use: the whole GPU's, or this process's. */
+function memoryMeter(): { used: () => number } & Disposable {
+  if (device === "cpu") {
+    return { used: () => Deno.memoryUsage().rss, [Symbol.dispose]() {} };
+  }
+  const driver = Deno.dlopen("libcuda.so.1", {
+    cuMemGetInfo_v2: { parameters: ["buffer", "buffer"], result: "i32" },
+  });
+  const free = new BigUint64Array(1), all = new BigUint64Array(1);
+  return {
+    // The context is the one that the library made current to this thread.
+    used() {
+      const status = driver.symbols.cuMemGetInfo_v2(free, all);
+      if (status !== 0) throw new Error(`cuMemGetInfo gives ${status}`);
+      return Number(all[0]! - free[0]!);
+    },
+    [Symbol.dispose]: () => driver.close(),
+  };
+}
+
+/**
+ * A prompt in one pass through a layer of Llama 3 8B: beside input, output and
+ * cache it must take less than half a head's matrix of weights.
+ */
+async function checkPrefill(): Promise<void> {
+  const rows = promptRows;
+  const { heads, kvHeads, headDim } = modelShapes["llama-3-8b"];
+  const layer: Layer = { heads, kvHeads, headDim };
+  const width = qkvWidth(layer);
+  // Again and again, as so many random numbers take their time.
+  const block = new Random(rows).normals(1024 * width);
+  using gpu = await Backend.open({ device });
+  using meter = memoryMeter();
+  for (
+    const options of [
+      { policy: "full", capacity: rows },
+      { policy: "weighted-kv", budget: 1024 },
+    ] as CacheOptions[]
+  ) {
+    const facts = { rows, ...layer, cacheType: "bf16" as const, ...options };
+    await attempt("prefill memory", facts, async () => {
+      using cache = openCache(gpu, layer, { ...options, cacheType: "bf16" });
+      using qkv = new Tensor(gpu, "F32", rows, width);
+      using out = new Tensor(gpu, "F32", rows, heads * headDim);
+      for (let row = 0; row < rows; row += block.length / width) {
+        qkv.write(block.subarray(0, (rows - row) * width), row);
+      }
+      const before = meter.used();
+      using graph = gpu.record(() => cache.prefill(0, 0, out, qkv, rows));
+      let most = meter.used();
+      const timer = setInterval(() => most = Math.max(most, meter.used()), 5);
+      const start = performance.now();
+      try {
+        await graph.run();
+      } finally {
+        clearInterval(timer);
+      }
+      const ms = performance.now() - start;
+      const bytes = Math.max(most, meter.used()) - before;
+      const { kept } = cache.stats();
+      const finite = out.floats(rows - 1, 1).every(Number.isFinite);
+      const matrix = 4 * rows ** 2;
+      // A process on a CPU grows by less than a matrix would be for itself.
+      const limit = matrix / 2 + (device === "cpu" ? 256 << 20 : 0);
+      return {
+        ok: bytes <= limit && finite && kept === cache.capacity,
+        ms,
+        bytes,
+        limit,
+        matrixOfOneHead: matrix,
+        kept,
+      };
+    });
+  }
+}
+
+// ---- Ctrl-C ----
+
+/** Milliseconds from a signal to the end of a generation. */
+async function checkInterrupt(): Promise<void> {
+  for (let run = 0; run < 3; run++) {
+    await attempt("interrupt", { device }, async () => {
+      const child = new Deno.Command(Deno.execPath(), {
+        args: denoArguments([
+          ...["generate", "Once upon a time", "--ignore-eos", "--offline"],
+          ...["--model", args.model, "--max-tokens", "100000"],
+          ...["--device", device],
+        ]),
+        stdin: "null",
+        stdout: "piped",
+        stderr: "null",
+      }).spawn();
+      const reader = child.stdout.getReader();
+      await reader.read();
+      const start = performance.now();
+      child.kill("SIGINT");
+      while (!(await reader.read()).done);
+      const textMs = performance.now() - start;
+      const { code } = await child.status;
+      const ms = performance.now() - start;
+      // The text ends at once; the process has a context to give back.
+      return { ok: code === 130 && textMs <= 1000, code, textMs, ms };
+    });
   }
 }
 
@@ -303,13 +469,14 @@ function overlapOf(
   caches: [KvCache, KvCache],
   layers: number,
   kvHeads: number,
+  sequence = 0,
 ) {
   let equal = 0, overlap = 0;
   for (let l = 0; l < layers; l++) {
     for (let n = 0; n < kvHeads; n++) {
-      const [x, y] = caches.map((c) => c.rows(l, n).kept) as [
-        number[],
-        number[],
+      const [x, y] = [
+        caches[0].rows(l, n).kept,
+        caches[1].rows(l, n, sequence).kept,
       ];
       if (`${x}` === `${y}`) equal++;
       const has = new Set(x);
@@ -378,6 +545,8 @@ const sections: Record<string, () => Promise<void>> = {
   table: checkTable,
   long: checkLong,
   model: checkModel,
+  prefill: checkPrefill,
+  interrupt: checkInterrupt,
   tests: checkTests,
 };
 const wanted = args.small

@@ -20,12 +20,13 @@ import {
   type Piece,
   type TokenEvent,
 } from "../mod.ts";
+import type { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { embed, rmsnorm } from "../src/backend/ops.ts";
 import { Tensor } from "../src/backend/tensor.ts";
 import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
 import { PASS_ROWS } from "../src/model.ts";
-import type { Prefill, SamplerOptions } from "../src/session.ts";
+import { type Prefill, type SamplerOptions, Session } from "../src/session.ts";
 import { testModel } from "./model.ts";
 import { LibraryCopy } from "./isolated.ts";
 import { loadTiny, TINY_END } from "./tiny_model.ts";
@@ -68,6 +69,35 @@ function keptOf({ config }: Model, cache: KvCache): number[][] {
     (_, i) =>
       cache.rows(Math.floor(i / config.kvHeads), i % config.kvHeads).kept,
   );
+}
+
+/**
+ * What the library is asked for while `work` runs: the functions' names in
+ * their order, those that copy out with their bytes.
+ */
+async function callsOf(
+  backend: Backend,
+  work: (calls: string[]) => Promise<unknown>,
+): Promise<string[]> {
+  const calls: string[] = [];
+  const { runGraph } = backend;
+  const call = backend.call as (...all: unknown[]) => void;
+  backend.call = (name, ...rest) => {
+    const copied = /_read$/.test(name) ? ` ${rest.at(-1)}` : "";
+    calls.push(name + copied);
+    call.call(backend, name, ...rest);
+  };
+  backend.runGraph = (graph, times) => {
+    calls.push("wkv_graph_run");
+    return runGraph.call(backend, graph, times);
+  };
+  try {
+    await work(calls);
+  } finally {
+    backend.call = call;
+    backend.runGraph = runGraph;
+  }
+  return calls;
 }
 
 /** Asserts that nothing stays open after what `work` does a second time. */
@@ -698,6 +728,69 @@ describe("generate()", () => {
           },
         }), TypeError);
       assertEquals(error.message, "mine");
+    });
+  });
+
+  describe("what crosses to the device and back", () => {
+    const step = ["wkv_graph_run", "wkv_tensor_read 4"];
+
+    for (const policy of POLICIES) {
+      it(`${policy}: one run and 4 bytes a token, from an empty to a full cache`, async () => {
+        const cache: CacheOptions = { policy, budget: 16 };
+        const maxTokens = 40;
+        let result: GenerateResult | undefined;
+        const at: number[] = [];
+        const calls = await callsOf(model.backend, async (calls) => {
+          const stream = generate(model, noise(4), {
+            ...free,
+            cache,
+            maxTokens,
+          });
+          for (;;) {
+            const { done, value } = await stream.next();
+            if (done) {
+              result = value;
+              break;
+            }
+            at.push(calls.length);
+          }
+        });
+        const { merged, evicted, kept, seen } = result!.cache;
+        assertEquals([kept, seen, merged + evicted], [16, 43, 27]);
+        assertEquals(at.length, maxTokens);
+        const between = at.map((end, i) => calls.slice(at[i - 1] ?? 0, end));
+        // The second token's step records the graph that all later ones run.
+        const [prompt, first, ...others] = between as [string[], string[]];
+        assertEquals(prompt.filter((name) => name.startsWith(step[1]!)), [
+          step[1],
+        ]);
+        assertEquals(first.slice(-2), step);
+        for (const one of others) assertEquals(one, step);
+        const count = (name: string) =>
+          calls.filter((call) => call === name).length;
+        assertEquals(count("wkv_graph_begin"), 2);
+        assertEquals(count("wkv_graph_run"), maxTokens);
+        assertEquals(count("wkv_tensor_read 4"), maxTokens);
+      });
+    }
+
+    it("is one run and 4 bytes a sequence for sequences side by side, and no byte for steps ahead", async () => {
+      using cache = model.createCache({ budget: 16, sequences: 3 });
+      using session = new Session(model, cache);
+      session.setSampler({ temperature: 0 });
+      await session.next();
+      const calls = await callsOf(model.backend, async () => {
+        for (let i = 0; i < 30; i++) await session.next();
+        await session.advance(30);
+      });
+      assertEquals(calls, [
+        ...Array(30).fill(["wkv_graph_run", "wkv_tensor_read 12"]).flat(),
+        "wkv_graph_run",
+      ]);
+      for (const sequence of [0, 1, 2]) {
+        const { kept, seen, merged } = cache.stats(sequence);
+        assertEquals([kept, seen, merged], [16, 61, 45]);
+      }
     });
   });
 

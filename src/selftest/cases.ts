@@ -1,6 +1,7 @@
 /**
  * The table of kernel cases, and how one is run: `wkv doctor --self-test`,
- * kernels_test.ts, cuda_check.ts and the sanitizers all read it.
+ * kernels_test.ts, cuda_check.ts and the sanitizers all read it, and
+ * bench/kernels.ts says which of its rows it timed.
  */
 
 import type { Backend } from "../backend/backend.ts";
@@ -8,6 +9,7 @@ import { isQuantised } from "../backend/tensor.ts";
 import { cacheCases, type CacheRow } from "./cache_cases.ts";
 import type { Finding } from "./findings.ts";
 import { Random } from "./numbers.ts";
+import { modelCacheCases, modelOpCases } from "./model_cases.ts";
 import { type OpCase, opCases } from "./op_cases.ts";
 import { type RefusalCase, refusalCases, runRefusal } from "./refusals.ts";
 import { runCacheCase } from "./run_cache.ts";
@@ -19,7 +21,9 @@ export type KernelCase = OpCase | CacheRow | RefusalCase;
 /** The table. */
 export const kernelCases: readonly KernelCase[] = [
   ...cacheCases,
+  ...modelCacheCases,
   ...opCases,
+  ...modelOpCases,
   ...refusalCases,
 ];
 
@@ -63,7 +67,16 @@ function seedOf(name: string): number {
 /** Whether a row takes about a second, most of it in f64. */
 export function isLarge(row: KernelCase): boolean {
   if ("times" in row) return row.times * row.budget > 5000;
+  if (isHuge(row)) return true;
   return "budget" in row && row.budget * row.headDim * row.sequences > 3e5;
+}
+
+/** Whether a row takes the CPU seconds, as some of a model's own sizes do. */
+export function isHuge(row: KernelCase): boolean {
+  if ("outputs" in row) return row.outputs * row.columns > 2e7;
+  // No other row has this many KV heads.
+  return row.kernel === "attend" && row.kvHeads >= 8 &&
+    row.budget * row.headDim * row.kvHeads * row.sequences > 2e6;
 }
 
 /** A few tiny rows that reach every kernel in every type, for tools that are slow. */

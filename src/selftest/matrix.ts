@@ -13,26 +13,37 @@ export interface Matrix extends Disposable {
   rows: Float64Array[];
 }
 
-/** A random matrix; its bytes are random too where the type is quantised. */
+/**
+ * A random matrix; its bytes are random too where the type is quantised. Rows
+ * from `distinct` on repeat those before.
+ */
 export function matrix(
   backend: Backend,
   random: Random,
   dtype: Dtype,
   rows: number,
   columns: number,
-  subnormal = false,
+  { subnormal = false, distinct = rows }: {
+    subnormal?: boolean | undefined;
+    distinct?: number | undefined;
+  } = {},
 ): Matrix {
   const tensor = new Tensor(backend, dtype, rows, columns);
   const bytes = new Uint8Array(rows * tensor.rowBytes);
   const view = new DataView(bytes.buffer);
-  const numbers = Array.from({ length: rows }, () => new Float64Array(columns));
+  const differ = Math.min(rows, distinct);
+  const numbers = Array.from(
+    { length: differ },
+    () => new Float64Array(columns),
+  );
   const scale = () =>
     subnormal
       ? (1 + random.integer(1023)) * 2 ** -24
       : stored(random.normal() / 64, "f16");
   if (isQuantised(dtype)) {
     const size = tensor.rowBytes / columns * 32;
-    for (let at = 0, b = 0; at < bytes.length; at += size, b++) {
+    const end = differ * tensor.rowBytes;
+    for (let at = 0, b = 0; at < end; at += size, b++) {
       for (let i = at; i < at + size; i++) bytes[i] = random.integer(256);
       view.setUint16(at, halfBits(scale()), true);
       if (dtype === "Q4_1") view.setUint16(at + 2, halfBits(scale() * 8), true);
@@ -52,6 +63,11 @@ export function matrix(
         else view.setUint16(at, bfloatBits(x), true);
       })
     );
+  }
+  for (let r = differ; r < rows; r++) {
+    const from = r % differ * tensor.rowBytes;
+    bytes.copyWithin(r * tensor.rowBytes, from, from + tensor.rowBytes);
+    numbers.push(numbers[r % differ]!);
   }
   tensor.write(bytes);
   return { tensor, rows: numbers, [Symbol.dispose]: () => tensor.close() };

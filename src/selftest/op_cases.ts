@@ -32,6 +32,8 @@ export interface LinearCase {
   outColumn?: number;
   /** Makes the scales of quantised blocks subnormal halves. */
   subnormal?: boolean;
+  /** Rows of the weights that differ; the others repeat them. @default all */
+  distinct?: number;
   /** Relative error that is allowed. */
   tolerance: number;
 }
@@ -52,6 +54,8 @@ export interface GatedCase {
   columns: number;
   /** Rows of both matrices. */
   outputs: number;
+  /** Rows of each that differ; the others repeat them. @default all */
+  distinct?: number;
   /** Relative error that is allowed. */
   tolerance: number;
 }
@@ -137,8 +141,14 @@ export const weightTypes = [
 
 const precisions: Precision[] = ["f32", "int8"];
 const tolerance = 1e-5;
-/** On a GPU x meets 16-bit weights as two f16 numbers: 22 bits of it. */
-const toleranceOf = (dtype: Dtype) => dtype.endsWith("F16") ? 3e-5 : tolerance;
+
+/**
+ * The error that a product with weights of this type may have. On a GPU x meets
+ * 16-bit weights as two f16 numbers: 22 bits of it.
+ */
+export function toleranceOf(dtype: Dtype): number {
+  return dtype.endsWith("F16") ? 3e-5 : tolerance;
+}
 
 const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
   precisions.flatMap((precision): LinearCase[] => {
@@ -196,6 +206,41 @@ const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
     ];
   })
 );
+
+/**
+ * Passes of a prompt, where the CUDA library may call cuBLASLt: from 256 rows
+ * on, 2048 columns and 2^26 results at a time.
+ */
+const passes: (LinearCase | GatedCase)[] = (["F32", "F16", "BF16"] as const)
+  .flatMap((dtype) => {
+    const common = {
+      dtype,
+      precision: "f32" as const,
+      tolerance: toleranceOf(dtype),
+    };
+    const linear = { kernel: "linear" as const, ...common };
+    const gated = { kernel: "gated" as const, ...common };
+    return [
+      { ...linear, rows: 255, columns: 96, outputs: 65 },
+      { ...linear, rows: 256, columns: 96, outputs: 64 },
+      { ...linear, rows: 257, columns: 100, outputs: 33 },
+      { ...linear, rows: 320, columns: 576, outputs: 24 },
+      { ...linear, rows: 256, columns: 2144, outputs: 8 },
+      {
+        ...linear,
+        rows: 300,
+        columns: 128,
+        outputs: 40,
+        norm: true,
+        bias: true,
+        add: true,
+        xRow: 2,
+        outColumn: 5,
+      },
+      { ...gated, rows: 256, columns: 96, outputs: 40 },
+      { ...gated, rows: 300, columns: 192, outputs: 33 },
+    ];
+  });
 
 const gated: GatedCase[] = [
   ...weightTypes.flatMap((dtype) =>
@@ -296,6 +341,7 @@ const logProb: LogProbCase[] = [1, 3, 20].flatMap((rows) =>
 export const opCases: OpCase[] = [
   ...linear,
   ...gated,
+  ...passes,
   ...embed,
   ...rmsnorm,
   ...greedy,

@@ -135,7 +135,11 @@ function checkLinear(
   const before = add
     ? random.normals(rows * width)
     : new Float32Array(rows * width).fill(NaN);
-  using w = matrix(backend, random, row.dtype, outputs, columns, row.subnormal);
+  const { subnormal, distinct } = row;
+  using w = matrix(backend, random, row.dtype, outputs, columns, {
+    subnormal,
+    distinct,
+  });
   using xs = Tensor.from(backend, x, xRow + rows);
   using out = Tensor.from(backend, before, rows);
   using norm = Tensor.from(backend, weight);
@@ -215,8 +219,9 @@ function checkGated(
   const x = input(random, rows, columns);
   // Products of a few units, where silu is neither 0 nor the identity.
   const weight = normWeight(random, columns).map((y) => y / 8);
-  using gate = matrix(backend, random, dtype, outputs, columns);
-  using up = matrix(backend, random, upDtype, outputs, columns);
+  const { distinct } = row;
+  using gate = matrix(backend, random, dtype, outputs, columns, { distinct });
+  using up = matrix(backend, random, upDtype, outputs, columns, { distinct });
   using xs = Tensor.from(backend, x, rows);
   using norm = Tensor.from(backend, weight);
   using out = Tensor.from(
