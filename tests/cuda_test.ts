@@ -193,6 +193,27 @@ describe("the CUDA library", () => {
     );
     assertStringIncludes(error.message, "a library for cpu");
   });
+
+  it("that WKV_LIB_CUDA names, but is a CPU library, is refused", async () => {
+    using cpu = await Backend.open({ device: "cpu", threads: 1 });
+    const { name, message } = await ask<Attempt>(
+      `give(await attempt(async () => {
+  using backend = await Backend.open({ device: "cuda" });
+  return backend.description;
+}));`,
+      { WKV_LIB_CUDA: cpu.path },
+    );
+    assertEquals(name, "RangeError");
+    assertStringIncludes(message!, `${cpu.path} is a library for cpu`);
+    const { ok, notes } = await ask<{ ok: string; notes: string[] }>(
+      `const notes = [];
+using backend = await Backend.open({ onNote: (note) => notes.push(note) });
+give({ ok: backend.device, notes });`,
+      { WKV_LIB_CUDA: cpu.path },
+    );
+    assertEquals(ok, "cpu");
+    assertStringIncludes(notes.join(), "is a library for cpu");
+  });
 });
 
 describe("without a usable GPU", () => {

@@ -98,21 +98,20 @@ export class Backend implements Disposable {
     }
     if (Deno.build.os !== "linux") throw new Error("Linux only so far");
     if (options.library !== undefined) {
-      const backend = Backend.#load(options.library, threads);
-      if (device === "auto" || device === backend.device) return backend;
-      backend.close();
-      throw new RangeError(
-        `The device is ${device}, but ${options.library} is a library for ${backend.device}`,
-      );
+      return Backend.#load(options.library, device, threads);
     }
     if (device === "cuda") {
-      return Backend.#load(await Backend.#cudaLibrary(options), threads);
+      return Backend.#load(
+        await Backend.#cudaLibrary(options),
+        device,
+        threads,
+      );
     }
     if (device === "auto") {
       const cuda = await Backend.#tryCuda(options);
       if (cuda !== null) return cuda;
     }
-    return Backend.#load((await findCpuLibrary(options)).path, threads);
+    return Backend.#load((await findCpuLibrary(options)).path, "cpu", threads);
   }
 
   /** The CUDA library's path; it is built where there is a driver to run it. */
@@ -154,13 +153,18 @@ export class Backend implements Disposable {
     const ffi = await Deno.permissions.query({ name: "ffi", path });
     if (ffi.state !== "granted") return null;
     try {
-      return Backend.#load(path, options.threads ?? 0);
+      return Backend.#load(path, "cuda", options.threads ?? 0);
     } catch (error) {
       return refuse(error instanceof Error ? error.message : String(error));
     }
   }
 
-  static #load(path: string, threads: number): Backend {
+  /** Opens the library at `path`, which must be for `device`. */
+  static #load(
+    path: string,
+    device: "auto" | "cpu" | "cuda",
+    threads: number,
+  ): Backend {
     let library: Library;
     try {
       library = Deno.dlopen(path, symbols);
@@ -192,7 +196,12 @@ export class Backend implements Disposable {
       if (status !== 0) {
         throw new WkvError("wkv_context_open", status, lastError(library, 0));
       }
-      return new Backend(path, library, out[0]!);
+      const backend = new Backend(path, library, out[0]!);
+      if (device === "auto" || device === backend.device) return backend;
+      library.symbols.wkv_close(out[0]!, out[0]!);
+      throw new RangeError(
+        `The device is ${device}, but ${path} is a library for ${backend.device}`,
+      );
     } catch (error) {
       library.close();
       throw error;
