@@ -64,13 +64,13 @@ export const doctorCommand = defineCommand({
         attempt(() => resolveModel(name, { offline: true })),
       ]);
     const device = library.path !== null
-      ? await openDevice(library.path)
+      ? await openDevice(library.path, "cpu")
       // A named library stands for itself: nothing is built in its place.
       : Deno.env.get(LIBRARY_VARIABLE)
       ? { ok: false, text: `unset ${LIBRARY_VARIABLE}, or name a library` }
       : { ok: compilerFound.ok, text: "known once the library is built" };
     const gpu = cuda.path !== null
-      ? await openDevice(cuda.path)
+      ? await openDevice(cuda.path, "cuda")
       : { ok: false, text: "known once the CUDA library is built" };
     const pullable = name.startsWith("hf:") ||
       (name === DEFAULT_MODEL && pip.ok);
@@ -167,9 +167,12 @@ async function findDriver(): Promise<Finding> {
   }
 }
 
-function openDevice(library: string): Promise<Finding> {
+function openDevice(
+  library: string,
+  device: "cpu" | "cuda",
+): Promise<Finding> {
   return attempt(async () => {
-    using backend = await Backend.open({ library });
+    using backend = await Backend.open({ library, device });
     return backend.description;
   });
 }
