@@ -1,4 +1,4 @@
-/** policy.h: the score, select and merge rules, compiled into both libraries so that they choose alike (DESIGN: the step; paper: Algorithm 1). */
+/** policy.h: the score, select and merge rules, compiled into both libraries so that they choose alike (docs/policies.md has their blocks). */
 #ifndef WKV_POLICY_H
 #define WKV_POLICY_H
 #include <stdint.h>
@@ -11,12 +11,59 @@
 #define WKV_HD
 #endif
 
-/** The average attention a / n of a token: the paper's weight. */
+enum {
+  WKV_OFTEN_STEPS = 400,                           /* steps that least-often looks back on */
+  WKV_OFTEN_WORDS = (WKV_OFTEN_STEPS + 31) / 32,   /* a bit each */
+  WKV_WINDOW_STEPS = 32,                           /* weights that window keeps */
+  WKV_WINDOW_POOL = 5,                             /* ranks that it pools */
+};
+
+/** What a rule may look at in a token. */
+struct wkv_token {
+  int32_t rank;
+  float score;    /* a */
+  float average;  /* a / n: the paper's weight */
+  float right;    /* the right neighbour's average */
+  float now;      /* its weight in this step */
+  float measure;  /* what wkv_measures names */
+};
+
+/** The average attention a / n of a token. */
 WKV_HD inline float wkv_average(float score, int32_t steps) { return score / (float)steps; }
 
 /** Whether the token of this rank may leave, of `total` tokens with the new one. */
 WKV_HD inline bool wkv_evictable(int32_t rank, int32_t total, int32_t sinks, int32_t recent) {
   return rank >= sinks && rank < total - recent;
+}
+
+/** Tokens that are left after a step with `total` of them. */
+WKV_HD inline int32_t wkv_target(int32_t total, int32_t slots, int32_t interval) { return total > slots ? slots + 1 - interval : total; }
+
+/** Whether the rule needs the gap |V_j - V_r|^2 to the right neighbour. */
+WKV_HD inline bool wkv_uses_gap(int32_t select) { return select == WKV_SELECT_MERGE_COST || select == WKV_SELECT_MERGE_COST_LINEAR; }
+
+/** Whether the rule asks for a measure of stored rows: a norm, a likeness or a distance. */
+WKV_HD inline bool wkv_measures_rows(int32_t select) {
+  return select == WKV_SELECT_KEY_NORM || select == WKV_SELECT_KEY_LIKENESS || select == WKV_SELECT_SUM_VALUE_NORM || select == WKV_SELECT_OUTPUT_ERROR;
+}
+
+/** Words of 32 bits that a token carries beside score and birth; the gap is the first of a rule that uses it. */
+WKV_HD inline int32_t wkv_words(int32_t select, int32_t merge) {
+  if (wkv_uses_gap(select)) return 1;
+  if (select == WKV_SELECT_LEAST_OFTEN) return WKV_OFTEN_WORDS;
+  if (select == WKV_SELECT_WINDOW) return WKV_WINDOW_STEPS;
+  return merge == WKV_MERGE_NEAREST_VOTES ? 2 : 0;
+}
+
+/** Whether the policy looks at each step's own weights, which column sums do not hold. */
+WKV_HD inline bool wkv_by_step(int32_t select, int32_t merge) {
+  return select == WKV_SELECT_LITERAL_AVERAGE || select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW ||
+         select == WKV_SELECT_OUTPUT_ERROR || merge == WKV_MERGE_SPREAD || merge == WKV_MERGE_NEAREST_VOTES;
+}
+
+/** Whether wkv_attend's one launch can choose and act, or a second one must see all weights of the step. */
+WKV_HD inline bool wkv_in_one_launch(int32_t select, int32_t merge, int32_t interval) {
+  return interval == 1 && select <= WKV_SELECT_LOWEST_SUM && merge <= WKV_MERGE_RIGHT;
 }
 
 /** Ward's cost of merging a token with its right neighbour: attention as mass, gap = |V_j - V_r|^2. */
@@ -27,17 +74,22 @@ WKV_HD inline float wkv_merge_cost(int32_t select, float w_j, float w_r, float g
   return w_j * w_r / mass * gap;
 }
 
-/** Whether the rule needs the neighbour's average and the gap between the two values. */
-WKV_HD inline bool wkv_select_uses_gap(int32_t select) {
-  return select == WKV_SELECT_MERGE_COST || select == WKV_SELECT_MERGE_COST_LINEAR;
-}
-
-/** What the victim minimises. w_j, w_r: averages of the token and its right neighbour; where merges cost,
- *  the caller passes over the newest token, which has none. */
-WKV_HD inline float wkv_select_value(int32_t select, int32_t rank, float w_j, float w_r, float gap) {
-  if (select == WKV_SELECT_OLDEST) return (float)rank;
-  if (wkv_select_uses_gap(select)) return wkv_merge_cost(select, w_j, w_r, gap);
-  return w_j;
+/** What the victim minimises; where merges cost, the caller passes over the newest token, which has no right neighbour. */
+WKV_HD inline float wkv_select_value(int32_t select, const wkv_token& t) {
+  switch (select) {
+    case WKV_SELECT_OLDEST: return (float)t.rank;
+    case WKV_SELECT_MERGE_COST:
+    case WKV_SELECT_MERGE_COST_LINEAR: return wkv_merge_cost(select, t.average, t.right, t.measure);
+    case WKV_SELECT_LOWEST_SUM: return t.score;
+    case WKV_SELECT_LOWEST_NOW: return t.now;
+    case WKV_SELECT_KEY_NORM:
+    case WKV_SELECT_KEY_LIKENESS: return -t.measure;
+    case WKV_SELECT_LEAST_OFTEN:
+    case WKV_SELECT_WINDOW: return t.measure;
+    case WKV_SELECT_SUM_VALUE_NORM: return t.score * t.measure;
+    case WKV_SELECT_OUTPUT_ERROR: return t.now / (1.0f - t.now) * t.measure;
+    default: return t.average;
+  }
 }
 
 /** The merged value of one dimension: a convex combination, computed in f32 and rounded once when stored. */

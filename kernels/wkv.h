@@ -16,7 +16,7 @@
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 1
+#define WKV_ABI_VERSION 2
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -66,12 +66,24 @@ enum wkv_select {
   WKV_SELECT_LOWEST_AVERAGE = 2,    /* the lowest average a / n */
   WKV_SELECT_MERGE_COST = 3,        /* the lowest w_j w_r / (w_j + w_r) |V_j - V_r|^2 with its right neighbour r */
   WKV_SELECT_MERGE_COST_LINEAR = 4, /* the same with |V_j - V_r| */
+  WKV_SELECT_LITERAL_AVERAGE = 5,   /* the same as 2, but the averages replace the scores for good in every step that overflows */
+  WKV_SELECT_LOWEST_SUM = 6,        /* the lowest sum a */
+  WKV_SELECT_LOWEST_NOW = 7,        /* the lowest weight of this step, mean over the KV heads: one choice a layer */
+  WKV_SELECT_LEAST_OFTEN = 8,       /* the fewest of the last 400 steps whose weight was above 1 / tokens */
+  WKV_SELECT_KEY_NORM = 9,          /* the highest |K| */
+  WKV_SELECT_KEY_LIKENESS = 10,     /* the highest cosine with the mean of the normalised keys */
+  WKV_SELECT_WINDOW = 11,           /* the lowest weight over the last 32 steps, averaged over neighbouring ranks */
+  WKV_SELECT_SUM_VALUE_NORM = 12,   /* the lowest a |V|_1 */
+  WKV_SELECT_OUTPUT_ERROR = 13,     /* the lowest p / (1 - p) |V - o|, o the mean output of the group */
 };
 
-/** What happens to the value of the token that leaves. */
+/** What happens to the token that leaves. */
 enum wkv_merge {
-  WKV_MERGE_NONE = 0,  /* dropped */
-  WKV_MERGE_RIGHT = 1, /* merged into the next rank's value, weighted with both averages */
+  WKV_MERGE_NONE = 0,          /* dropped */
+  WKV_MERGE_RIGHT = 1,         /* its value is merged into the next rank's, weighted with both averages */
+  WKV_MERGE_SPREAD = 2,        /* by chance a 16th of its value is added to each of the next 16 ranks' */
+  WKV_MERGE_NEAREST = 3,       /* key and value are merged into those of the likest key, if it is like enough */
+  WKV_MERGE_NEAREST_VOTES = 4, /* the same for any likest key, weighted with votes and recent weights */
 };
 
 /** What wkv_cache_read gives, always in rank order, `kept` entries for one layer, sequence and KV head. */
@@ -161,9 +173,10 @@ WKV_API int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows,
 WKV_API int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const float* frequencies /* [count] */, int32_t frequencies_bytes, int32_t positions, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Opens an empty cache of exactly `slots` tokens a KV head, in every layer and sequence; nothing is allocated later.
- *  Must hold: 0 <= sinks, 0 <= recent, sinks + recent <= slots; heads a multiple of kv_heads; the rotation is of this head
+ *  interval: tokens that leave, one after another, when it overflows; seed: of policies that draw.
+ *  Must hold: 0 <= sinks, 0 <= recent, sinks + recent <= slots; 1 <= interval <= slots; heads a multiple of kv_heads; the rotation is of this head
  *  dimension and, with positions in the cache, of more than `slots` positions; dtype F32, F16 or BF16. */
-WKV_API int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out /* [1] */, int32_t out_bytes);
+WKV_API int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t interval, int32_t select, int32_t merge, int32_t seed, int32_t positions, int32_t dtype, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Empties one sequence, or all of them (-1). */
 WKV_API int32_t wkv_cache_reset(int32_t context, int32_t cache, int32_t sequence);
@@ -172,16 +185,17 @@ WKV_API int32_t wkv_cache_reset(int32_t context, int32_t cache, int32_t sequence
 WKV_API int32_t wkv_cache_read(int32_t context, int32_t cache, int32_t field, int32_t layer, int32_t sequence, int32_t kv_head, void* out, int32_t out_bytes);
 
 /** op: one decode step of one layer for every sequence (the paper's Algorithm 1). The new token attends over cache and itself at
- *  rank `kept`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks a
- *  victim, merges or drops it, and the new token takes its slot. k and v are rounded to the cache's type first.
- *  victims: 0, or I32 [B, N], the rank that must leave (-1: the policy's own choice). */
+ *  rank `kept`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks
+ *  `interval` victims, merges or drops them, and the new token takes a freed slot. k and v are rounded to the cache's type first.
+ *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice). */
 WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, int32_t victims);
 
 /** op: steps 3 to 6 of wkv_attend with attention weights that the caller computed: kv[b] holds N keys, then N values. */
 WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_t kv /* [B, 2 N * D] */, int32_t weights /* [B, N * (M + 1)], rank order */, int32_t victims);
 
 /** op: `rows` tokens of one sequence at once: causal attention over cache and tokens, each column's sum of weights added to its score
- *  as if streamed. When kept + rows > slots the policy is then applied with the averages of that moment until `slots` are left. */
+ *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
+ *  left. Refused for policies that look at each step's weights (wkv_by_step in policy.h). */
 WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale);
 
 /* ---- from logits to tokens ---- */

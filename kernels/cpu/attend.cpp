@@ -2,7 +2,7 @@
  * attend.cpp: wkv_attend, one decode step of one layer: attend, accumulate scores, select, merge, insert.
  *
  *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], i)     i = 0..len, the new token being i = len
- *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (cache.cpp)
+ *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (settle.cpp)
  *
  * A task owns one KV head and a stretch of ranks, for all its query heads, so K and V are read once; the stretches depend on the number
  * of slots alone and are joined in rank order by one task a head. Bytes moved: K and V of the cached tokens once, the scores twice.
@@ -22,6 +22,7 @@ struct Work {
   float* highest;   // [stretches, G]
   float* sums;      // [stretches, G]
   float* outputs;   // [stretches, G, D]
+  float* now;       // [stride]: mean_g p
   uint8_t* key;     // the new token, as stored
   uint8_t* value;
 };
@@ -37,7 +38,7 @@ struct Plan {
     while (entries / stretch > 64) stretch *= 2;
     stretches = (entries + stretch - 1) / stretch;
     stride = (int64_t{entries} + 15) / 16 * 16;
-    floats = group * head_dim + group * stride + int64_t{stretches} * group * (2 + head_dim);
+    floats = group * head_dim + (group + 1) * stride + int64_t{stretches} * group * (2 + head_dim);
     bytes = (floats * 4 + 2 * cache.row_bytes() + 63) / 64 * 64;
   }
 
@@ -48,7 +49,8 @@ struct Plan {
     w.highest = w.weights + group * stride;
     w.sums = w.highest + int64_t{stretches} * group;
     w.outputs = w.sums + int64_t{stretches} * group;
-    w.key = reinterpret_cast<uint8_t*>(w.outputs + int64_t{stretches} * group * head_dim);
+    w.now = w.outputs + int64_t{stretches} * group * head_dim;
+    w.key = reinterpret_cast<uint8_t*>(w.now + stride);
     w.value = w.key + row_bytes;
     return w;
   }
@@ -96,12 +98,10 @@ void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& 
   if (last == total) loops.weighted_values(new_value, w.weights + r.count, plan.stride, plan.group, out);
 }
 
-/** Joins the stretches of one head in order, adds the weights to the scores, and settles the new token. */
-void join(const Loops& loops, Cache& cache, int32_t layer, int64_t head, const Plan& plan, const Work& w, float* out, int32_t forced) {
-  Ranked r = cache.ranked(head);
-  const int32_t total = r.count + 1, used = (total + plan.stretch - 1) / plan.stretch;
-  const int32_t step = ++cache.counts[head].steps;
-  r.add(0, step);
+/** Joins the stretches of one head in order: its outputs, and every token's mean weight over the query heads. */
+void join(const Loops& loops, Cache& cache, int32_t layer, int64_t head, const Plan& plan, const Work& w, float* out) {
+  const int32_t total = cache.counts[head].kept + 1, used = (total + plan.stretch - 1) / plan.stretch;
+  std::memset(w.now, 0, size_t(total) * 4);
   for (int32_t g = 0; g < plan.group; g++) {
     float most = -INFINITY, sum = 0.0f;
     for (int32_t s = 0; s < used; s++) most = std::fmax(most, w.highest[s * plan.group + g]);
@@ -112,10 +112,19 @@ void join(const Loops& loops, Cache& cache, int32_t layer, int64_t head, const P
       const float factor = std::exp(w.highest[s * plan.group + g] - most) / sum;
       const int32_t first = s * plan.stretch, count = total - first < plan.stretch ? total - first : plan.stretch;
       loops.add_scaled(out + g * plan.head_dim, w.outputs + (int64_t{s} * plan.group + g) * plan.head_dim, factor, plan.head_dim);
-      loops.add_scaled(r.score + first, w.weights + g * plan.stride + first, factor / static_cast<float>(plan.group), count);
+      loops.add_scaled(w.now + first, w.weights + g * plan.stride + first, factor / static_cast<float>(plan.group), count);
     }
   }
-  settle(loops, cache, head, r, Incoming{w.key, w.value}, forced);
+}
+
+/** Adds the weights to the scores, and settles the new token. `first`: the work of the layer's first KV head of the sequence. */
+void accumulate(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, const Work& first, int32_t forced) {
+  static thread_local std::vector<float> layer_mean;
+  Ranked r = cache.ranked(head);
+  r.add(0, ++cache.counts[head].steps);
+  loops.add_scaled(r.score, w.now, 1.0f, r.count);
+  if (cache.by_layer()) mean_of_heads(loops, first.now, plan.bytes / 4, cache.kv_heads, r.count, layer_mean);
+  settle(loops, cache, head, r, Incoming{w.key, w.value}, forced, cache.by_layer() ? layer_mean.data() : w.now);
 }
 
 }  // namespace
@@ -151,8 +160,11 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
           float* row = to->row(u / cache->kv_heads) + u % cache->kv_heads * plan.group * plan.head_dim;
-          join(loops, *cache, layer, first + u, plan, work(u), row, forced ? forced->i32()[u] : -1);
+          join(loops, *cache, layer, first + u, plan, work(u), row);
         }
+      });
+      ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t u = begin; u < end; u++) accumulate(loops, *cache, first + u, plan, work(u), work(u / cache->kv_heads * cache->kv_heads), forced ? forced->i32()[u] : -1);
       });
     });
   });

@@ -1,4 +1,4 @@
-/** cache.cpp: rotations and caches, select, merge and insert, and wkv_insert. The rules themselves are in policy.h. */
+/** cache.cpp: rotations and caches, and wkv_insert. */
 #include "cache.hpp"
 
 #include <algorithm>
@@ -44,12 +44,12 @@ void rotate(float* head, const Rotation& by) {
 // ---- state ----
 
 size_t Cache::bytes() const {
-  return keys.bytes() + values.bytes() + scores.bytes() + gaps.bytes() + births.bytes() + places.bytes() + counts.size() * sizeof(Counts);
+  return keys.bytes() + values.bytes() + scores.bytes() + words.bytes() + births.bytes() + places.bytes() + counts.size() * sizeof(Counts);
 }
 
 Ranked Cache::ranked(int64_t head) {
   const int64_t at = head * (slots + 1);
-  return {scores.data() + at, births.data() + at, places.data() + at, gapped() ? gaps.data() + at : nullptr, counts[head].kept};
+  return {scores.data() + at, births.data() + at, places.data() + at, words.data() + at * width(), slots + 1, counts[head].kept, width()};
 }
 
 Rotation Cache::rotation(int32_t rank) const {
@@ -62,12 +62,12 @@ void Cache::check_layer(int32_t layer) const {
   require(layer >= 0 && layer < layers, "layer must be between 0 and " + std::to_string(layers - 1) + ": " + std::to_string(layer));
 }
 
-void Ranked::remove(int32_t rank, bool gaps) {
+void Ranked::remove(int32_t rank) {
   const size_t after = size_t(count - rank - 1) * 4;
   std::memmove(score + rank, score + rank + 1, after);
   std::memmove(birth + rank, birth + rank + 1, after);
   std::memmove(slot + rank, slot + rank + 1, after);
-  if (gaps) std::memmove(gap + rank, gap + rank + 1, after);
+  for (int32_t w = 0; w < width; w++) std::memmove(word(w) + rank, word(w) + rank + 1, after);
   count--;
 }
 
@@ -75,85 +75,13 @@ void Ranked::add(int32_t t, int32_t birth_step) {
   score[count] = 0.0f;
   birth[count] = birth_step;
   slot[count] = -1 - t;
+  for (int32_t w = 0; w < width; w++) word(w)[count] = 0;
   count++;
 }
 
-// ---- select, merge, insert ----
-
-namespace {
-
-struct Rows {
-  const Cache& cache;
-  uint8_t* values;
-  const Incoming& incoming;
-  uint8_t* value(int32_t slot) const {
-    return slot >= 0 ? values + slot * cache.row_bytes() : incoming.values + (-1 - slot) * cache.row_bytes();
-  }
-};
-
-void update_gap(const Loops& loops, const Rows& rows, Ranked& r, int32_t rank) {
-  if (rank < 0 || rank + 1 >= r.count) return;
-  r.gap[rank] = loops.gap(rows.cache.dtype, rows.value(r.slot[rank]), rows.value(r.slot[rank + 1]), rows.cache.head_dim);
-}
-
-/** The rank that minimises the policy's value; the lowest rank of equals. */
-int32_t pick(const Cache& cache, const Ranked& r, int32_t step) {
-  int32_t best = -1;
-  float least = 0.0f;
-  const bool gapped = cache.gapped();
-  for (int32_t rank = cache.sinks; rank < r.count - cache.recent; rank++) {
-    const float w = wkv_average(r.score[rank], step - r.birth[rank] + 1);
-    float value = INFINITY;  // the newest has no right neighbour to be merged with
-    if (!gapped) value = wkv_select_value(cache.select, rank, w, 0.0f, 0.0f);
-    else if (rank + 1 < r.count) value = wkv_select_value(cache.select, rank, w, wkv_average(r.score[rank + 1], step - r.birth[rank + 1] + 1), r.gap[rank]);
-    if (std::isnan(value)) fail(WKV_DATA, "The merge cost of rank " + std::to_string(rank) + " is not a number");
-    if (best < 0 || value < least) best = rank, least = value;
-  }
-  return best;
-}
-
-}  // namespace
-
-void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Incoming& incoming, int32_t forced) {
-  Counts& counts = cache.counts[head];
-  const Rows rows{cache, cache.values_of(head), incoming};
-  const int32_t step = counts.steps;
-  const int32_t arrived = r.count - counts.kept;
-  if (cache.gapped()) {
-    for (int32_t rank = counts.kept - 1; rank + 1 < r.count; rank++) update_gap(loops, rows, r, rank);
-  }
-  if (r.count > cache.slots && cache.select == WKV_SELECT_NONE) fail(WKV_INVALID, "The cache is full: its policy keeps every token, and it has " + std::to_string(cache.slots) + " slots");
-  // A thread's own list, so that a step allocates nothing once it has grown.
-  static thread_local std::vector<int32_t> freed;
-  freed.clear();
-  while (r.count > cache.slots) {
-    const int32_t j = forced != -1 ? forced : pick(cache, r, step);
-    if (!wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
-    const bool neighbour = j + 1 < r.count;
-    const float w_v = wkv_average(r.score[j], step - r.birth[j] + 1);
-    const float w_r = neighbour ? wkv_average(r.score[j + 1], step - r.birth[j + 1] + 1) : 0.0f;
-    const bool merges = cache.merge == WKV_MERGE_RIGHT && neighbour;
-    if (merges && w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, rows.value(r.slot[j]), w_r, rows.value(r.slot[j + 1]), cache.head_dim);
-    counts.event[0] = static_cast<float>(r.birth[j] - 1);
-    counts.event[1] = merges ? static_cast<float>(r.birth[j + 1] - 1) : -1.0f;
-    counts.event[2] = w_v;
-    counts.event[3] = w_r;
-    ++(merges ? counts.merged : counts.evicted);
-    if (r.slot[j] >= 0) freed.push_back(r.slot[j]);
-    r.remove(j, cache.gapped());
-    if (cache.gapped()) update_gap(loops, rows, r, j - 1), update_gap(loops, rows, r, j);
-  }
-  size_t next_freed = 0;
-  int32_t unused = counts.kept;
-  for (int32_t rank = std::max(0, r.count - arrived); rank < r.count; rank++) {
-    if (r.slot[rank] >= 0) continue;
-    const int64_t from = (-1 - r.slot[rank]) * cache.row_bytes();
-    const int32_t slot = next_freed < freed.size() ? freed[next_freed++] : unused++;
-    std::memcpy(cache.keys_of(head) + slot * cache.row_bytes(), incoming.keys + from, size_t(cache.row_bytes()));
-    std::memcpy(rows.values + slot * cache.row_bytes(), incoming.values + from, size_t(cache.row_bytes()));
-    r.slot[rank] = slot;
-  }
-  counts.kept = r.count;
+void mean_of_heads(const Loops& loops, const float* weights, int64_t stride, int32_t heads, int32_t count, std::vector<float>& mean) {
+  mean.assign(count, 0.0f);
+  for (int32_t n = 0; n < heads; n++) loops.add_scaled(mean.data(), weights + n * stride, 1.0f / static_cast<float>(heads), count);
 }
 
 void store_key(const Loops& loops, const Cache& cache, float* key, const Rotation& at, uint8_t* out) {
@@ -204,7 +132,7 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
   });
 }
 
-int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
+int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t interval, int32_t select, int32_t merge, int32_t seed, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context&) {
     require_buffer(out, out_bytes, 4, "out");
     auto cache = std::make_shared<Cache>();
@@ -214,8 +142,9 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
     require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
     require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
-    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_MERGE_COST_LINEAR, "select " + std::to_string(select) + " is unknown");
-    require(merge == WKV_MERGE_NONE || merge == WKV_MERGE_RIGHT, "merge " + std::to_string(merge) + " is unknown");
+    require(interval >= 1 && interval <= slots + 1 - sinks - recent, "interval must be between 1 and slots + 1 - sinks - recent: " + std::to_string(interval) + " of " + std::to_string(slots + 1 - sinks - recent));
+    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
+    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
     require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
     require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
@@ -227,8 +156,10 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->slots = slots;
     cache->sinks = sinks;
     cache->recent = recent;
+    cache->interval = interval;
     cache->select = select;
     cache->merge = merge;
+    cache->seed = seed;
     cache->positions = positions;
     cache->dtype = dtype;
     const size_t all = size_t(layers) * sequences * kv_heads;
@@ -238,7 +169,7 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->scores.resize(entries);
     cache->births.resize(entries);
     cache->places.resize(entries);
-    if (cache->gapped()) cache->gaps.resize(entries);
+    cache->words.resize(entries * cache->width());
     cache->counts.resize(all);
     *out = add_handle(context, cache);
   });
@@ -303,20 +234,23 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
     const TensorRef forced = find_victims(context, victims, *cache);
     ctx.scratch.reserve(size_t(cache->row_bytes()) * 2);
     ctx.submit([=, &ctx] {
-      std::vector<float> key(dim), angles(dim);
+      std::vector<float> key(dim), angles(dim), layer_mean;
       const Incoming incoming{ctx.scratch.data(), ctx.scratch.data() + cache->row_bytes()};
       for (int32_t b = 0; b < cache->sequences; b++) {
+        const float* shares = given->row(b);
+        if (cache->by_layer()) mean_of_heads(*ctx.loops, shares, cache->slots + 1, n_heads, cache->counts[cache->head(layer, b, 0)].kept + 1, layer_mean);
         for (int32_t n = 0; n < n_heads; n++) {
           const int64_t head = cache->head(layer, b, n);
           Counts& counts = cache->counts[head];
           Ranked r = cache->ranked(head);
           const int32_t step = ++counts.steps;
+          const float* now = shares + int64_t{n} * (cache->slots + 1);
           std::memcpy(key.data(), rows->row(b) + n * dim, size_t(dim) * 4);
           store_key(*ctx.loops, *cache, key.data(), cache->rope->at(step - 1, angles.data()), incoming.keys);
           ctx.loops->write_row(cache->dtype, rows->row(b) + (n_heads + n) * dim, dim, incoming.values);
           r.add(0, step);
-          ctx.loops->add_scaled(r.score, given->row(b) + int64_t{n} * (cache->slots + 1), 1.0f, r.count);
-          settle(*ctx.loops, *cache, head, r, incoming, forced ? forced->i32()[b * n_heads + n] : -1);
+          ctx.loops->add_scaled(r.score, now, 1.0f, r.count);
+          settle(*ctx.loops, *cache, head, r, incoming, forced ? forced->i32()[b * n_heads + n] : -1, cache->by_layer() ? layer_mean.data() : now);
         }
       }
     });

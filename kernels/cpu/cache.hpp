@@ -1,4 +1,4 @@
-/** cache.hpp: the cache of the CPU library and steps 3 to 6 of a decode step, shared by wkv_attend, wkv_insert and wkv_prefill. */
+/** cache.hpp: the cache of the CPU library and steps 4 to 6 of a decode step, shared by wkv_attend, wkv_insert and wkv_prefill. */
 #pragma once
 #include "../policy.h"
 #include "common.hpp"
@@ -7,18 +7,21 @@ namespace wkv {
 
 /**
  * The tokens of one head in rank order. `slot` says where a token's K and V lie (they never move); a negative slot -1 - t is row t of
- * the incoming tokens, which have no slot yet. `gap` is |V_j - V_r|^2 with the right neighbour, kept for rules that ask for it.
+ * the incoming tokens, which have no slot yet. `words` [words a token, stride] is what the policy keeps of a token (policy.h).
  */
 struct Ranked {
   float* score;
   int32_t* birth;  // the step that fed the token, from 1: its place in the text + 1
   int32_t* slot;
-  float* gap;
-  int32_t count;
+  uint32_t* words;
+  int64_t stride;
+  int32_t count, width;  // tokens; words a token
 
+  uint32_t* word(int32_t w) const { return words + w * stride; }
+  float* number(int32_t w) const { return reinterpret_cast<float*>(word(w)); }
   /** Takes a rank out. */
-  void remove(int32_t rank, bool gaps);
-  /** Adds incoming row t at the end. */
+  void remove(int32_t rank);
+  /** Adds incoming row t at the end, its words 0. */
   void add(int32_t t, int32_t birth_step);
 };
 
@@ -30,10 +33,11 @@ struct Counts {
 
 struct Cache : Object {
   RopeRef rope;
-  int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge, positions, dtype;
+  int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, interval, select, merge, seed, positions, dtype;
   Memory<uint8_t> keys, values;                 // [layers, B, N, slots, D] in `dtype`, keys in the library's order of dimensions
-  Memory<float> scores, gaps;                   // [layers, B, N, slots + 1]
+  Memory<float> scores;                         // [layers, B, N, slots + 1]
   Memory<int32_t> births, places;               // the same
+  Memory<uint32_t> words;                       // [layers, B, N, words a token, slots + 1]
   std::vector<Counts> counts;                   // [layers, B, N]
   Cache() : Object(Kind::Cache) {}
 
@@ -44,7 +48,9 @@ struct Cache : Object {
   uint8_t* keys_of(int64_t head) { return keys.data() + head * slots * row_bytes(); }
   uint8_t* values_of(int64_t head) { return values.data() + head * slots * row_bytes(); }
   Ranked ranked(int64_t head);
-  bool gapped() const { return wkv_select_uses_gap(select); }
+  int32_t width() const { return wkv_words(select, merge); }
+  /** Whether all KV heads of a layer choose as one. */
+  bool by_layer() const { return select == WKV_SELECT_LOWEST_NOW; }
   /** The rotation that attention applies to stored rows from rank `rank` on. */
   Rotation rotation(int32_t rank) const;
   void check_layer(int32_t layer) const;
@@ -58,11 +64,14 @@ struct Incoming {
 };
 
 /**
- * Steps 4 to 6 for one head: `ranked` holds the cached tokens and the incoming ones behind them, scores already added. While more than
- * `slots` are left the policy's victim (or rank `forced`, -1: none) leaves, merged into its right neighbour or dropped; the incoming
- * tokens that are left are then copied into free slots.
+ * Steps 4 to 6 for one head (settle.cpp): `ranked` holds the cached tokens and the incoming ones behind them, scores already added.
+ * While too many are left the policy's victim (rank `forced` at first, -1: none) leaves; the incoming tokens that are left are then
+ * copied into free slots. now: the weights of this step in rank order, mean over the layer where it chooses as one; null: unknown.
  */
-void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& ranked, const Incoming& incoming, int32_t forced);
+void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& ranked, const Incoming& incoming, int32_t forced, const float* now);
+
+/** The mean of the KV heads' weights, [heads, stride], over their first `count` ranks. */
+void mean_of_heads(const Loops& loops, const float* weights, int64_t stride, int32_t heads, int32_t count, std::vector<float>& mean);
 
 /** Turns a new key into what is stored: the library's order, rotated (`at` its place in the text) when positions are the text's, in the
  *  cache's dtype; `key` is changed. */

@@ -29,7 +29,7 @@ struct Work {
   float* blocks;    // [threads, kBlock, stride]
   float* q;         // [threads, kBlock, D]
   float* score;
-  float* gap;
+  uint32_t* words;  // [words a token, length]
   int32_t* birth;
   int32_t* slot;
   uint8_t* new_keys;    // [rows], as stored
@@ -53,7 +53,7 @@ Work cut(uint8_t* scratch, const Cache& cache, int32_t threads, int64_t kept, in
   w.blocks = floats(int64_t{threads} * kBlock * w.stride);
   w.q = floats(int64_t{threads} * kBlock * cache.head_dim);
   w.score = floats(w.length);
-  w.gap = floats(w.length);
+  w.words = reinterpret_cast<uint32_t*>(take(w.length * cache.width(), 4));
   w.birth = reinterpret_cast<int32_t*>(take(w.length, 4));
   w.slot = reinterpret_cast<int32_t*>(take(w.length, 4));
   w.new_keys = take(rows, cache.row_bytes());
@@ -158,22 +158,22 @@ struct Job {
   void settle_rows() const {
     Counts& counts = cache.counts[head];
     const Ranked stored = cache.ranked(head);
-    Ranked r{w.score, w.birth, w.slot, w.gap, stored.count};
+    Ranked r{w.score, w.birth, w.slot, w.words, w.length, stored.count, stored.width};
     const size_t kept = size_t(stored.count) * 4;
     std::memcpy(r.score, stored.score, kept);
     std::memcpy(r.birth, stored.birth, kept);
     std::memcpy(r.slot, stored.slot, kept);
-    if (cache.gapped()) std::memcpy(r.gap, stored.gap, kept);
+    for (int32_t i = 0; i < r.width; i++) std::memcpy(r.word(i), stored.word(i), kept);
     for (int32_t t = 0; t < rows; t++) r.add(t, counts.steps + 1 + t);
     const int32_t tasks = cache.group() * kStripes;
     for (int32_t task = 0; task < tasks; task++) ctx.loops->add_scaled(r.score, w.columns + task * w.stride, 1.0f / static_cast<float>(cache.group()), w.length);
     counts.steps += rows;
-    settle(*ctx.loops, cache, head, r, Incoming{w.new_keys, w.new_values}, -1);
+    settle(*ctx.loops, cache, head, r, Incoming{w.new_keys, w.new_values}, -1, nullptr);
     const size_t left = size_t(r.count) * 4;
     std::memcpy(stored.score, r.score, left);
     std::memcpy(stored.birth, r.birth, left);
     std::memcpy(stored.slot, r.slot, left);
-    if (cache.gapped()) std::memcpy(stored.gap, r.gap, left);
+    for (int32_t i = 0; i < r.width; i++) std::memcpy(stored.word(i), r.word(i), left);
   }
 };
 
@@ -187,6 +187,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    require(!wkv_by_step(cache->select, cache->merge), "this policy looks at the weights of each step: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
     int64_t bytes = 0;

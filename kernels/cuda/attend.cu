@@ -3,6 +3,7 @@
  *
  *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len
  *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 of the step (wkv.h, policy.h)
+ * or, where the policy must see the whole step's weights, those weights for a second launch (settle.cu).
  *
  * qkv [B, (H + 2 N) D], out [B, H D]. A KV head of a sequence, with all its query heads, belongs to a cluster of blocks (one block where
  * there are no clusters). Chunks of 8 slots go round the blocks, then round a block's warps, so K and V are read once. A warp works alone:
@@ -742,7 +743,9 @@ struct Attend {
 
   // ---- accumulate, select ----
 
-  __device__ float average(float score, int32_t birth) const { return wkv_average(score, step - birth + 1); }
+  /** The weight of a token's value in a merge, and what an average rule minimises. */
+  __device__ float weight(float score, int32_t birth) const { return c.select == WKV_SELECT_LITERAL_AVERAGE ? score : wkv_average(score, step - birth + 1); }
+  __device__ float rule(const Own& o, float w) const { return wkv_select_value(c.select, wkv_token{o.rank, o.score, w, 0.0f, 0.0f, 0.0f}); }
 
   __device__ void put(int32_t i, const Own& o) { *reinterpret_cast<float4*>(scores + int64_t{i} * kPad) = make_float4(o.score, __int_as_float(o.birth), __int_as_float(o.rank), 0.0f); }
   __device__ Own get(int32_t i) const {
@@ -759,24 +762,30 @@ struct Attend {
 #pragma unroll
     for (int g = 0; g < kGroup; g++) shares[g] = g < group ? all.inverse[g] * a.plan.share : 0.0f;
     for (int32_t t = 0, i; (i = entry_at(t)) < count; t++) {
-      const Own o = fresh(i) ? Own{0.0f, step, kept} : own;
+      Own o = fresh(i) ? Own{0.0f, step, kept} : own;
       if (i + kTurn < local) own = read_own(i + kTurn);
       if (!used(i)) continue;
       const int32_t slot = fresh(i) ? kept : slot_at(i);
-      float s[kPad], score = o.score;
+      float s[kPad], now = 0.0f;
       read_floats(scores + int64_t{i} * kPad, s);
 #pragma unroll
-      for (int g = 0; g < kGroup; g++) score = fmaf(power((fresh(i) ? new_score(g) : s[g]) - all.highest[g]), shares[g], score);
-      put(i, {score, o.birth, o.rank});
-      if (fresh(i)) area.arrived = score;
+      for (int g = 0; g < kGroup; g++) now = fmaf(power((fresh(i) ? new_score(g) : s[g]) - all.highest[g]), shares[g], now);
+      if (c.later) {
+        c.weights[int64_t{unit} * (c.slots + 1) + o.rank] = now;
+        continue;
+      }
+      o.score += now;
+      if (full && c.select == WKV_SELECT_LITERAL_AVERAGE) o.score = wkv_average(o.score, step - o.birth + 1);
+      put(i, o);
+      if (fresh(i)) area.arrived = o.score;
       if (!selects && !c.gapped()) continue;
-      const float w = average(score, o.birth);
+      const float w = weight(o.score, o.birth);
       if (c.gapped()) {
-        __stcg(e.average + o.rank, w);
-        __stcg(c.places + head * (c.slots + 1) + o.rank, slot);
+        __stcg(e.by_rank + o.rank, w);
+        __stcg(c.places_of(head) + o.rank, slot);
         if (o.rank == kept - 1) area.newest = slot;
       }
-      if (selects && !by_gap) consider(best, forced == -1 ? wkv_select_value(c.select, o.rank, w, 0.0f, 0.0f) : 0.0f, o, slot, w, forced);
+      if (selects && !by_gap) consider(best, forced == -1 ? rule(o, w) : 0.0f, o, slot, w, forced);
     }
     if (!c.gapped()) return best;
     // Rules that ask for gaps: the newest cached token now has a right neighbour; then everyone's average is needed.
@@ -792,9 +801,9 @@ struct Attend {
       if (!used(i)) continue;
       const Own o = get(i);
       const int32_t slot = fresh(i) ? kept : slot_at(i);
-      const float w = average(o.score, o.birth);
+      const float w = weight(o.score, o.birth);
       // The newest has no right neighbour to be merged with.
-      const float cost = fresh(i) ? INFINITY : wkv_select_value(c.select, o.rank, w, __ldcg(e.average + o.rank + 1), e.gap[slot]);
+      const float cost = fresh(i) ? INFINITY : wkv_select_value(c.select, {o.rank, o.score, w, __ldcg(e.by_rank + o.rank + 1), 0.0f, e.gap[slot]});
       consider(best, cost, o, slot, w, forced);
     }
     return best;
@@ -896,7 +905,7 @@ struct Attend {
 
   /** A warp merges the victim's value into its right neighbour's, which it owns, and gives the victim's rows to the new token. */
   __device__ void replace(const Candidate& victim, int32_t right, const Own& neighbour) {
-    const float w_v = victim.average, w_r = average(neighbour.score, neighbour.birth);
+    const float w_v = victim.average, w_r = weight(neighbour.score, neighbour.birth);
     const bool merges = c.merge == WKV_MERGE_RIGHT;
     T *to_key = keys + int64_t{victim.slot} * dim, *to_value = values + int64_t{victim.slot} * dim, *to_right = values + int64_t{right} * dim;
     T left[kDim / 32], mid[kDim / 32];
@@ -919,7 +928,7 @@ struct Attend {
     if (lane == 0) note(victim, merges, static_cast<float>(neighbour.birth - 1), w_r);
     if (!c.gapped()) return;
     __syncwarp();
-    const int32_t* places = c.places + head * (c.slots + 1);
+    const int32_t* places = c.places_of(head);
     if (victim.rank > 0) {
       const int32_t before = __ldcg(places + victim.rank - 1);
       const float gap = warp_gap(values + int64_t{before} * dim, joined, dim);
@@ -959,7 +968,7 @@ __global__ void __launch_bounds__(kThreads, kGroup > 8 || kDim > 128 || sizeof(T
   area.first[my.tid] = own;
   __syncthreads();
 
-  const bool selects = my.full && c.select != WKV_SELECT_NONE;
+  const bool selects = my.full && c.select != WKV_SELECT_NONE && !c.later;
   if (my.blocks > 1 && my.tid == 0) {
     expect(&area.met, my.blocks * Block::kHeads * sizeof(float2));
     expect(&area.told, my.blocks * (my.my_slice() * sizeof(float2) + (selects ? sizeof(Candidate) : 0)));
@@ -989,6 +998,7 @@ __global__ void __launch_bounds__(kThreads, kGroup > 8 || kDim > 128 || sizeof(T
   else __syncthreads();
   if (my.blocks > 1) my.join_output();
 
+  if (c.later) return;
   const bool last = my.home && my.tid == 0;
   if (last) c.counts[my.head].steps = my.step;
   if (!my.full) {
@@ -1118,6 +1128,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
     a.layer = layer;
     a.victims = forced ? forced->i32() : nullptr;
     by_cache_type(cache->dtype, [&](auto type) { by_group<decltype(type)>(ctx, *cache, a); });
+    if (a.cache.later) settle_step(ctx, *cache, a.cache, a.qkv + int64_t{cache->heads} * cache->head_dim, from->columns, a.cache.weights, a.victims);
     ctx.submitted();
   });
 }

@@ -1,10 +1,4 @@
-/**
- * cache.cu: rotations and caches, and wkv_insert: steps 3 to 6 with given weights (select, merge and insert are settle in cache.cuh).
- *
- *   a[i] += weights[rank[i]];  then one settle a head                kv [B, 2 N D], weights [B, N (M + 1)]
- *
- * A block owns one KV head of one sequence. Bytes moved: the head's state (12 bytes a slot, read and written), its weights, three rows.
- */
+/** cache.cu: rotations and caches. */
 #include "cache.cuh"
 
 #include <cmath>
@@ -18,7 +12,8 @@ void Cache::check_layer(int32_t layer) const {
 
 CacheView Cache::view(int32_t layer) const {
   CacheView v;
-  v.sequences = sequences, v.heads = heads, v.kv_heads = kv_heads, v.head_dim = head_dim, v.slots = slots, v.sinks = sinks, v.recent = recent, v.select = select, v.merge = merge;
+  v.sequences = sequences, v.heads = heads, v.kv_heads = kv_heads, v.head_dim = head_dim, v.slots = slots, v.sinks = sinks, v.recent = recent, v.interval = interval, v.select = select, v.merge = merge, v.seed = seed;
+  v.width = width();
   v.text = positions == WKV_POSITIONS_TEXT;
   v.first = head(layer, 0, 0);
   v.keys = memory->as<uint8_t>(keys_at);
@@ -26,10 +21,13 @@ CacheView Cache::view(int32_t layer) const {
   v.scores = memory->as<float>(scores_at);
   v.births = memory->as<int32_t>(births_at);
   v.ranks = memory->as<int32_t>(ranks_at);
-  v.gaps = gapped() ? memory->as<float>(gaps_at) : nullptr;
-  v.averages = gapped() ? memory->as<float>(averages_at) : nullptr;
-  v.places = gapped() ? memory->as<int32_t>(places_at) : nullptr;
+  v.words = memory->as<uint32_t>(words_at);
   v.counts = memory->as<Counts>(counts_at);
+  v.later = later();
+  const size_t part = round_up(size_t(sequences) * kv_heads * (size_t(slots) + 1) * 4);
+  const auto scratch = [&](size_t i) { return memory->as<float>(scratch_at + i * part); };
+  v.by_rank = scratch(0), v.places = memory->as<int32_t>(scratch_at + part);
+  v.measures = scratch(2), v.now = scratch(3), v.weights = scratch(4), v.freed = memory->as<int32_t>(scratch_at + 5 * part);
   v.rope = rope->view();
   return v;
 }
@@ -46,40 +44,6 @@ TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache) {
 
 namespace {
 
-template <typename T>
-__global__ void __launch_bounds__(256) insert_kernel(CacheView c, const float* kv, const float* weights, const int32_t* victims, Faults faults) {
-  __shared__ SettleArea area;
-  __shared__ T key[512], value[512];
-  wait_for_previous();
-  let_next_start();
-  const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
-  const int64_t head = c.first + unit, b = unit / c.kv_heads;
-  Counts& counts = c.counts[head];
-  const int32_t kept = counts.kept, step = counts.steps + 1;
-  const Entries e = c.entries(head);
-  const float *k = kv + b * 2 * c.kv_heads * dim + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
-  for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
-    float x = k[c.rope.source(i)];
-    if (c.text && i < 2 * c.rope.pairs) {
-      const int32_t pair = i % c.rope.pairs;
-      const float2 turn = c.rope.at(step - 1, pair);
-      const float other = k[c.rope.source(i < c.rope.pairs ? i + c.rope.pairs : pair)];
-      x = i < c.rope.pairs ? x * turn.x - other * turn.y : other * turn.y + x * turn.x;
-    }
-    key[i] = from_float<T>(x);
-    value[i] = from_float<T>(v[i]);
-  }
-  const float* given = weights + int64_t{unit} * (c.slots + 1);
-  for (int32_t i = threadIdx.x; i <= kept; i += blockDim.x) {
-    if (i == kept) e.score[i] = given[kept], e.birth[i] = step, e.rank[i] = kept;
-    else e.score[i] += given[e.rank[i]];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) counts.steps = step;
-  __syncthreads();
-  settle<T>(c, head, e, kept, 1, key, value, victims ? victims[unit] : -1, faults, area);
-}
-
 /** An angle in turns of 2^64, so that its multiples wrap as turns do. */
 uint64_t phase_of(float frequency) {
   const long double turns = static_cast<long double>(frequency) / 6.283185307179586476925286766559L;
@@ -87,6 +51,7 @@ uint64_t phase_of(float frequency) {
   return part < 1.0L ? static_cast<uint64_t>(std::ldexp(part, 64)) : 0;
 }
 
+constexpr size_t kScratchLists = 6;  // as Cache::view cuts them
 constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}};
 
 }  // namespace
@@ -130,7 +95,7 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
   });
 }
 
-int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
+int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t interval, int32_t select, int32_t merge, int32_t seed, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context& ctx) {
     require_buffer(out, out_bytes, 4, "out");
     auto cache = std::make_shared<Cache>();
@@ -140,8 +105,9 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
     require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
     require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
-    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_MERGE_COST_LINEAR, "select " + std::to_string(select) + " is unknown");
-    require(merge == WKV_MERGE_NONE || merge == WKV_MERGE_RIGHT, "merge " + std::to_string(merge) + " is unknown");
+    require(interval >= 1 && interval <= slots + 1 - sinks - recent, "interval must be between 1 and slots + 1 - sinks - recent: " + std::to_string(interval) + " of " + std::to_string(slots + 1 - sinks - recent));
+    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
+    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
     require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
     require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
@@ -153,8 +119,10 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->slots = slots;
     cache->sinks = sinks;
     cache->recent = recent;
+    cache->interval = interval;
     cache->select = select;
     cache->merge = merge;
+    cache->seed = seed;
     cache->positions = positions;
     cache->dtype = dtype;
     require(heads / kv_heads <= 16, "the CUDA library takes at most 16 query heads a KV head: " + std::to_string(heads / kv_heads));
@@ -171,10 +139,11 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->scores_at = take(entries * 4);
     cache->births_at = take(entries * 4);
     cache->ranks_at = take(entries * 4);
-    cache->gaps_at = take(cache->gapped() ? entries * 4 : 0);
-    cache->averages_at = take(cache->gapped() ? entries * 4 : 0);
-    cache->places_at = take(cache->gapped() ? entries * 4 : 0);
+    cache->words_at = take(entries * cache->width() * 4);
     cache->counts_at = take(all * sizeof(Counts));
+    cache->scratch_at = bytes;
+    const size_t lists = cache->later() ? kScratchLists : wkv_uses_gap(select) ? 2 : 0;
+    for (size_t i = 0; i < lists; i++) take(size_t(sequences) * kv_heads * (size_t(slots) + 1) * 4);
     cache->memory = std::make_shared<DeviceMemory>(bytes);
     ctx.zero(cache->memory->as<void>(), bytes);
     const std::vector<Counts> empty(all, kEmpty);
@@ -255,20 +224,5 @@ int32_t wkv_cache_read(int32_t context, int32_t handle, int32_t field, int32_t l
         floats[field == WKV_CACHE_KEYS ? view.rope.source(d) : d] = x;
       }
     }
-  });
-}
-
-int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, int32_t weights, int32_t victims) {
-  return entry(context, [&](Context& ctx) {
-    const CacheRef cache = find_cache(context, handle, layer);
-    const int32_t n_heads = cache->kv_heads;
-    const TensorRef rows = find_tensor(context, kv, "kv", WKV_F32, cache->sequences, 2 * n_heads * cache->head_dim);
-    const TensorRef given = find_tensor(context, weights, "weights", WKV_F32, cache->sequences, n_heads * (cache->slots + 1));
-    const TensorRef forced = find_victims(context, victims, *cache);
-    ctx.hold(cache, rows, given, forced);
-    by_cache_type(cache->dtype, [&](auto type) {
-      launch(ctx, insert_kernel<decltype(type)>, {cache->sequences * n_heads, 256}, cache->view(layer), rows->f32(), given->f32(), forced ? forced->i32() : nullptr, ctx.faults());
-    });
-    ctx.submitted();
   });
 }

@@ -21,7 +21,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cache.cuh"
+#include "settle.cuh"
 
 namespace wkv {
 namespace {
@@ -42,7 +42,8 @@ struct PrefillView {
   float* lse;                       // [H, rows]
   float* columns;                   // [H, entries]
   int64_t entries;                  // slots + rows
-  float *score, *gap, *average;     // [N, entries]
+  float *score, *by_rank, *measure; // [N, entries]
+  uint32_t* words;                  // [N, words a token, entries]
   int32_t *birth, *rank, *freed;
 
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
@@ -627,7 +628,7 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   Counts& counts = c.counts[head];
   const int32_t kept = counts.kept, steps = counts.steps;
   const Entries own = c.entries(head);
-  const Entries e{p.score + at, p.birth + at, p.rank + at, c.gapped() ? p.gap + at : nullptr, c.gapped() ? p.average + at : nullptr, p.freed + at};
+  const Entries e{p.score + at, p.birth + at, p.rank + at, p.words + at * c.width, p.entries, c.gapped() ? reinterpret_cast<float*>(p.words + at) : nullptr, p.by_rank + at, p.measure + at, nullptr, p.freed + at};
   for (int32_t i = threadIdx.x; i < kept + p.rows; i += blockDim.x) {
     const bool cached = i < kept;
     float sum = 0.0f;
@@ -635,7 +636,7 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
     e.score[i] = (cached ? own.score[i] : 0.0f) + sum / static_cast<float>(c.group());
     e.birth[i] = cached ? own.birth[i] : steps + 1 + i - kept;
     e.rank[i] = cached ? own.rank[i] : i;
-    if (c.gapped()) e.gap[i] = cached ? own.gap[i] : 0.0f;
+    for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = cached ? own.words[w * own.stride + i] : 0;
   }
   __syncthreads();
   if (threadIdx.x == 0) counts.steps = steps + p.rows;
@@ -713,6 +714,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    require(!wkv_by_step(cache->select, cache->merge), "this policy looks at the weights of each step: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
     ctx.hold(cache, from, to);
@@ -737,7 +739,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       };
       const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count, 4)); };
       const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count, 4)); };
-      const int64_t states = cache->kv_heads * p.entries, gaps = cache->gapped() ? states : 0;
+      const int64_t states = cache->kv_heads * p.entries;
       const int64_t wide = int64_t{p.width} * (is_exact(*cache) ? 4 : 2);
       p.q = take(int64_t{cache->heads} * rows, wide);
       p.keys = take(states, wide);
@@ -747,8 +749,9 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       p.lse = floats(int64_t{cache->heads} * rows);
       p.columns = floats(cache->heads * p.entries);
       p.score = floats(states);
-      p.gap = floats(gaps);
-      p.average = floats(gaps);
+      p.by_rank = floats(states);
+      p.measure = floats(states);
+      p.words = reinterpret_cast<uint32_t*>(ints(states * cache->width()));
       p.birth = ints(states);
       p.rank = ints(states);
       p.freed = ints(states);

@@ -69,7 +69,7 @@ std::string fault_text(const FaultWord& word, int32_t* status) {
     case Fault::Target: return "Target " + n(0) + " is outside the vocabulary of " + n(1);
     case Fault::NanLogit: return "The logit of token " + n(0) + " is not a number";
     case Fault::NanAttention: return "The attention of layer " + n(0) + " is not a number";
-    case Fault::NanScore: return "The merge cost of rank " + n(0) + " is not a number";
+    case Fault::NanScore: return "What rank " + n(0) + " is chosen by is not a number";
     case Fault::Full: return "The cache is full: its policy keeps every token, and it has " + n(0) + " slots";
     default: return "Rank " + n(0) + " may not leave a cache of " + n(1) + " tokens with " + n(2) + " sinks and " + n(3) + " recent";
   }

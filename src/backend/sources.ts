@@ -4,7 +4,7 @@ export const sources: Record<string, string> = {
  * attend.cpp: wkv_attend, one decode step of one layer: attend, accumulate scores, select, merge, insert.
  *
  *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], i)     i = 0..len, the new token being i = len
- *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (cache.cpp)
+ *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (settle.cpp)
  *
  * A task owns one KV head and a stretch of ranks, for all its query heads, so K and V are read once; the stretches depend on the number
  * of slots alone and are joined in rank order by one task a head. Bytes moved: K and V of the cached tokens once, the scores twice.
@@ -24,6 +24,7 @@ struct Work {
   float* highest;   // [stretches, G]
   float* sums;      // [stretches, G]
   float* outputs;   // [stretches, G, D]
+  float* now;       // [stride]: mean_g p
   uint8_t* key;     // the new token, as stored
   uint8_t* value;
 };
@@ -39,7 +40,7 @@ struct Plan {
     while (entries / stretch > 64) stretch *= 2;
     stretches = (entries + stretch - 1) / stretch;
     stride = (int64_t{entries} + 15) / 16 * 16;
-    floats = group * head_dim + group * stride + int64_t{stretches} * group * (2 + head_dim);
+    floats = group * head_dim + (group + 1) * stride + int64_t{stretches} * group * (2 + head_dim);
     bytes = (floats * 4 + 2 * cache.row_bytes() + 63) / 64 * 64;
   }
 
@@ -50,7 +51,8 @@ struct Plan {
     w.highest = w.weights + group * stride;
     w.sums = w.highest + int64_t{stretches} * group;
     w.outputs = w.sums + int64_t{stretches} * group;
-    w.key = reinterpret_cast<uint8_t*>(w.outputs + int64_t{stretches} * group * head_dim);
+    w.now = w.outputs + int64_t{stretches} * group * head_dim;
+    w.key = reinterpret_cast<uint8_t*>(w.now + stride);
     w.value = w.key + row_bytes;
     return w;
   }
@@ -98,12 +100,10 @@ void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& 
   if (last == total) loops.weighted_values(new_value, w.weights + r.count, plan.stride, plan.group, out);
 }
 
-/** Joins the stretches of one head in order, adds the weights to the scores, and settles the new token. */
-void join(const Loops& loops, Cache& cache, int32_t layer, int64_t head, const Plan& plan, const Work& w, float* out, int32_t forced) {
-  Ranked r = cache.ranked(head);
-  const int32_t total = r.count + 1, used = (total + plan.stretch - 1) / plan.stretch;
-  const int32_t step = ++cache.counts[head].steps;
-  r.add(0, step);
+/** Joins the stretches of one head in order: its outputs, and every token's mean weight over the query heads. */
+void join(const Loops& loops, Cache& cache, int32_t layer, int64_t head, const Plan& plan, const Work& w, float* out) {
+  const int32_t total = cache.counts[head].kept + 1, used = (total + plan.stretch - 1) / plan.stretch;
+  std::memset(w.now, 0, size_t(total) * 4);
   for (int32_t g = 0; g < plan.group; g++) {
     float most = -INFINITY, sum = 0.0f;
     for (int32_t s = 0; s < used; s++) most = std::fmax(most, w.highest[s * plan.group + g]);
@@ -114,10 +114,19 @@ void join(const Loops& loops, Cache& cache, int32_t layer, int64_t head, const P
       const float factor = std::exp(w.highest[s * plan.group + g] - most) / sum;
       const int32_t first = s * plan.stretch, count = total - first < plan.stretch ? total - first : plan.stretch;
       loops.add_scaled(out + g * plan.head_dim, w.outputs + (int64_t{s} * plan.group + g) * plan.head_dim, factor, plan.head_dim);
-      loops.add_scaled(r.score + first, w.weights + g * plan.stride + first, factor / static_cast<float>(plan.group), count);
+      loops.add_scaled(w.now + first, w.weights + g * plan.stride + first, factor / static_cast<float>(plan.group), count);
     }
   }
-  settle(loops, cache, head, r, Incoming{w.key, w.value}, forced);
+}
+
+/** Adds the weights to the scores, and settles the new token. \`first\`: the work of the layer's first KV head of the sequence. */
+void accumulate(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, const Work& first, int32_t forced) {
+  static thread_local std::vector<float> layer_mean;
+  Ranked r = cache.ranked(head);
+  r.add(0, ++cache.counts[head].steps);
+  loops.add_scaled(r.score, w.now, 1.0f, r.count);
+  if (cache.by_layer()) mean_of_heads(loops, first.now, plan.bytes / 4, cache.kv_heads, r.count, layer_mean);
+  settle(loops, cache, head, r, Incoming{w.key, w.value}, forced, cache.by_layer() ? layer_mean.data() : w.now);
 }
 
 }  // namespace
@@ -153,14 +162,17 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
           float* row = to->row(u / cache->kv_heads) + u % cache->kv_heads * plan.group * plan.head_dim;
-          join(loops, *cache, layer, first + u, plan, work(u), row, forced ? forced->i32()[u] : -1);
+          join(loops, *cache, layer, first + u, plan, work(u), row);
         }
+      });
+      ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t u = begin; u < end; u++) accumulate(loops, *cache, first + u, plan, work(u), work(u / cache->kv_heads * cache->kv_heads), forced ? forced->i32()[u] : -1);
       });
     });
   });
 }
 `,
-  "cpu/cache.cpp": `/** cache.cpp: rotations and caches, select, merge and insert, and wkv_insert. The rules themselves are in policy.h. */
+  "cpu/cache.cpp": `/** cache.cpp: rotations and caches, and wkv_insert. */
 #include "cache.hpp"
 
 #include <algorithm>
@@ -206,12 +218,12 @@ void rotate(float* head, const Rotation& by) {
 // ---- state ----
 
 size_t Cache::bytes() const {
-  return keys.bytes() + values.bytes() + scores.bytes() + gaps.bytes() + births.bytes() + places.bytes() + counts.size() * sizeof(Counts);
+  return keys.bytes() + values.bytes() + scores.bytes() + words.bytes() + births.bytes() + places.bytes() + counts.size() * sizeof(Counts);
 }
 
 Ranked Cache::ranked(int64_t head) {
   const int64_t at = head * (slots + 1);
-  return {scores.data() + at, births.data() + at, places.data() + at, gapped() ? gaps.data() + at : nullptr, counts[head].kept};
+  return {scores.data() + at, births.data() + at, places.data() + at, words.data() + at * width(), slots + 1, counts[head].kept, width()};
 }
 
 Rotation Cache::rotation(int32_t rank) const {
@@ -224,12 +236,12 @@ void Cache::check_layer(int32_t layer) const {
   require(layer >= 0 && layer < layers, "layer must be between 0 and " + std::to_string(layers - 1) + ": " + std::to_string(layer));
 }
 
-void Ranked::remove(int32_t rank, bool gaps) {
+void Ranked::remove(int32_t rank) {
   const size_t after = size_t(count - rank - 1) * 4;
   std::memmove(score + rank, score + rank + 1, after);
   std::memmove(birth + rank, birth + rank + 1, after);
   std::memmove(slot + rank, slot + rank + 1, after);
-  if (gaps) std::memmove(gap + rank, gap + rank + 1, after);
+  for (int32_t w = 0; w < width; w++) std::memmove(word(w) + rank, word(w) + rank + 1, after);
   count--;
 }
 
@@ -237,85 +249,13 @@ void Ranked::add(int32_t t, int32_t birth_step) {
   score[count] = 0.0f;
   birth[count] = birth_step;
   slot[count] = -1 - t;
+  for (int32_t w = 0; w < width; w++) word(w)[count] = 0;
   count++;
 }
 
-// ---- select, merge, insert ----
-
-namespace {
-
-struct Rows {
-  const Cache& cache;
-  uint8_t* values;
-  const Incoming& incoming;
-  uint8_t* value(int32_t slot) const {
-    return slot >= 0 ? values + slot * cache.row_bytes() : incoming.values + (-1 - slot) * cache.row_bytes();
-  }
-};
-
-void update_gap(const Loops& loops, const Rows& rows, Ranked& r, int32_t rank) {
-  if (rank < 0 || rank + 1 >= r.count) return;
-  r.gap[rank] = loops.gap(rows.cache.dtype, rows.value(r.slot[rank]), rows.value(r.slot[rank + 1]), rows.cache.head_dim);
-}
-
-/** The rank that minimises the policy's value; the lowest rank of equals. */
-int32_t pick(const Cache& cache, const Ranked& r, int32_t step) {
-  int32_t best = -1;
-  float least = 0.0f;
-  const bool gapped = cache.gapped();
-  for (int32_t rank = cache.sinks; rank < r.count - cache.recent; rank++) {
-    const float w = wkv_average(r.score[rank], step - r.birth[rank] + 1);
-    float value = INFINITY;  // the newest has no right neighbour to be merged with
-    if (!gapped) value = wkv_select_value(cache.select, rank, w, 0.0f, 0.0f);
-    else if (rank + 1 < r.count) value = wkv_select_value(cache.select, rank, w, wkv_average(r.score[rank + 1], step - r.birth[rank + 1] + 1), r.gap[rank]);
-    if (std::isnan(value)) fail(WKV_DATA, "The merge cost of rank " + std::to_string(rank) + " is not a number");
-    if (best < 0 || value < least) best = rank, least = value;
-  }
-  return best;
-}
-
-}  // namespace
-
-void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Incoming& incoming, int32_t forced) {
-  Counts& counts = cache.counts[head];
-  const Rows rows{cache, cache.values_of(head), incoming};
-  const int32_t step = counts.steps;
-  const int32_t arrived = r.count - counts.kept;
-  if (cache.gapped()) {
-    for (int32_t rank = counts.kept - 1; rank + 1 < r.count; rank++) update_gap(loops, rows, r, rank);
-  }
-  if (r.count > cache.slots && cache.select == WKV_SELECT_NONE) fail(WKV_INVALID, "The cache is full: its policy keeps every token, and it has " + std::to_string(cache.slots) + " slots");
-  // A thread's own list, so that a step allocates nothing once it has grown.
-  static thread_local std::vector<int32_t> freed;
-  freed.clear();
-  while (r.count > cache.slots) {
-    const int32_t j = forced != -1 ? forced : pick(cache, r, step);
-    if (!wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
-    const bool neighbour = j + 1 < r.count;
-    const float w_v = wkv_average(r.score[j], step - r.birth[j] + 1);
-    const float w_r = neighbour ? wkv_average(r.score[j + 1], step - r.birth[j + 1] + 1) : 0.0f;
-    const bool merges = cache.merge == WKV_MERGE_RIGHT && neighbour;
-    if (merges && w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, rows.value(r.slot[j]), w_r, rows.value(r.slot[j + 1]), cache.head_dim);
-    counts.event[0] = static_cast<float>(r.birth[j] - 1);
-    counts.event[1] = merges ? static_cast<float>(r.birth[j + 1] - 1) : -1.0f;
-    counts.event[2] = w_v;
-    counts.event[3] = w_r;
-    ++(merges ? counts.merged : counts.evicted);
-    if (r.slot[j] >= 0) freed.push_back(r.slot[j]);
-    r.remove(j, cache.gapped());
-    if (cache.gapped()) update_gap(loops, rows, r, j - 1), update_gap(loops, rows, r, j);
-  }
-  size_t next_freed = 0;
-  int32_t unused = counts.kept;
-  for (int32_t rank = std::max(0, r.count - arrived); rank < r.count; rank++) {
-    if (r.slot[rank] >= 0) continue;
-    const int64_t from = (-1 - r.slot[rank]) * cache.row_bytes();
-    const int32_t slot = next_freed < freed.size() ? freed[next_freed++] : unused++;
-    std::memcpy(cache.keys_of(head) + slot * cache.row_bytes(), incoming.keys + from, size_t(cache.row_bytes()));
-    std::memcpy(rows.values + slot * cache.row_bytes(), incoming.values + from, size_t(cache.row_bytes()));
-    r.slot[rank] = slot;
-  }
-  counts.kept = r.count;
+void mean_of_heads(const Loops& loops, const float* weights, int64_t stride, int32_t heads, int32_t count, std::vector<float>& mean) {
+  mean.assign(count, 0.0f);
+  for (int32_t n = 0; n < heads; n++) loops.add_scaled(mean.data(), weights + n * stride, 1.0f / static_cast<float>(heads), count);
 }
 
 void store_key(const Loops& loops, const Cache& cache, float* key, const Rotation& at, uint8_t* out) {
@@ -366,7 +306,7 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
   });
 }
 
-int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
+int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t interval, int32_t select, int32_t merge, int32_t seed, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context&) {
     require_buffer(out, out_bytes, 4, "out");
     auto cache = std::make_shared<Cache>();
@@ -376,8 +316,9 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
     require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
     require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
-    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_MERGE_COST_LINEAR, "select " + std::to_string(select) + " is unknown");
-    require(merge == WKV_MERGE_NONE || merge == WKV_MERGE_RIGHT, "merge " + std::to_string(merge) + " is unknown");
+    require(interval >= 1 && interval <= slots + 1 - sinks - recent, "interval must be between 1 and slots + 1 - sinks - recent: " + std::to_string(interval) + " of " + std::to_string(slots + 1 - sinks - recent));
+    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
+    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
     require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
     require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
@@ -389,8 +330,10 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->slots = slots;
     cache->sinks = sinks;
     cache->recent = recent;
+    cache->interval = interval;
     cache->select = select;
     cache->merge = merge;
+    cache->seed = seed;
     cache->positions = positions;
     cache->dtype = dtype;
     const size_t all = size_t(layers) * sequences * kv_heads;
@@ -400,7 +343,7 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->scores.resize(entries);
     cache->births.resize(entries);
     cache->places.resize(entries);
-    if (cache->gapped()) cache->gaps.resize(entries);
+    cache->words.resize(entries * cache->width());
     cache->counts.resize(all);
     *out = add_handle(context, cache);
   });
@@ -465,27 +408,30 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
     const TensorRef forced = find_victims(context, victims, *cache);
     ctx.scratch.reserve(size_t(cache->row_bytes()) * 2);
     ctx.submit([=, &ctx] {
-      std::vector<float> key(dim), angles(dim);
+      std::vector<float> key(dim), angles(dim), layer_mean;
       const Incoming incoming{ctx.scratch.data(), ctx.scratch.data() + cache->row_bytes()};
       for (int32_t b = 0; b < cache->sequences; b++) {
+        const float* shares = given->row(b);
+        if (cache->by_layer()) mean_of_heads(*ctx.loops, shares, cache->slots + 1, n_heads, cache->counts[cache->head(layer, b, 0)].kept + 1, layer_mean);
         for (int32_t n = 0; n < n_heads; n++) {
           const int64_t head = cache->head(layer, b, n);
           Counts& counts = cache->counts[head];
           Ranked r = cache->ranked(head);
           const int32_t step = ++counts.steps;
+          const float* now = shares + int64_t{n} * (cache->slots + 1);
           std::memcpy(key.data(), rows->row(b) + n * dim, size_t(dim) * 4);
           store_key(*ctx.loops, *cache, key.data(), cache->rope->at(step - 1, angles.data()), incoming.keys);
           ctx.loops->write_row(cache->dtype, rows->row(b) + (n_heads + n) * dim, dim, incoming.values);
           r.add(0, step);
-          ctx.loops->add_scaled(r.score, given->row(b) + int64_t{n} * (cache->slots + 1), 1.0f, r.count);
-          settle(*ctx.loops, *cache, head, r, incoming, forced ? forced->i32()[b * n_heads + n] : -1);
+          ctx.loops->add_scaled(r.score, now, 1.0f, r.count);
+          settle(*ctx.loops, *cache, head, r, incoming, forced ? forced->i32()[b * n_heads + n] : -1, cache->by_layer() ? layer_mean.data() : now);
         }
       }
     });
   });
 }
 `,
-  "cpu/cache.hpp": `/** cache.hpp: the cache of the CPU library and steps 3 to 6 of a decode step, shared by wkv_attend, wkv_insert and wkv_prefill. */
+  "cpu/cache.hpp": `/** cache.hpp: the cache of the CPU library and steps 4 to 6 of a decode step, shared by wkv_attend, wkv_insert and wkv_prefill. */
 #pragma once
 #include "../policy.h"
 #include "common.hpp"
@@ -494,18 +440,21 @@ namespace wkv {
 
 /**
  * The tokens of one head in rank order. \`slot\` says where a token's K and V lie (they never move); a negative slot -1 - t is row t of
- * the incoming tokens, which have no slot yet. \`gap\` is |V_j - V_r|^2 with the right neighbour, kept for rules that ask for it.
+ * the incoming tokens, which have no slot yet. \`words\` [words a token, stride] is what the policy keeps of a token (policy.h).
  */
 struct Ranked {
   float* score;
   int32_t* birth;  // the step that fed the token, from 1: its place in the text + 1
   int32_t* slot;
-  float* gap;
-  int32_t count;
+  uint32_t* words;
+  int64_t stride;
+  int32_t count, width;  // tokens; words a token
 
+  uint32_t* word(int32_t w) const { return words + w * stride; }
+  float* number(int32_t w) const { return reinterpret_cast<float*>(word(w)); }
   /** Takes a rank out. */
-  void remove(int32_t rank, bool gaps);
-  /** Adds incoming row t at the end. */
+  void remove(int32_t rank);
+  /** Adds incoming row t at the end, its words 0. */
   void add(int32_t t, int32_t birth_step);
 };
 
@@ -517,10 +466,11 @@ struct Counts {
 
 struct Cache : Object {
   RopeRef rope;
-  int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge, positions, dtype;
+  int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, interval, select, merge, seed, positions, dtype;
   Memory<uint8_t> keys, values;                 // [layers, B, N, slots, D] in \`dtype\`, keys in the library's order of dimensions
-  Memory<float> scores, gaps;                   // [layers, B, N, slots + 1]
+  Memory<float> scores;                         // [layers, B, N, slots + 1]
   Memory<int32_t> births, places;               // the same
+  Memory<uint32_t> words;                       // [layers, B, N, words a token, slots + 1]
   std::vector<Counts> counts;                   // [layers, B, N]
   Cache() : Object(Kind::Cache) {}
 
@@ -531,7 +481,9 @@ struct Cache : Object {
   uint8_t* keys_of(int64_t head) { return keys.data() + head * slots * row_bytes(); }
   uint8_t* values_of(int64_t head) { return values.data() + head * slots * row_bytes(); }
   Ranked ranked(int64_t head);
-  bool gapped() const { return wkv_select_uses_gap(select); }
+  int32_t width() const { return wkv_words(select, merge); }
+  /** Whether all KV heads of a layer choose as one. */
+  bool by_layer() const { return select == WKV_SELECT_LOWEST_NOW; }
   /** The rotation that attention applies to stored rows from rank \`rank\` on. */
   Rotation rotation(int32_t rank) const;
   void check_layer(int32_t layer) const;
@@ -545,11 +497,14 @@ struct Incoming {
 };
 
 /**
- * Steps 4 to 6 for one head: \`ranked\` holds the cached tokens and the incoming ones behind them, scores already added. While more than
- * \`slots\` are left the policy's victim (or rank \`forced\`, -1: none) leaves, merged into its right neighbour or dropped; the incoming
- * tokens that are left are then copied into free slots.
+ * Steps 4 to 6 for one head (settle.cpp): \`ranked\` holds the cached tokens and the incoming ones behind them, scores already added.
+ * While too many are left the policy's victim (rank \`forced\` at first, -1: none) leaves; the incoming tokens that are left are then
+ * copied into free slots. now: the weights of this step in rank order, mean over the layer where it chooses as one; null: unknown.
  */
-void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& ranked, const Incoming& incoming, int32_t forced);
+void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& ranked, const Incoming& incoming, int32_t forced, const float* now);
+
+/** The mean of the KV heads' weights, [heads, stride], over their first \`count\` ranks. */
+void mean_of_heads(const Loops& loops, const float* weights, int64_t stride, int32_t heads, int32_t count, std::vector<float>& mean);
 
 /** Turns a new key into what is stored: the library's order, rotated (\`at\` its place in the text) when positions are the text's, in the
  *  cache's dtype; \`key\` is changed. */
@@ -1646,7 +1601,7 @@ struct Work {
   float* blocks;    // [threads, kBlock, stride]
   float* q;         // [threads, kBlock, D]
   float* score;
-  float* gap;
+  uint32_t* words;  // [words a token, length]
   int32_t* birth;
   int32_t* slot;
   uint8_t* new_keys;    // [rows], as stored
@@ -1670,7 +1625,7 @@ Work cut(uint8_t* scratch, const Cache& cache, int32_t threads, int64_t kept, in
   w.blocks = floats(int64_t{threads} * kBlock * w.stride);
   w.q = floats(int64_t{threads} * kBlock * cache.head_dim);
   w.score = floats(w.length);
-  w.gap = floats(w.length);
+  w.words = reinterpret_cast<uint32_t*>(take(w.length * cache.width(), 4));
   w.birth = reinterpret_cast<int32_t*>(take(w.length, 4));
   w.slot = reinterpret_cast<int32_t*>(take(w.length, 4));
   w.new_keys = take(rows, cache.row_bytes());
@@ -1775,22 +1730,22 @@ struct Job {
   void settle_rows() const {
     Counts& counts = cache.counts[head];
     const Ranked stored = cache.ranked(head);
-    Ranked r{w.score, w.birth, w.slot, w.gap, stored.count};
+    Ranked r{w.score, w.birth, w.slot, w.words, w.length, stored.count, stored.width};
     const size_t kept = size_t(stored.count) * 4;
     std::memcpy(r.score, stored.score, kept);
     std::memcpy(r.birth, stored.birth, kept);
     std::memcpy(r.slot, stored.slot, kept);
-    if (cache.gapped()) std::memcpy(r.gap, stored.gap, kept);
+    for (int32_t i = 0; i < r.width; i++) std::memcpy(r.word(i), stored.word(i), kept);
     for (int32_t t = 0; t < rows; t++) r.add(t, counts.steps + 1 + t);
     const int32_t tasks = cache.group() * kStripes;
     for (int32_t task = 0; task < tasks; task++) ctx.loops->add_scaled(r.score, w.columns + task * w.stride, 1.0f / static_cast<float>(cache.group()), w.length);
     counts.steps += rows;
-    settle(*ctx.loops, cache, head, r, Incoming{w.new_keys, w.new_values}, -1);
+    settle(*ctx.loops, cache, head, r, Incoming{w.new_keys, w.new_values}, -1, nullptr);
     const size_t left = size_t(r.count) * 4;
     std::memcpy(stored.score, r.score, left);
     std::memcpy(stored.birth, r.birth, left);
     std::memcpy(stored.slot, r.slot, left);
-    if (cache.gapped()) std::memcpy(stored.gap, r.gap, left);
+    for (int32_t i = 0; i < r.width; i++) std::memcpy(stored.word(i), r.word(i), left);
   }
 };
 
@@ -1804,6 +1759,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    require(!wkv_by_step(cache->select, cache->merge), "this policy looks at the weights of each step: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
     int64_t bytes = 0;
@@ -2144,6 +2100,251 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
   });
 }
 `,
+  "cpu/settle.cpp": `/** settle.cpp: steps 4 to 6 of a decode step: select, merge, insert. The rules are in policy.h, their blocks in docs/policies.md. */
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cache.hpp"
+
+namespace wkv {
+namespace {
+
+/** Lists of a thread, kept so that a step allocates nothing once they have grown. */
+struct Lists {
+  std::vector<float> now, measure, row, sum;
+  std::vector<int32_t> freed;
+};
+
+/** One head while tokens leave it. */
+struct Head {
+  const Loops& loops;
+  Cache& cache;
+  const int64_t index;
+  Ranked& r;
+  const Incoming& incoming;
+  Lists& lists;
+  const int32_t step, dim;
+
+  float* now() const { return lists.now.data(); }
+  float* measure() const { return lists.measure.data(); }
+  uint8_t* key(int32_t rank) const { return row_of(cache.keys_of(index), incoming.keys, rank); }
+  uint8_t* value(int32_t rank) const { return row_of(cache.values_of(index), incoming.values, rank); }
+  uint8_t* row_of(uint8_t* stored, uint8_t* arrived, int32_t rank) const {
+    const int32_t slot = r.slot[rank];
+    return slot >= 0 ? stored + slot * cache.row_bytes() : arrived + (-1 - slot) * cache.row_bytes();
+  }
+  void read(const uint8_t* row, float* out) const { loops.read_row(cache.dtype, row, dim, out); }
+  float average(int32_t rank) const { return wkv_average(r.score[rank], step - r.birth[rank] + 1); }
+  /** The weight of a token's value in a merge, and what an average rule minimises. */
+  float weight(int32_t rank) const { return cache.select == WKV_SELECT_LITERAL_AVERAGE ? r.score[rank] : average(rank); }
+
+  void update_gap(int32_t rank) const {
+    if (rank < 0 || rank + 1 >= r.count) return;
+    r.number(0)[rank] = loops.gap(cache.dtype, value(rank), value(rank + 1), dim);
+  }
+
+  /** Notes this step's weights, whether or not a token leaves. */
+  void note() const {
+    if (cache.select == WKV_SELECT_LEAST_OFTEN) {
+      const int32_t bit = (step - 1) % WKV_OFTEN_STEPS;
+      uint32_t* word = r.word(bit / 32);
+      const uint32_t mask = 1u << bit % 32;
+      const float threshold = 1.0f / static_cast<float>(r.count);
+      for (int32_t i = 0; i < r.count; i++) word[i] = now()[i] > threshold ? word[i] | mask : word[i] & ~mask;
+    } else if (cache.select == WKV_SELECT_WINDOW) {
+      std::memcpy(r.number((step - 1) % WKV_WINDOW_STEPS), now(), size_t(r.count) * 4);
+    }
+  }
+
+  /** The mean of the normalised keys, into lists.sum. */
+  void find_anchor() const {
+    lists.sum.assign(dim, 0.0f);
+    for (int32_t i = 0; i < r.count; i++) {
+      read(key(i), lists.row.data());
+      const float norm = norm_of(lists.row.data());
+      if (norm > 0.0f) loops.add_scaled(lists.sum.data(), lists.row.data(), 1.0f / norm, dim);
+    }
+    for (float& x : lists.sum) x /= static_cast<float>(r.count);
+  }
+  /** The weighted sum of all values, into lists.sum: the mean output of the group's query heads. */
+  void find_output() const {
+    lists.sum.assign(dim, 0.0f);
+    for (int32_t i = 0; i < r.count; i++) {
+      read(value(i), lists.row.data());
+      loops.add_scaled(lists.sum.data(), lists.row.data(), now()[i], dim);
+    }
+  }
+  float norm_of(const float* x) const {
+    float squares = 0.0f;
+    for (int32_t d = 0; d < dim; d++) squares += x[d] * x[d];
+    return std::sqrt(squares);
+  }
+
+  /** Measures all tokens before the first leaves. */
+  void measure_all() const {
+    float* m = measure();
+    float* row = lists.row.data();
+    if (cache.select == WKV_SELECT_OUTPUT_ERROR) find_output();
+    for (int32_t i = 0; i < r.count; i++) {
+      switch (cache.select) {
+        case WKV_SELECT_LEAST_OFTEN: {
+          int32_t count = 0;
+          for (int32_t w = 0; w < WKV_OFTEN_WORDS; w++) count += __builtin_popcount(r.word(w)[i]);
+          m[i] = static_cast<float>(count);
+          break;
+        }
+        case WKV_SELECT_WINDOW: {
+          float sum = 0.0f;
+          for (int32_t w = 0; w < WKV_WINDOW_STEPS; w++) sum += r.number(w)[i];
+          m[i] = sum;
+          break;
+        }
+        case WKV_SELECT_KEY_NORM:
+          read(key(i), row);
+          m[i] = norm_of(row);
+          break;
+        case WKV_SELECT_SUM_VALUE_NORM:
+          read(value(i), row);
+          m[i] = 0.0f;
+          for (int32_t d = 0; d < dim; d++) m[i] += std::fabs(row[d]);
+          break;
+        case WKV_SELECT_OUTPUT_ERROR:
+          read(value(i), row);
+          for (int32_t d = 0; d < dim; d++) row[d] -= lists.sum[d];
+          m[i] = norm_of(row);
+          break;
+        default: break;
+      }
+    }
+  }
+  /** Measures that change whenever a token leaves. */
+  void measure_likeness() const {
+    find_anchor();
+    const float length = norm_of(lists.sum.data());
+    float* row = lists.row.data();
+    for (int32_t i = 0; i < r.count; i++) {
+      read(key(i), row);
+      float dot = 0.0f;
+      for (int32_t d = 0; d < dim; d++) dot += row[d] * lists.sum[d];
+      const float both = norm_of(row) * length;
+      measure()[i] = both > 0.0f ? dot / both : 0.0f;
+    }
+  }
+  float pooled(int32_t rank) const {
+    float sum = 0.0f;
+    for (int32_t i = rank - WKV_WINDOW_POOL / 2; i <= rank + WKV_WINDOW_POOL / 2; i++) {
+      if (i >= 0 && i < r.count) sum += measure()[i];
+    }
+    return sum;
+  }
+
+  /** The rank that minimises the policy's value; the lowest rank of equals. */
+  int32_t pick() const {
+    if (cache.select == WKV_SELECT_KEY_LIKENESS) measure_likeness();
+    int32_t best = -1;
+    float least = 0.0f;
+    for (int32_t rank = cache.sinks; rank < r.count - cache.recent; rank++) {
+      wkv_token t{rank, r.score[rank], weight(rank), 0.0f, now()[rank], measure()[rank]};
+      float value = INFINITY;  // the newest has no right neighbour to be merged with
+      if (!wkv_uses_gap(cache.select) || rank + 1 < r.count) {
+        if (wkv_uses_gap(cache.select)) t.right = average(rank + 1), t.measure = r.number(0)[rank];
+        else if (cache.select == WKV_SELECT_WINDOW) t.measure = pooled(rank);
+        value = wkv_select_value(cache.select, t);
+      }
+      if (std::isnan(value)) fail(WKV_DATA, "What rank " + std::to_string(rank) + " is chosen by is not a number");
+      if (best < 0 || value < least) best = rank, least = value;
+    }
+    return best;
+  }
+
+  /** What becomes of the victim's rows; gives the rank that took them in, or -1. */
+  int32_t hand_on(int32_t j) const {
+    if (cache.merge == WKV_MERGE_RIGHT && j + 1 < r.count) {
+      const float w_v = weight(j), w_r = weight(j + 1);
+      if (w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, value(j), w_r, value(j + 1), dim);
+      return j + 1;
+    }
+    return -1;
+  }
+
+  void remove(int32_t j) const {
+    const auto close = [&](std::vector<float>& list) { std::memmove(&list[j], &list[j + 1], size_t(r.count - j - 1) * 4); };
+    close(lists.now), close(lists.measure);
+    if (r.slot[j] >= 0) lists.freed.push_back(r.slot[j]);
+    r.remove(j);
+  }
+
+  /** Copies a row of the incoming tokens, or of another slot, into a slot. */
+  void fill(int32_t rank, int32_t slot) const {
+    const size_t bytes = size_t(cache.row_bytes());
+    std::memcpy(cache.keys_of(index) + slot * cache.row_bytes(), key(rank), bytes);
+    std::memcpy(cache.values_of(index) + slot * cache.row_bytes(), value(rank), bytes);
+    r.slot[rank] = slot;
+  }
+
+  /** Gives the tokens that arrived slots: freed ones in the order of leaving, then unused ones. Used slots stay the first \`count\`. */
+  void place(int32_t kept, int32_t arrived) const {
+    std::vector<int32_t>& holes = lists.freed;
+    holes.erase(std::remove_if(holes.begin(), holes.end(), [&](int32_t slot) { return slot >= r.count; }), holes.end());
+    size_t next = 0;
+    int32_t unused = kept;
+    for (int32_t rank = std::max(0, r.count - arrived); rank < r.count; rank++) {
+      if (r.slot[rank] < 0) fill(rank, next < holes.size() ? holes[next++] : unused++);
+    }
+    if (next == holes.size()) return;
+    // More left than arrived: tokens move down into the holes, in the order of their slots.
+    std::vector<int32_t> beyond;
+    for (int32_t rank = 0; rank < r.count; rank++) {
+      if (r.slot[rank] >= r.count) beyond.push_back(rank);
+    }
+    std::sort(beyond.begin(), beyond.end(), [&](int32_t a, int32_t b) { return r.slot[a] < r.slot[b]; });
+    for (const int32_t rank : beyond) fill(rank, holes[next++]);
+  }
+};
+
+}  // namespace
+
+void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Incoming& incoming, int32_t forced, const float* now) {
+  static thread_local Lists lists;
+  Counts& counts = cache.counts[head];
+  const Head h{loops, cache, head, r, incoming, lists, counts.steps, cache.head_dim};
+  const int32_t arrived = r.count - counts.kept;
+  lists.now.assign(now ? now : r.score, (now ? now : r.score) + r.count);
+  lists.measure.assign(r.count, 0.0f);
+  lists.row.resize(cache.head_dim);
+  lists.freed.clear();
+  h.note();
+  const bool gapped = wkv_uses_gap(cache.select);
+  if (gapped) {
+    for (int32_t rank = counts.kept - 1; rank + 1 < r.count; rank++) h.update_gap(rank);
+  }
+  const int32_t target = wkv_target(r.count, cache.slots, cache.interval);
+  if (r.count > target) {
+    if (cache.select == WKV_SELECT_NONE) fail(WKV_INVALID, "The cache is full: its policy keeps every token, and it has " + std::to_string(cache.slots) + " slots");
+    if (cache.select == WKV_SELECT_LITERAL_AVERAGE) {
+      for (int32_t i = 0; i < r.count; i++) r.score[i] = h.average(i);
+    }
+    h.measure_all();
+  }
+  for (; r.count > target; forced = -1) {
+    const int32_t j = forced != -1 ? forced : h.pick();
+    if (!wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
+    counts.event[0] = static_cast<float>(r.birth[j] - 1);
+    counts.event[2] = h.weight(j);
+    const int32_t into = h.hand_on(j);
+    counts.event[1] = into >= 0 ? static_cast<float>(r.birth[into] - 1) : -1.0f;
+    counts.event[3] = into >= 0 ? h.weight(into) : j + 1 < r.count ? h.weight(j + 1) : 0.0f;
+    ++(into >= 0 ? counts.merged : counts.evicted);
+    h.remove(j);
+    if (gapped) h.update_gap(j - 1), h.update_gap(j);
+  }
+  h.place(counts.kept, arrived);
+  counts.kept = r.count;
+}
+
+}  // namespace wkv
+`,
   "cpu/threads.cpp": `/** threads.cpp: threads that spin shortly between the loops of a step, and sleep between steps. */
 #include "threads.hpp"
 
@@ -2304,6 +2505,7 @@ class Threads {
  *
  *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len
  *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 of the step (wkv.h, policy.h)
+ * or, where the policy must see the whole step's weights, those weights for a second launch (settle.cu).
  *
  * qkv [B, (H + 2 N) D], out [B, H D]. A KV head of a sequence, with all its query heads, belongs to a cluster of blocks (one block where
  * there are no clusters). Chunks of 8 slots go round the blocks, then round a block's warps, so K and V are read once. A warp works alone:
@@ -3043,7 +3245,9 @@ struct Attend {
 
   // ---- accumulate, select ----
 
-  __device__ float average(float score, int32_t birth) const { return wkv_average(score, step - birth + 1); }
+  /** The weight of a token's value in a merge, and what an average rule minimises. */
+  __device__ float weight(float score, int32_t birth) const { return c.select == WKV_SELECT_LITERAL_AVERAGE ? score : wkv_average(score, step - birth + 1); }
+  __device__ float rule(const Own& o, float w) const { return wkv_select_value(c.select, wkv_token{o.rank, o.score, w, 0.0f, 0.0f, 0.0f}); }
 
   __device__ void put(int32_t i, const Own& o) { *reinterpret_cast<float4*>(scores + int64_t{i} * kPad) = make_float4(o.score, __int_as_float(o.birth), __int_as_float(o.rank), 0.0f); }
   __device__ Own get(int32_t i) const {
@@ -3060,24 +3264,30 @@ struct Attend {
 #pragma unroll
     for (int g = 0; g < kGroup; g++) shares[g] = g < group ? all.inverse[g] * a.plan.share : 0.0f;
     for (int32_t t = 0, i; (i = entry_at(t)) < count; t++) {
-      const Own o = fresh(i) ? Own{0.0f, step, kept} : own;
+      Own o = fresh(i) ? Own{0.0f, step, kept} : own;
       if (i + kTurn < local) own = read_own(i + kTurn);
       if (!used(i)) continue;
       const int32_t slot = fresh(i) ? kept : slot_at(i);
-      float s[kPad], score = o.score;
+      float s[kPad], now = 0.0f;
       read_floats(scores + int64_t{i} * kPad, s);
 #pragma unroll
-      for (int g = 0; g < kGroup; g++) score = fmaf(power((fresh(i) ? new_score(g) : s[g]) - all.highest[g]), shares[g], score);
-      put(i, {score, o.birth, o.rank});
-      if (fresh(i)) area.arrived = score;
+      for (int g = 0; g < kGroup; g++) now = fmaf(power((fresh(i) ? new_score(g) : s[g]) - all.highest[g]), shares[g], now);
+      if (c.later) {
+        c.weights[int64_t{unit} * (c.slots + 1) + o.rank] = now;
+        continue;
+      }
+      o.score += now;
+      if (full && c.select == WKV_SELECT_LITERAL_AVERAGE) o.score = wkv_average(o.score, step - o.birth + 1);
+      put(i, o);
+      if (fresh(i)) area.arrived = o.score;
       if (!selects && !c.gapped()) continue;
-      const float w = average(score, o.birth);
+      const float w = weight(o.score, o.birth);
       if (c.gapped()) {
-        __stcg(e.average + o.rank, w);
-        __stcg(c.places + head * (c.slots + 1) + o.rank, slot);
+        __stcg(e.by_rank + o.rank, w);
+        __stcg(c.places_of(head) + o.rank, slot);
         if (o.rank == kept - 1) area.newest = slot;
       }
-      if (selects && !by_gap) consider(best, forced == -1 ? wkv_select_value(c.select, o.rank, w, 0.0f, 0.0f) : 0.0f, o, slot, w, forced);
+      if (selects && !by_gap) consider(best, forced == -1 ? rule(o, w) : 0.0f, o, slot, w, forced);
     }
     if (!c.gapped()) return best;
     // Rules that ask for gaps: the newest cached token now has a right neighbour; then everyone's average is needed.
@@ -3093,9 +3303,9 @@ struct Attend {
       if (!used(i)) continue;
       const Own o = get(i);
       const int32_t slot = fresh(i) ? kept : slot_at(i);
-      const float w = average(o.score, o.birth);
+      const float w = weight(o.score, o.birth);
       // The newest has no right neighbour to be merged with.
-      const float cost = fresh(i) ? INFINITY : wkv_select_value(c.select, o.rank, w, __ldcg(e.average + o.rank + 1), e.gap[slot]);
+      const float cost = fresh(i) ? INFINITY : wkv_select_value(c.select, {o.rank, o.score, w, __ldcg(e.by_rank + o.rank + 1), 0.0f, e.gap[slot]});
       consider(best, cost, o, slot, w, forced);
     }
     return best;
@@ -3197,7 +3407,7 @@ struct Attend {
 
   /** A warp merges the victim's value into its right neighbour's, which it owns, and gives the victim's rows to the new token. */
   __device__ void replace(const Candidate& victim, int32_t right, const Own& neighbour) {
-    const float w_v = victim.average, w_r = average(neighbour.score, neighbour.birth);
+    const float w_v = victim.average, w_r = weight(neighbour.score, neighbour.birth);
     const bool merges = c.merge == WKV_MERGE_RIGHT;
     T *to_key = keys + int64_t{victim.slot} * dim, *to_value = values + int64_t{victim.slot} * dim, *to_right = values + int64_t{right} * dim;
     T left[kDim / 32], mid[kDim / 32];
@@ -3220,7 +3430,7 @@ struct Attend {
     if (lane == 0) note(victim, merges, static_cast<float>(neighbour.birth - 1), w_r);
     if (!c.gapped()) return;
     __syncwarp();
-    const int32_t* places = c.places + head * (c.slots + 1);
+    const int32_t* places = c.places_of(head);
     if (victim.rank > 0) {
       const int32_t before = __ldcg(places + victim.rank - 1);
       const float gap = warp_gap(values + int64_t{before} * dim, joined, dim);
@@ -3260,7 +3470,7 @@ __global__ void __launch_bounds__(kThreads, kGroup > 8 || kDim > 128 || sizeof(T
   area.first[my.tid] = own;
   __syncthreads();
 
-  const bool selects = my.full && c.select != WKV_SELECT_NONE;
+  const bool selects = my.full && c.select != WKV_SELECT_NONE && !c.later;
   if (my.blocks > 1 && my.tid == 0) {
     expect(&area.met, my.blocks * Block::kHeads * sizeof(float2));
     expect(&area.told, my.blocks * (my.my_slice() * sizeof(float2) + (selects ? sizeof(Candidate) : 0)));
@@ -3290,6 +3500,7 @@ __global__ void __launch_bounds__(kThreads, kGroup > 8 || kDim > 128 || sizeof(T
   else __syncthreads();
   if (my.blocks > 1) my.join_output();
 
+  if (c.later) return;
   const bool last = my.home && my.tid == 0;
   if (last) c.counts[my.head].steps = my.step;
   if (!my.full) {
@@ -3419,17 +3630,12 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
     a.layer = layer;
     a.victims = forced ? forced->i32() : nullptr;
     by_cache_type(cache->dtype, [&](auto type) { by_group<decltype(type)>(ctx, *cache, a); });
+    if (a.cache.later) settle_step(ctx, *cache, a.cache, a.qkv + int64_t{cache->heads} * cache->head_dim, from->columns, a.cache.weights, a.victims);
     ctx.submitted();
   });
 }
 `,
-  "cuda/cache.cu": `/**
- * cache.cu: rotations and caches, and wkv_insert: steps 3 to 6 with given weights (select, merge and insert are settle in cache.cuh).
- *
- *   a[i] += weights[rank[i]];  then one settle a head                kv [B, 2 N D], weights [B, N (M + 1)]
- *
- * A block owns one KV head of one sequence. Bytes moved: the head's state (12 bytes a slot, read and written), its weights, three rows.
- */
+  "cuda/cache.cu": `/** cache.cu: rotations and caches. */
 #include "cache.cuh"
 
 #include <cmath>
@@ -3443,7 +3649,8 @@ void Cache::check_layer(int32_t layer) const {
 
 CacheView Cache::view(int32_t layer) const {
   CacheView v;
-  v.sequences = sequences, v.heads = heads, v.kv_heads = kv_heads, v.head_dim = head_dim, v.slots = slots, v.sinks = sinks, v.recent = recent, v.select = select, v.merge = merge;
+  v.sequences = sequences, v.heads = heads, v.kv_heads = kv_heads, v.head_dim = head_dim, v.slots = slots, v.sinks = sinks, v.recent = recent, v.interval = interval, v.select = select, v.merge = merge, v.seed = seed;
+  v.width = width();
   v.text = positions == WKV_POSITIONS_TEXT;
   v.first = head(layer, 0, 0);
   v.keys = memory->as<uint8_t>(keys_at);
@@ -3451,10 +3658,13 @@ CacheView Cache::view(int32_t layer) const {
   v.scores = memory->as<float>(scores_at);
   v.births = memory->as<int32_t>(births_at);
   v.ranks = memory->as<int32_t>(ranks_at);
-  v.gaps = gapped() ? memory->as<float>(gaps_at) : nullptr;
-  v.averages = gapped() ? memory->as<float>(averages_at) : nullptr;
-  v.places = gapped() ? memory->as<int32_t>(places_at) : nullptr;
+  v.words = memory->as<uint32_t>(words_at);
   v.counts = memory->as<Counts>(counts_at);
+  v.later = later();
+  const size_t part = round_up(size_t(sequences) * kv_heads * (size_t(slots) + 1) * 4);
+  const auto scratch = [&](size_t i) { return memory->as<float>(scratch_at + i * part); };
+  v.by_rank = scratch(0), v.places = memory->as<int32_t>(scratch_at + part);
+  v.measures = scratch(2), v.now = scratch(3), v.weights = scratch(4), v.freed = memory->as<int32_t>(scratch_at + 5 * part);
   v.rope = rope->view();
   return v;
 }
@@ -3471,40 +3681,6 @@ TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache) {
 
 namespace {
 
-template <typename T>
-__global__ void __launch_bounds__(256) insert_kernel(CacheView c, const float* kv, const float* weights, const int32_t* victims, Faults faults) {
-  __shared__ SettleArea area;
-  __shared__ T key[512], value[512];
-  wait_for_previous();
-  let_next_start();
-  const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
-  const int64_t head = c.first + unit, b = unit / c.kv_heads;
-  Counts& counts = c.counts[head];
-  const int32_t kept = counts.kept, step = counts.steps + 1;
-  const Entries e = c.entries(head);
-  const float *k = kv + b * 2 * c.kv_heads * dim + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
-  for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
-    float x = k[c.rope.source(i)];
-    if (c.text && i < 2 * c.rope.pairs) {
-      const int32_t pair = i % c.rope.pairs;
-      const float2 turn = c.rope.at(step - 1, pair);
-      const float other = k[c.rope.source(i < c.rope.pairs ? i + c.rope.pairs : pair)];
-      x = i < c.rope.pairs ? x * turn.x - other * turn.y : other * turn.y + x * turn.x;
-    }
-    key[i] = from_float<T>(x);
-    value[i] = from_float<T>(v[i]);
-  }
-  const float* given = weights + int64_t{unit} * (c.slots + 1);
-  for (int32_t i = threadIdx.x; i <= kept; i += blockDim.x) {
-    if (i == kept) e.score[i] = given[kept], e.birth[i] = step, e.rank[i] = kept;
-    else e.score[i] += given[e.rank[i]];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) counts.steps = step;
-  __syncthreads();
-  settle<T>(c, head, e, kept, 1, key, value, victims ? victims[unit] : -1, faults, area);
-}
-
 /** An angle in turns of 2^64, so that its multiples wrap as turns do. */
 uint64_t phase_of(float frequency) {
   const long double turns = static_cast<long double>(frequency) / 6.283185307179586476925286766559L;
@@ -3512,6 +3688,7 @@ uint64_t phase_of(float frequency) {
   return part < 1.0L ? static_cast<uint64_t>(std::ldexp(part, 64)) : 0;
 }
 
+constexpr size_t kScratchLists = 6;  // as Cache::view cuts them
 constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}};
 
 }  // namespace
@@ -3555,7 +3732,7 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
   });
 }
 
-int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
+int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t interval, int32_t select, int32_t merge, int32_t seed, int32_t positions, int32_t dtype, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context& ctx) {
     require_buffer(out, out_bytes, 4, "out");
     auto cache = std::make_shared<Cache>();
@@ -3565,8 +3742,9 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
     require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
     require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
-    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_MERGE_COST_LINEAR, "select " + std::to_string(select) + " is unknown");
-    require(merge == WKV_MERGE_NONE || merge == WKV_MERGE_RIGHT, "merge " + std::to_string(merge) + " is unknown");
+    require(interval >= 1 && interval <= slots + 1 - sinks - recent, "interval must be between 1 and slots + 1 - sinks - recent: " + std::to_string(interval) + " of " + std::to_string(slots + 1 - sinks - recent));
+    require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
+    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
     require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
     require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
@@ -3578,8 +3756,10 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->slots = slots;
     cache->sinks = sinks;
     cache->recent = recent;
+    cache->interval = interval;
     cache->select = select;
     cache->merge = merge;
+    cache->seed = seed;
     cache->positions = positions;
     cache->dtype = dtype;
     require(heads / kv_heads <= 16, "the CUDA library takes at most 16 query heads a KV head: " + std::to_string(heads / kv_heads));
@@ -3596,10 +3776,11 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     cache->scores_at = take(entries * 4);
     cache->births_at = take(entries * 4);
     cache->ranks_at = take(entries * 4);
-    cache->gaps_at = take(cache->gapped() ? entries * 4 : 0);
-    cache->averages_at = take(cache->gapped() ? entries * 4 : 0);
-    cache->places_at = take(cache->gapped() ? entries * 4 : 0);
+    cache->words_at = take(entries * cache->width() * 4);
     cache->counts_at = take(all * sizeof(Counts));
+    cache->scratch_at = bytes;
+    const size_t lists = cache->later() ? kScratchLists : wkv_uses_gap(select) ? 2 : 0;
+    for (size_t i = 0; i < lists; i++) take(size_t(sequences) * kv_heads * (size_t(slots) + 1) * 4);
     cache->memory = std::make_shared<DeviceMemory>(bytes);
     ctx.zero(cache->memory->as<void>(), bytes);
     const std::vector<Counts> empty(all, kEmpty);
@@ -3682,24 +3863,9 @@ int32_t wkv_cache_read(int32_t context, int32_t handle, int32_t field, int32_t l
     }
   });
 }
-
-int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, int32_t weights, int32_t victims) {
-  return entry(context, [&](Context& ctx) {
-    const CacheRef cache = find_cache(context, handle, layer);
-    const int32_t n_heads = cache->kv_heads;
-    const TensorRef rows = find_tensor(context, kv, "kv", WKV_F32, cache->sequences, 2 * n_heads * cache->head_dim);
-    const TensorRef given = find_tensor(context, weights, "weights", WKV_F32, cache->sequences, n_heads * (cache->slots + 1));
-    const TensorRef forced = find_victims(context, victims, *cache);
-    ctx.hold(cache, rows, given, forced);
-    by_cache_type(cache->dtype, [&](auto type) {
-      launch(ctx, insert_kernel<decltype(type)>, {cache->sequences * n_heads, 256}, cache->view(layer), rows->f32(), given->f32(), forced ? forced->i32() : nullptr, ctx.faults());
-    });
-    ctx.submitted();
-  });
-}
 `,
   "cuda/cache.cuh": `/**
- * cache.cuh: the cache of the CUDA library and steps 3 to 6 of a decode step, shared by attend.cu, cache.cu and prefill.cu.
+ * cache.cuh: the cache of the CUDA library, shared by attend.cu, cache.cu and prefill.cu.
  *
  * Slots never move; \`ranks[slot]\` is a token's rank. The used slots of a head are always 0 .. kept - 1. State has room for slots + 1
  * entries, the last of which a new token holds until it takes its victim's slot. Everything that a step changes lies on the device.
@@ -3757,26 +3923,39 @@ struct Rope : Object {
 };
 using RopeRef = std::shared_ptr<Rope>;
 
-/** State of some tokens of one head, by entry. */
+/** State of some tokens of one head, by entry, and scratch memory for those that choose among them. */
 struct Entries {
   float* score;
-  int32_t* birth;  // the step that fed the token, from 1: its place in the text + 1
-  int32_t* rank;   // -1: it has left
-  float* gap;      // |V_j - V_r|^2 with the right neighbour, for rules that ask for it; else null
-  float* average;  // [ranks] scratch, for the same rules
-  int32_t* freed;  // scratch: slots that victims left, in order; null where there is one at most
+  int32_t* birth;   // the step that fed the token, from 1: its place in the text + 1
+  int32_t* rank;    // -1: it has left
+  uint32_t* words;  // [words a token, stride]: what the policy keeps of a token (policy.h)
+  int64_t stride;
+  float* gap;       // the first word, |V_j - V_r|^2 with the right neighbour, for rules that ask for it; else null
+  float* by_rank;   // [ranks] scratch: averages, for the same rules; what is pooled
+  float* measure;   // scratch of rules that measure tokens
+  float* now;       // scratch: this step's weights, where they are known
+  int32_t* freed;   // scratch: slots that victims left, in order; null where there is one at most
+
+  __device__ float* number(int32_t w) const { return reinterpret_cast<float*>(words) + w * stride; }
 };
 
 /** A cache, or one layer of it, as kernels see it. */
 struct CacheView {
-  int32_t sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge;
+  int32_t sequences, heads, kv_heads, head_dim, slots, sinks, recent, interval, select, merge, seed, width;
   bool text;        // keys are rotated once, at their place in the text
+  bool later;       // a second launch chooses, from \`weights\`
   int64_t first;    // the layer's first head
   uint8_t *keys, *values;
-  float *scores, *gaps, *averages;
+  float* scores;
   int32_t *births, *ranks;
-  int32_t* places;  // [ranks] scratch of rules that ask for gaps: the slot of each rank
+  uint32_t* words;
   Counts* counts;
+  // Scratch memory of one layer, [heads of the layer, slots + 1], for rules that ask for gaps (the first two) and where a second launch chooses.
+  float* by_rank;
+  int32_t* places;    // the slot of each rank
+  float *measures, *now;
+  float* weights;     // of a step, in rank order
+  int32_t* freed;
   RopeView rope;
 
   __device__ int32_t group() const { return heads / kv_heads; }
@@ -3784,21 +3963,24 @@ struct CacheView {
   __device__ T* keys_of(int64_t head) const { return reinterpret_cast<T*>(keys) + head * slots * head_dim; }
   template <typename T>
   __device__ T* values_of(int64_t head) const { return reinterpret_cast<T*>(values) + head * slots * head_dim; }
-  __device__ bool gapped() const { return gaps != nullptr; }
+  __device__ bool gapped() const { return wkv_uses_gap(select); }
+  __device__ int32_t* places_of(int64_t head) const { return places + (head - first) * (slots + 1); }
   __device__ Entries entries(int64_t head) const {
-    const int64_t at = head * (slots + 1);
-    return {scores + at, births + at, ranks + at, gaps ? gaps + at : nullptr, averages ? averages + at : nullptr, nullptr};
+    const int64_t stride = slots + 1, at = head * stride, unit = (head - first) * stride;
+    uint32_t* own = words + at * width;
+    return {scores + at, births + at, ranks + at, own, stride, gapped() ? reinterpret_cast<float*>(own) : nullptr, by_rank + unit, measures + unit, later ? now + unit : nullptr, later ? freed + unit : nullptr};
   }
 };
 
 struct Cache : Object {
   RopeRef rope;
-  int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, select, merge, positions, dtype;
+  int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, interval, select, merge, seed, positions, dtype;
   DeviceRef memory;
-  size_t keys_at, values_at, scores_at, births_at, ranks_at, gaps_at, averages_at, places_at, counts_at;
+  size_t keys_at, values_at, scores_at, births_at, ranks_at, words_at, counts_at, scratch_at;
   Cache() : Object(Kind::Cache) {}
   size_t bytes() const override { return memory->bytes(); }
-  bool gapped() const { return wkv_select_uses_gap(select); }
+  int32_t width() const { return wkv_words(select, merge); }
+  bool later() const { return !wkv_in_one_launch(select, merge, interval); }
   int32_t group() const { return heads / kv_heads; }
   int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
   int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
@@ -3821,18 +4003,6 @@ void by_cache_type(int32_t dtype, Body body) {
 /** Whether a softmax's sum is a number: it is none when a query or key was none. */
 __device__ inline bool is_sum(float sum) { return sum > 0.0f && sum <= 3.4e38f; }
 
-// ---- select, merge, insert: one block a head ----
-
-/** Shared memory of settle. */
-struct SettleArea {
-  float value[32];
-  int32_t rank[32], bad[32];
-  int32_t victim;          // its rank
-  int32_t around[4];       // entries of the ranks victim - 1 .. victim + 2; -1: none
-  int32_t freed, arrived_left, first_freed;
-  float w_v, w_r;
-};
-
 /** |a - b|^2 of two stored rows, by one warp. */
 template <typename T>
 __device__ inline float warp_gap(const T* a, const T* b, int32_t dim) {
@@ -3844,161 +4014,8 @@ __device__ inline float warp_gap(const T* a, const T* b, int32_t dim) {
   return warp_sum(total);
 }
 
-/**
- * Steps 4 to 6 for one head: entries [0, kept) are its slots, [kept, kept + arrived) the incoming tokens, whose rows are in_keys and
- * in_values; scores already have this step's weights, counts->steps counts it. While more than \`slots\` are left the policy's victim (or
- * rank \`forced\`, -1: none) leaves, merged into its right neighbour or dropped; what is left of the incoming tokens then goes into free
- * slots. \`e\` is the head's own state or, when more than one token arrives, a copy, which is written back. All threads call it.
- */
-template <typename T>
-__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area) {
-  const int32_t tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, warps = blockDim.x >> 5, dim = c.head_dim, total = kept + arrived;
-  Counts& counts = c.counts[head];
-  T *keys = c.keys_of<T>(head), *values = c.values_of<T>(head);
-  const auto value_of = [&](int32_t entry) { return entry < kept ? values + int64_t{entry} * dim : in_values + int64_t{entry - kept} * dim; };
-  const int32_t step = counts.steps;
-  const auto average = [&](int32_t entry) { return wkv_average(e.score[entry], step - e.birth[entry] + 1); };
-  if (tid == 0) area.freed = 0, area.arrived_left = arrived, area.around[0] = -1;
-  __syncthreads();
-  if (c.gapped()) {
-    for (int32_t i = tid; i < kept; i += blockDim.x) {
-      if (e.rank[i] == kept - 1) area.around[0] = i;
-    }
-    __syncthreads();
-    for (int32_t i = kept - 1 + warp; i < total - 1; i += warps) {
-      const int32_t entry = i < kept ? area.around[0] : i;
-      if (entry < 0) continue;
-      const float gap = warp_gap(value_of(entry), value_of(i + 1), dim);
-      if (lane == 0) e.gap[entry] = gap;
-    }
-    __syncthreads();
-  }
-  if (total > c.slots && c.select == WKV_SELECT_NONE) {
-    if (tid == 0) faults.report(Fault::Full, c.slots);
-    return;
-  }
-  for (int32_t count = total; count > c.slots; count--) {
-    // Select.
-    if (forced == -1) {
-      if (c.gapped()) {
-        for (int32_t i = tid; i < total; i += blockDim.x) {
-          if (e.rank[i] >= 0) e.average[e.rank[i]] = average(i);
-        }
-        __syncthreads();
-      }
-      float least = INFINITY;
-      int32_t best = INT_MAX, bad = INT_MAX;
-      for (int32_t i = tid; i < total; i += blockDim.x) {
-        const int32_t rank = e.rank[i];
-        if (rank < 0 || !wkv_evictable(rank, count, c.sinks, c.recent)) continue;
-        float value = INFINITY;  // the newest has no right neighbour to be merged with
-        if (!c.gapped()) value = wkv_select_value(c.select, rank, average(i), 0.0f, 0.0f);
-        else if (rank + 1 < count) value = wkv_select_value(c.select, rank, e.average[rank], e.average[rank + 1], e.gap[i]);
-        if (isnan(value)) bad = min(bad, rank);
-        if (value < least || (value == least && rank < best)) least = value, best = rank;
-      }
-#pragma unroll
-      for (int o = 16; o > 0; o >>= 1) {
-        const float v = __shfl_xor_sync(0xffffffffu, least, o);
-        const int32_t r = __shfl_xor_sync(0xffffffffu, best, o);
-        if (v < least || (v == least && r < best)) least = v, best = r;
-      }
-      bad = __reduce_min_sync(0xffffffffu, bad);
-      if (lane == 0) area.value[warp] = least, area.rank[warp] = best, area.bad[warp] = bad;
-      __syncthreads();
-      if (tid == 0) {
-        for (int w = 1; w < warps; w++) {
-          if (area.value[w] < least || (area.value[w] == least && area.rank[w] < best)) least = area.value[w], best = area.rank[w];
-          bad = min(bad, area.bad[w]);
-        }
-        area.victim = best == INT_MAX ? -1 : best;
-        area.bad[0] = bad;
-      }
-    } else if (tid == 0) {
-      area.victim = forced, area.bad[0] = INT_MAX;
-    }
-    if (tid < 4) area.around[tid] = -1;
-    __syncthreads();
-    const int32_t j = area.victim, bad = area.bad[0];
-    if (bad != INT_MAX) {
-      if (tid == 0) faults.report(Fault::NanScore, bad);
-      return;
-    }
-    if (!wkv_evictable(j, count, c.sinks, c.recent)) {
-      if (tid == 0) faults.report(Fault::Rank, j, count, c.sinks, c.recent);
-      return;
-    }
-    // Take the rank out.
-    for (int32_t i = tid; i < total; i += blockDim.x) {
-      const int32_t rank = e.rank[i];
-      if (rank >= j - 1 && rank <= j + 2 && rank >= 0) area.around[rank - j + 1] = i;
-      if (rank == j) e.rank[i] = -1;
-      else if (rank > j) e.rank[i] = rank - 1;
-    }
-    __syncthreads();
-    const int32_t left = area.around[0], victim = area.around[1], right = area.around[2], far = area.around[3];
-    const bool neighbour = j + 1 < count, merges = c.merge == WKV_MERGE_RIGHT && neighbour;
-    const float w_v = average(victim), w_r = neighbour ? average(right) : 0.0f;
-    // Merge.
-    if (merges && w_v + w_r > 0.0f) {
-      const T* v = value_of(victim);
-      T* r = value_of(right);
-      for (int32_t d = tid; d < dim; d += blockDim.x) r[d] = from_float<T>(wkv_merged(w_v, to_float(v[d]), w_r, to_float(r[d])));
-    }
-    if (tid == 0) {
-      counts.event[0] = static_cast<float>(e.birth[victim] - 1);
-      counts.event[1] = merges ? static_cast<float>(e.birth[right] - 1) : -1.0f;
-      counts.event[2] = w_v;
-      counts.event[3] = w_r;
-      if (merges) counts.merged++;
-      else counts.evicted++;
-      if (victim < kept) {
-        if (area.freed == 0) area.first_freed = victim;
-        if (e.freed) e.freed[area.freed] = victim;
-        area.freed++;
-      } else {
-        area.arrived_left--;
-      }
-    }
-    __syncthreads();
-    if (c.gapped() && neighbour) {
-      if (warp == 0 && left >= 0) {
-        const float gap = warp_gap(value_of(left), value_of(right), dim);
-        if (lane == 0) e.gap[left] = gap;
-      }
-      if (warp == 1 && far >= 0) {
-        const float gap = warp_gap(value_of(right), value_of(far), dim);
-        if (lane == 0) e.gap[right] = gap;
-      }
-      __syncthreads();
-    }
-  }
-  // Insert what is left of the incoming tokens, in rank order: freed slots first, then unused ones.
-  const int32_t freed = area.freed, stayed = kept - freed;
-  const Entries own = c.entries(head);
-  if (own.rank != e.rank) {
-    for (int32_t i = tid; i < kept; i += blockDim.x) {
-      if (e.rank[i] < 0) continue;
-      own.score[i] = e.score[i], own.birth[i] = e.birth[i], own.rank[i] = e.rank[i];
-      if (e.gap) own.gap[i] = e.gap[i];
-    }
-  }
-  for (int32_t t = warp; t < arrived; t += warps) {
-    const int32_t rank = e.rank[kept + t];
-    if (rank < 0) continue;
-    const int32_t order = rank - stayed;
-    const int32_t slot = order >= freed ? kept + order - freed : e.freed ? e.freed[order] : area.first_freed;
-    for (int32_t d = lane; d < dim; d += 32) {
-      keys[int64_t{slot} * dim + d] = in_keys[int64_t{t} * dim + d];
-      values[int64_t{slot} * dim + d] = in_values[int64_t{t} * dim + d];
-    }
-    if (lane == 0) {
-      own.score[slot] = e.score[kept + t], own.birth[slot] = e.birth[kept + t], own.rank[slot] = rank;
-      if (e.gap) own.gap[slot] = e.gap[kept + t];
-    }
-  }
-  if (tid == 0) counts.kept = stayed + area.arrived_left;
-}
+/** Launches what is left of a step when wkv_attend's launch left it to a second one: the layer's weights lie in \`weights\`. */
+void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims);
 
 }  // namespace wkv
 `,
@@ -5726,7 +5743,7 @@ __device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0
 #include <algorithm>
 #include <type_traits>
 
-#include "cache.cuh"
+#include "settle.cuh"
 
 namespace wkv {
 namespace {
@@ -5747,7 +5764,8 @@ struct PrefillView {
   float* lse;                       // [H, rows]
   float* columns;                   // [H, entries]
   int64_t entries;                  // slots + rows
-  float *score, *gap, *average;     // [N, entries]
+  float *score, *by_rank, *measure; // [N, entries]
+  uint32_t* words;                  // [N, words a token, entries]
   int32_t *birth, *rank, *freed;
 
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
@@ -6332,7 +6350,7 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   Counts& counts = c.counts[head];
   const int32_t kept = counts.kept, steps = counts.steps;
   const Entries own = c.entries(head);
-  const Entries e{p.score + at, p.birth + at, p.rank + at, c.gapped() ? p.gap + at : nullptr, c.gapped() ? p.average + at : nullptr, p.freed + at};
+  const Entries e{p.score + at, p.birth + at, p.rank + at, p.words + at * c.width, p.entries, c.gapped() ? reinterpret_cast<float*>(p.words + at) : nullptr, p.by_rank + at, p.measure + at, nullptr, p.freed + at};
   for (int32_t i = threadIdx.x; i < kept + p.rows; i += blockDim.x) {
     const bool cached = i < kept;
     float sum = 0.0f;
@@ -6340,7 +6358,7 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
     e.score[i] = (cached ? own.score[i] : 0.0f) + sum / static_cast<float>(c.group());
     e.birth[i] = cached ? own.birth[i] : steps + 1 + i - kept;
     e.rank[i] = cached ? own.rank[i] : i;
-    if (c.gapped()) e.gap[i] = cached ? own.gap[i] : 0.0f;
+    for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = cached ? own.words[w * own.stride + i] : 0;
   }
   __syncthreads();
   if (threadIdx.x == 0) counts.steps = steps + p.rows;
@@ -6418,6 +6436,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    require(!wkv_by_step(cache->select, cache->merge), "this policy looks at the weights of each step: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
     ctx.hold(cache, from, to);
@@ -6442,7 +6461,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       };
       const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count, 4)); };
       const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count, 4)); };
-      const int64_t states = cache->kv_heads * p.entries, gaps = cache->gapped() ? states : 0;
+      const int64_t states = cache->kv_heads * p.entries;
       const int64_t wide = int64_t{p.width} * (is_exact(*cache) ? 4 : 2);
       p.q = take(int64_t{cache->heads} * rows, wide);
       p.keys = take(states, wide);
@@ -6452,8 +6471,9 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       p.lse = floats(int64_t{cache->heads} * rows);
       p.columns = floats(cache->heads * p.entries);
       p.score = floats(states);
-      p.gap = floats(gaps);
-      p.average = floats(gaps);
+      p.by_rank = floats(states);
+      p.measure = floats(states);
+      p.words = reinterpret_cast<uint32_t*>(ints(states * cache->width()));
       p.birth = ints(states);
       p.rank = ints(states);
       p.freed = ints(states);
@@ -6535,7 +6555,7 @@ std::string fault_text(const FaultWord& word, int32_t* status) {
     case Fault::Target: return "Target " + n(0) + " is outside the vocabulary of " + n(1);
     case Fault::NanLogit: return "The logit of token " + n(0) + " is not a number";
     case Fault::NanAttention: return "The attention of layer " + n(0) + " is not a number";
-    case Fault::NanScore: return "The merge cost of rank " + n(0) + " is not a number";
+    case Fault::NanScore: return "What rank " + n(0) + " is chosen by is not a number";
     case Fault::Full: return "The cache is full: its policy keeps every token, and it has " + n(0) + " slots";
     default: return "Rank " + n(0) + " may not leave a cache of " + n(1) + " tokens with " + n(2) + " sinks and " + n(3) + " recent";
   }
@@ -7236,6 +7256,438 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
   });
 }
 `,
+  "cuda/settle.cu": `/**
+ * settle.cu: steps 3 to 6 of a decode step with given weights: wkv_insert, and the second launch of policies that choose by more than
+ * wkv_attend's one launch knows.
+ *
+ *   a[i] += weights[rank[i]];  then one settle a head (settle.cuh)         weights [B, N (M + 1)] in rank order
+ *
+ * A block owns one KV head of one sequence. Bytes moved: the head's state (12 bytes a slot and its words, read and written), its weights,
+ * three rows; all keys or values, once or twice, for rules that measure rows.
+ */
+#include "settle.cuh"
+
+namespace wkv {
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(256) settle_kernel(CacheView c, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims, Faults faults) {
+  __shared__ SettleArea area;
+  __shared__ T key[512], value[512];
+  wait_for_previous();
+  let_next_start();
+  const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
+  const int64_t head = c.first + unit, b = unit / c.kv_heads;
+  Counts& counts = c.counts[head];
+  const int32_t kept = counts.kept, step = counts.steps + 1;
+  const Entries e = c.entries(head);
+  const float *k = keys + b * row_floats + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
+  for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
+    float x = k[c.rope.source(i)];
+    if (c.text && i < 2 * c.rope.pairs) {
+      const int32_t pair = i % c.rope.pairs;
+      const float2 turn = c.rope.at(step - 1, pair);
+      const float other = k[c.rope.source(i < c.rope.pairs ? i + c.rope.pairs : pair)];
+      x = i < c.rope.pairs ? x * turn.x - other * turn.y : other * turn.y + x * turn.x;
+    }
+    key[i] = from_float<T>(x);
+    value[i] = from_float<T>(v[i]);
+  }
+  const int64_t stride = c.slots + 1;
+  const float *given = weights + unit * stride, *of_layer = weights + b * c.kv_heads * stride;
+  for (int32_t i = threadIdx.x; i <= kept; i += blockDim.x) {
+    if (i == kept) {
+      e.score[i] = 0.0f, e.birth[i] = step, e.rank[i] = kept;
+      for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = 0;
+    }
+    const int32_t rank = e.rank[i];
+    e.score[i] += given[rank];
+    if (!c.later) continue;
+    float now = given[rank];
+    if (c.select == WKV_SELECT_LOWEST_NOW) {
+      now = 0.0f;
+      for (int32_t h = 0; h < c.kv_heads; h++) now += of_layer[h * stride + rank];
+      now /= static_cast<float>(c.kv_heads);
+    }
+    e.now[i] = now;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) counts.steps = step;
+  __syncthreads();
+  settle<T>(c, head, e, kept, 1, key, value, victims ? victims[unit] : -1, faults, area);
+}
+
+}  // namespace
+
+void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims) {
+  by_cache_type(cache.dtype, [&](auto type) {
+    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 256}, view, keys, row_floats, weights, victims, ctx.faults());
+  });
+}
+
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, int32_t weights, int32_t victims) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    const int32_t n_heads = cache->kv_heads;
+    const TensorRef rows = find_tensor(context, kv, "kv", WKV_F32, cache->sequences, 2 * n_heads * cache->head_dim);
+    const TensorRef given = find_tensor(context, weights, "weights", WKV_F32, cache->sequences, n_heads * (cache->slots + 1));
+    const TensorRef forced = find_victims(context, victims, *cache);
+    ctx.hold(cache, rows, given, forced);
+    settle_step(ctx, *cache, cache->view(layer), rows->f32(), rows->columns, given->f32(), forced ? forced->i32() : nullptr);
+    ctx.submitted();
+  });
+}
+`,
+  "cuda/settle.cuh": `/** settle.cuh: steps 4 to 6 of a decode step for one head by one block: select, merge, insert; used by settle.cu and prefill.cu. */
+#pragma once
+#include "cache.cuh"
+
+namespace wkv {
+
+/** Shared memory of settle. */
+struct SettleArea {
+  float value[32];
+  int32_t rank[32], bad[32];
+  int32_t victim;          // its rank
+  int32_t around[4];       // entries of the ranks victim - 1 .. victim + 2; -1: none
+  int32_t freed, arrived_left, first_freed, holes;
+  float sum[512], part[512];  // a row's worth, and parts of it
+};
+
+/** Sums over a warp, alike in every lane. */
+__device__ inline float2 warp_sums(float x, float y) { return make_float2(warp_sum(x), warp_sum(y)); }
+
+/** One head while tokens leave it: entries [0, kept) are its slots, [kept, total) the incoming tokens. All threads call everything. */
+template <typename T>
+struct Settling {
+  const CacheView& c;
+  const int64_t head;
+  const Entries& e;
+  const int32_t kept, total;
+  T *const in_keys, *const in_values;
+  SettleArea& area;
+  const int32_t tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, threads = blockDim.x, warps = threads >> 5, dim = c.head_dim;
+  const int32_t step = c.counts[head].steps;
+  T *const keys = c.keys_of<T>(head), *const values = c.values_of<T>(head);
+
+  __device__ T* key_of(int32_t entry) const { return entry < kept ? keys + int64_t{entry} * dim : in_keys + int64_t{entry - kept} * dim; }
+  __device__ T* value_of(int32_t entry) const { return entry < kept ? values + int64_t{entry} * dim : in_values + int64_t{entry - kept} * dim; }
+  __device__ float average(int32_t entry) const { return wkv_average(e.score[entry], step - e.birth[entry] + 1); }
+  /** The weight of a token's value in a merge, and what an average rule minimises. */
+  __device__ float weight(int32_t entry) const { return c.select == WKV_SELECT_LITERAL_AVERAGE ? e.score[entry] : average(entry); }
+  __device__ bool there(int32_t entry) const { return e.rank[entry] >= 0; }
+
+  /** Notes this step's weights, whether or not a token leaves. */
+  __device__ void note() const {
+    const bool often = c.select == WKV_SELECT_LEAST_OFTEN;
+    if (!often && c.select != WKV_SELECT_WINDOW) return;
+    const float threshold = 1.0f / static_cast<float>(total);
+    const int32_t bit = (step - 1) % WKV_OFTEN_STEPS;
+    for (int32_t i = tid; i < total; i += threads) {
+      if (often) {
+        uint32_t& word = e.words[bit / 32 * e.stride + i];
+        word = e.now[i] > threshold ? word | 1u << bit % 32 : word & ~(1u << bit % 32);
+      } else {
+        e.number((step - 1) % WKV_WINDOW_STEPS)[i] = e.now[i];
+      }
+    }
+    __syncthreads();
+  }
+
+  /** area.sum[d] = factor * sum over tokens of weights[i] * rows[i][d], in a fixed order. */
+  template <typename Row>
+  __device__ void add_rows(Row row, const float* weights, float factor) const {
+    const int32_t groups = max(1, threads / dim);
+    __syncthreads();
+    for (int32_t x = tid; x < groups * dim; x += threads) {
+      float sum = 0.0f;
+      for (int32_t i = x / dim; i < total; i += groups) {
+        if (there(i)) sum = fmaf(weights[i], to_float(row(i)[x % dim]), sum);
+      }
+      area.part[x] = sum;
+    }
+    __syncthreads();
+    for (int32_t d = tid; d < dim; d += threads) {
+      float sum = 0.0f;
+      for (int32_t g = 0; g < groups; g++) sum += area.part[g * dim + d];
+      area.sum[d] = sum * factor;
+    }
+    __syncthreads();
+  }
+
+  /** A warp an entry: measure[i] = body(entry, lane's part of a sum for each of its dimensions), summed and finished. */
+  template <typename Row, typename Part, typename Finish>
+  __device__ void measure_rows(Row row, Part part, Finish finish) const {
+    for (int32_t i = warp; i < total; i += warps) {
+      if (!there(i)) continue;
+      const T* x = row(i);
+      float2 sums = make_float2(0.0f, 0.0f);
+      for (int32_t d = lane; d < dim; d += 32) {
+        const float2 y = part(to_float(x[d]), d);
+        sums.x += y.x, sums.y += y.y;
+      }
+      sums = warp_sums(sums.x, sums.y);
+      if (lane == 0) e.measure[i] = finish(sums);
+    }
+    __syncthreads();
+  }
+
+  /** Measures all tokens before the first leaves. */
+  __device__ void measure_all() const {
+    const auto key = [&](int32_t i) { return key_of(i); };
+    const auto value = [&](int32_t i) { return value_of(i); };
+    switch (c.select) {
+      case WKV_SELECT_LEAST_OFTEN:
+      case WKV_SELECT_WINDOW:
+        for (int32_t i = tid; i < total; i += threads) {
+          float sum = 0.0f;
+          if (c.select == WKV_SELECT_WINDOW) {
+            for (int32_t w = 0; w < WKV_WINDOW_STEPS; w++) sum += e.number(w)[i];
+          } else {
+            int32_t count = 0;
+            for (int32_t w = 0; w < WKV_OFTEN_WORDS; w++) count += __popc(e.words[w * e.stride + i]);
+            sum = static_cast<float>(count);
+          }
+          e.measure[i] = sum;
+        }
+        __syncthreads();
+        break;
+      case WKV_SELECT_KEY_NORM:
+        measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return sqrtf(s.x); });
+        break;
+      case WKV_SELECT_SUM_VALUE_NORM:
+        measure_rows(value, [](float x, int32_t) { return make_float2(fabsf(x), 0.0f); }, [](float2 s) { return s.x; });
+        break;
+      case WKV_SELECT_OUTPUT_ERROR:
+        add_rows(value, e.now, 1.0f);
+        measure_rows(value, [&](float x, int32_t d) { return make_float2((x - area.sum[d]) * (x - area.sum[d]), 0.0f); }, [](float2 s) { return sqrtf(s.x); });
+        break;
+      default: break;
+    }
+  }
+
+  /** Each key's cosine with the mean of the normalised keys, of the \`count\` tokens that are left. */
+  __device__ void measure_likeness(int32_t count) const {
+    const auto key = [&](int32_t i) { return key_of(i); };
+    measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return s.x > 0.0f ? rsqrtf(s.x) : 0.0f; });
+    add_rows(key, e.measure, 1.0f / static_cast<float>(count));
+    float squares = 0.0f;
+    for (int32_t d = lane; d < dim; d += 32) squares += area.sum[d] * area.sum[d];
+    const float length = sqrtf(warp_sum(squares));
+    measure_rows(key, [&](float x, int32_t d) { return make_float2(x * area.sum[d], x * x); }, [&](float2 s) {
+      const float both = sqrtf(s.y) * length;
+      return both > 0.0f ? s.x / both : 0.0f;
+    });
+  }
+
+  /** Leaves the rank that minimises the policy's value, the lowest of equals, in area.victim, and the lowest that has none in area.bad[0]. */
+  __device__ void pick(int32_t count) const {
+    const bool gapped = c.gapped(), pools = c.select == WKV_SELECT_WINDOW;
+    if (c.select == WKV_SELECT_KEY_LIKENESS) measure_likeness(count);
+    if (gapped || pools) {
+      for (int32_t i = tid; i < total; i += threads) {
+        if (there(i)) e.by_rank[e.rank[i]] = gapped ? average(i) : e.measure[i];
+      }
+      __syncthreads();
+    }
+    float least = INFINITY;
+    int32_t best = INT_MAX, bad = INT_MAX;
+    for (int32_t i = tid; i < total; i += threads) {
+      const int32_t rank = e.rank[i];
+      if (rank < 0 || !wkv_evictable(rank, count, c.sinks, c.recent)) continue;
+      float value = INFINITY;  // the newest has no right neighbour to be merged with
+      if (!gapped || rank + 1 < count) {
+        wkv_token t{rank, e.score[i], weight(i), 0.0f, 0.0f, 0.0f};
+        if (gapped) t.right = e.by_rank[rank + 1], t.measure = e.gap[i];
+        else if (pools) t.measure = pooled(rank, count);
+        else if (c.later) t.now = e.now ? e.now[i] : 0.0f, t.measure = e.measure[i];
+        value = wkv_select_value(c.select, t);
+      }
+      if (isnan(value)) bad = min(bad, rank);
+      if (value < least || (value == least && rank < best)) least = value, best = rank;
+    }
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) {
+      const float v = __shfl_xor_sync(0xffffffffu, least, o);
+      const int32_t r = __shfl_xor_sync(0xffffffffu, best, o);
+      if (v < least || (v == least && r < best)) least = v, best = r;
+    }
+    bad = __reduce_min_sync(0xffffffffu, bad);
+    if (lane == 0) area.value[warp] = least, area.rank[warp] = best, area.bad[warp] = bad;
+    __syncthreads();
+    if (tid > 0) return;
+    for (int w = 1; w < warps; w++) {
+      if (area.value[w] < least || (area.value[w] == least && area.rank[w] < best)) least = area.value[w], best = area.rank[w];
+      bad = min(bad, area.bad[w]);
+    }
+    area.victim = best == INT_MAX ? -1 : best;
+    area.bad[0] = bad;
+  }
+
+  __device__ float pooled(int32_t rank, int32_t count) const {
+    float sum = 0.0f;
+    for (int32_t r = max(0, rank - WKV_WINDOW_POOL / 2); r <= min(count - 1, rank + WKV_WINDOW_POOL / 2); r++) sum += e.by_rank[r];
+    return sum;
+  }
+
+  __device__ void update_gap(int32_t entry, int32_t right) const {
+    const float gap = warp_gap(value_of(entry), value_of(right), dim);
+    if (lane == 0) e.gap[entry] = gap;
+  }
+
+  /** The newest cached token and those that arrive have right neighbours now. */
+  __device__ void update_gaps() const {
+    if (tid == 0) area.around[0] = -1;
+    __syncthreads();
+    for (int32_t i = tid; i < kept; i += threads) {
+      if (e.rank[i] == kept - 1) area.around[0] = i;
+    }
+    __syncthreads();
+    for (int32_t i = kept - 1 + warp; i < total - 1; i += warps) {
+      const int32_t entry = i < kept ? area.around[0] : i;
+      if (entry >= 0) update_gap(entry, i + 1);
+    }
+    __syncthreads();
+  }
+
+  /** Takes rank area.victim of \`count\` out and hands its rows on. */
+  __device__ void leave(int32_t count) const {
+    const int32_t j = area.victim;
+    for (int32_t i = tid; i < total; i += threads) {
+      const int32_t rank = e.rank[i];
+      if (rank >= j - 1 && rank <= j + 2 && rank >= 0) area.around[rank - j + 1] = i;
+      if (rank == j) e.rank[i] = -1;
+      else if (rank > j) e.rank[i] = rank - 1;
+    }
+    __syncthreads();
+    const int32_t left = area.around[0], victim = area.around[1], right = area.around[2], far = area.around[3];
+    const bool neighbour = j + 1 < count, merges = c.merge == WKV_MERGE_RIGHT && neighbour;
+    const float w_v = weight(victim), w_r = neighbour ? weight(right) : 0.0f;
+    if (merges && w_v + w_r > 0.0f) {
+      const T* v = value_of(victim);
+      T* r = value_of(right);
+      for (int32_t d = tid; d < dim; d += threads) r[d] = from_float<T>(wkv_merged(w_v, to_float(v[d]), w_r, to_float(r[d])));
+    }
+    if (tid == 0) {
+      Counts& counts = c.counts[head];
+      counts.event[0] = static_cast<float>(e.birth[victim] - 1);
+      counts.event[1] = merges ? static_cast<float>(e.birth[right] - 1) : -1.0f;
+      counts.event[2] = w_v;
+      counts.event[3] = w_r;
+      if (merges) counts.merged++;
+      else counts.evicted++;
+      if (victim < kept) {
+        if (area.freed == 0) area.first_freed = victim;
+        if (e.freed) e.freed[area.freed] = victim;
+        area.freed++;
+      } else {
+        area.arrived_left--;
+      }
+    }
+    __syncthreads();
+    if (c.gapped() && neighbour) {
+      if (warp == 0 && left >= 0) update_gap(left, right);
+      if (warp == 1 && far >= 0) update_gap(right, far);
+      __syncthreads();
+    }
+  }
+
+  /** Writes entry \`from\`'s state to a slot; a warp calls it. */
+  __device__ void fill(const Entries& own, int32_t slot, int32_t from) const {
+    const T *key = key_of(from), *value = value_of(from);
+    for (int32_t d = lane; d < dim; d += 32) keys[int64_t{slot} * dim + d] = key[d], values[int64_t{slot} * dim + d] = value[d];
+    for (int32_t w = lane; w < c.width; w += 32) own.words[w * own.stride + slot] = e.words[w * e.stride + from];
+    if (lane == 0) own.score[slot] = e.score[from], own.birth[slot] = e.birth[from], own.rank[slot] = e.rank[from];
+  }
+
+  /** Gives the tokens that arrived slots: freed ones in the order of leaving, then unused ones. Used slots stay the first ones. */
+  __device__ void place(int32_t arrived) const {
+    const int32_t freed = area.freed, stayed = kept - freed, left = stayed + area.arrived_left;
+    const Entries own = c.entries(head);
+    if (own.rank != e.rank) {
+      for (int32_t i = tid; i < kept; i += threads) {
+        if (!there(i)) continue;
+        own.score[i] = e.score[i], own.birth[i] = e.birth[i], own.rank[i] = e.rank[i];
+        for (int32_t w = 0; w < c.width; w++) own.words[w * own.stride + i] = e.words[w * e.stride + i];
+      }
+    }
+    if (tid == 0) {
+      area.holes = freed;
+      if (left < kept && e.freed) {
+        area.holes = 0;
+        for (int32_t i = 0; i < freed; i++) {
+          if (e.freed[i] < left) e.freed[area.holes++] = e.freed[i];
+        }
+      }
+    }
+    __syncthreads();
+    const int32_t holes = area.holes;
+    for (int32_t t = warp; t < arrived; t += warps) {
+      const int32_t rank = e.rank[kept + t];
+      if (rank < 0) continue;
+      const int32_t order = rank - stayed;
+      fill(own, order >= holes ? kept + order - holes : e.freed ? e.freed[order] : area.first_freed, kept + t);
+    }
+    if (tid == 0) c.counts[head].kept = left;
+    if (left >= kept) return;
+    // More left than arrived: tokens move down into the holes, in the order of their slots.
+    if (warp > 0) return;
+    int32_t next = area.arrived_left;
+    for (int32_t base = left; base < kept; base += 32) {
+      uint32_t moves = __ballot_sync(0xffffffffu, base + lane < kept && there(base + lane));
+      for (; moves; moves &= moves - 1) fill(own, e.freed[next++], base + __ffs(moves) - 1);
+    }
+  }
+};
+
+/**
+ * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
+ * policy's victim (rank \`forced\` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
+ * then goes into free slots. \`e\` is the head's own state or, when more than one token arrives, a copy, which is written back.
+ */
+template <typename T>
+__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area) {
+  const int32_t tid = threadIdx.x, total = kept + arrived, target = wkv_target(total, c.slots, c.interval);
+  const Settling<T> s{c, head, e, kept, total, in_keys, in_values, area};
+  if (tid == 0) area.freed = 0, area.arrived_left = arrived;
+  if (c.later) s.note();
+  if (c.gapped()) s.update_gaps();
+  if (total > target && c.select == WKV_SELECT_NONE) {
+    if (tid == 0) faults.report(Fault::Full, c.slots);
+    return;
+  }
+  if (total > target && c.select == WKV_SELECT_LITERAL_AVERAGE) {
+    for (int32_t i = tid; i < total; i += blockDim.x) e.score[i] = s.average(i);
+    __syncthreads();
+  }
+  if (total > target && c.later) s.measure_all();
+  for (int32_t count = total; count > target; count--, forced = -1) {
+    __syncthreads();
+    if (tid < 4) area.around[tid] = -1;
+    if (forced == -1) s.pick(count);
+    else if (tid == 0) area.victim = forced, area.bad[0] = INT_MAX;
+    __syncthreads();
+    const int32_t j = area.victim, bad = area.bad[0];
+    if (bad != INT_MAX) {
+      if (tid == 0) faults.report(Fault::NanScore, bad);
+      return;
+    }
+    if (!wkv_evictable(j, count, c.sinks, c.recent)) {
+      if (tid == 0) faults.report(Fault::Rank, j, count, c.sinks, c.recent);
+      return;
+    }
+    s.leave(count);
+  }
+  __syncthreads();
+  s.place(arrived);
+}
+
+}  // namespace wkv
+`,
   "cuda/tile.cuh": `/** tile.cuh: how the tensor-core kernels (matmul_int8.cu, matmul_half.cu) share out a product and finish it. */
 #pragma once
 #include "linear.cuh"
@@ -7577,7 +8029,7 @@ void give_text(const std::string& text, char* out, int32_t out_bytes);
 
 }  // namespace wkv
 `,
-  "policy.h": `/** policy.h: the score, select and merge rules, compiled into both libraries so that they choose alike (DESIGN: the step; paper: Algorithm 1). */
+  "policy.h": `/** policy.h: the score, select and merge rules, compiled into both libraries so that they choose alike (docs/policies.md has their blocks). */
 #ifndef WKV_POLICY_H
 #define WKV_POLICY_H
 #include <stdint.h>
@@ -7590,12 +8042,59 @@ void give_text(const std::string& text, char* out, int32_t out_bytes);
 #define WKV_HD
 #endif
 
-/** The average attention a / n of a token: the paper's weight. */
+enum {
+  WKV_OFTEN_STEPS = 400,                           /* steps that least-often looks back on */
+  WKV_OFTEN_WORDS = (WKV_OFTEN_STEPS + 31) / 32,   /* a bit each */
+  WKV_WINDOW_STEPS = 32,                           /* weights that window keeps */
+  WKV_WINDOW_POOL = 5,                             /* ranks that it pools */
+};
+
+/** What a rule may look at in a token. */
+struct wkv_token {
+  int32_t rank;
+  float score;    /* a */
+  float average;  /* a / n: the paper's weight */
+  float right;    /* the right neighbour's average */
+  float now;      /* its weight in this step */
+  float measure;  /* what wkv_measures names */
+};
+
+/** The average attention a / n of a token. */
 WKV_HD inline float wkv_average(float score, int32_t steps) { return score / (float)steps; }
 
 /** Whether the token of this rank may leave, of \`total\` tokens with the new one. */
 WKV_HD inline bool wkv_evictable(int32_t rank, int32_t total, int32_t sinks, int32_t recent) {
   return rank >= sinks && rank < total - recent;
+}
+
+/** Tokens that are left after a step with \`total\` of them. */
+WKV_HD inline int32_t wkv_target(int32_t total, int32_t slots, int32_t interval) { return total > slots ? slots + 1 - interval : total; }
+
+/** Whether the rule needs the gap |V_j - V_r|^2 to the right neighbour. */
+WKV_HD inline bool wkv_uses_gap(int32_t select) { return select == WKV_SELECT_MERGE_COST || select == WKV_SELECT_MERGE_COST_LINEAR; }
+
+/** Whether the rule asks for a measure of stored rows: a norm, a likeness or a distance. */
+WKV_HD inline bool wkv_measures_rows(int32_t select) {
+  return select == WKV_SELECT_KEY_NORM || select == WKV_SELECT_KEY_LIKENESS || select == WKV_SELECT_SUM_VALUE_NORM || select == WKV_SELECT_OUTPUT_ERROR;
+}
+
+/** Words of 32 bits that a token carries beside score and birth; the gap is the first of a rule that uses it. */
+WKV_HD inline int32_t wkv_words(int32_t select, int32_t merge) {
+  if (wkv_uses_gap(select)) return 1;
+  if (select == WKV_SELECT_LEAST_OFTEN) return WKV_OFTEN_WORDS;
+  if (select == WKV_SELECT_WINDOW) return WKV_WINDOW_STEPS;
+  return merge == WKV_MERGE_NEAREST_VOTES ? 2 : 0;
+}
+
+/** Whether the policy looks at each step's own weights, which column sums do not hold. */
+WKV_HD inline bool wkv_by_step(int32_t select, int32_t merge) {
+  return select == WKV_SELECT_LITERAL_AVERAGE || select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW ||
+         select == WKV_SELECT_OUTPUT_ERROR || merge == WKV_MERGE_SPREAD || merge == WKV_MERGE_NEAREST_VOTES;
+}
+
+/** Whether wkv_attend's one launch can choose and act, or a second one must see all weights of the step. */
+WKV_HD inline bool wkv_in_one_launch(int32_t select, int32_t merge, int32_t interval) {
+  return interval == 1 && select <= WKV_SELECT_LOWEST_SUM && merge <= WKV_MERGE_RIGHT;
 }
 
 /** Ward's cost of merging a token with its right neighbour: attention as mass, gap = |V_j - V_r|^2. */
@@ -7606,17 +8105,22 @@ WKV_HD inline float wkv_merge_cost(int32_t select, float w_j, float w_r, float g
   return w_j * w_r / mass * gap;
 }
 
-/** Whether the rule needs the neighbour's average and the gap between the two values. */
-WKV_HD inline bool wkv_select_uses_gap(int32_t select) {
-  return select == WKV_SELECT_MERGE_COST || select == WKV_SELECT_MERGE_COST_LINEAR;
-}
-
-/** What the victim minimises. w_j, w_r: averages of the token and its right neighbour; where merges cost,
- *  the caller passes over the newest token, which has none. */
-WKV_HD inline float wkv_select_value(int32_t select, int32_t rank, float w_j, float w_r, float gap) {
-  if (select == WKV_SELECT_OLDEST) return (float)rank;
-  if (wkv_select_uses_gap(select)) return wkv_merge_cost(select, w_j, w_r, gap);
-  return w_j;
+/** What the victim minimises; where merges cost, the caller passes over the newest token, which has no right neighbour. */
+WKV_HD inline float wkv_select_value(int32_t select, const wkv_token& t) {
+  switch (select) {
+    case WKV_SELECT_OLDEST: return (float)t.rank;
+    case WKV_SELECT_MERGE_COST:
+    case WKV_SELECT_MERGE_COST_LINEAR: return wkv_merge_cost(select, t.average, t.right, t.measure);
+    case WKV_SELECT_LOWEST_SUM: return t.score;
+    case WKV_SELECT_LOWEST_NOW: return t.now;
+    case WKV_SELECT_KEY_NORM:
+    case WKV_SELECT_KEY_LIKENESS: return -t.measure;
+    case WKV_SELECT_LEAST_OFTEN:
+    case WKV_SELECT_WINDOW: return t.measure;
+    case WKV_SELECT_SUM_VALUE_NORM: return t.score * t.measure;
+    case WKV_SELECT_OUTPUT_ERROR: return t.now / (1.0f - t.now) * t.measure;
+    default: return t.average;
+  }
 }
 
 /** The merged value of one dimension: a convex combination, computed in f32 and rounded once when stored. */
@@ -7670,7 +8174,7 @@ WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 1
+#define WKV_ABI_VERSION 2
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -7720,12 +8224,24 @@ enum wkv_select {
   WKV_SELECT_LOWEST_AVERAGE = 2,    /* the lowest average a / n */
   WKV_SELECT_MERGE_COST = 3,        /* the lowest w_j w_r / (w_j + w_r) |V_j - V_r|^2 with its right neighbour r */
   WKV_SELECT_MERGE_COST_LINEAR = 4, /* the same with |V_j - V_r| */
+  WKV_SELECT_LITERAL_AVERAGE = 5,   /* the same as 2, but the averages replace the scores for good in every step that overflows */
+  WKV_SELECT_LOWEST_SUM = 6,        /* the lowest sum a */
+  WKV_SELECT_LOWEST_NOW = 7,        /* the lowest weight of this step, mean over the KV heads: one choice a layer */
+  WKV_SELECT_LEAST_OFTEN = 8,       /* the fewest of the last 400 steps whose weight was above 1 / tokens */
+  WKV_SELECT_KEY_NORM = 9,          /* the highest |K| */
+  WKV_SELECT_KEY_LIKENESS = 10,     /* the highest cosine with the mean of the normalised keys */
+  WKV_SELECT_WINDOW = 11,           /* the lowest weight over the last 32 steps, averaged over neighbouring ranks */
+  WKV_SELECT_SUM_VALUE_NORM = 12,   /* the lowest a |V|_1 */
+  WKV_SELECT_OUTPUT_ERROR = 13,     /* the lowest p / (1 - p) |V - o|, o the mean output of the group */
 };
 
-/** What happens to the value of the token that leaves. */
+/** What happens to the token that leaves. */
 enum wkv_merge {
-  WKV_MERGE_NONE = 0,  /* dropped */
-  WKV_MERGE_RIGHT = 1, /* merged into the next rank's value, weighted with both averages */
+  WKV_MERGE_NONE = 0,          /* dropped */
+  WKV_MERGE_RIGHT = 1,         /* its value is merged into the next rank's, weighted with both averages */
+  WKV_MERGE_SPREAD = 2,        /* by chance a 16th of its value is added to each of the next 16 ranks' */
+  WKV_MERGE_NEAREST = 3,       /* key and value are merged into those of the likest key, if it is like enough */
+  WKV_MERGE_NEAREST_VOTES = 4, /* the same for any likest key, weighted with votes and recent weights */
 };
 
 /** What wkv_cache_read gives, always in rank order, \`kept\` entries for one layer, sequence and KV head. */
@@ -7815,9 +8331,10 @@ WKV_API int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows,
 WKV_API int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const float* frequencies /* [count] */, int32_t frequencies_bytes, int32_t positions, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Opens an empty cache of exactly \`slots\` tokens a KV head, in every layer and sequence; nothing is allocated later.
- *  Must hold: 0 <= sinks, 0 <= recent, sinks + recent <= slots; heads a multiple of kv_heads; the rotation is of this head
+ *  interval: tokens that leave, one after another, when it overflows; seed: of policies that draw.
+ *  Must hold: 0 <= sinks, 0 <= recent, sinks + recent <= slots; 1 <= interval <= slots; heads a multiple of kv_heads; the rotation is of this head
  *  dimension and, with positions in the cache, of more than \`slots\` positions; dtype F32, F16 or BF16. */
-WKV_API int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t select, int32_t merge, int32_t positions, int32_t dtype, int32_t* out /* [1] */, int32_t out_bytes);
+WKV_API int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t interval, int32_t select, int32_t merge, int32_t seed, int32_t positions, int32_t dtype, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Empties one sequence, or all of them (-1). */
 WKV_API int32_t wkv_cache_reset(int32_t context, int32_t cache, int32_t sequence);
@@ -7826,16 +8343,17 @@ WKV_API int32_t wkv_cache_reset(int32_t context, int32_t cache, int32_t sequence
 WKV_API int32_t wkv_cache_read(int32_t context, int32_t cache, int32_t field, int32_t layer, int32_t sequence, int32_t kv_head, void* out, int32_t out_bytes);
 
 /** op: one decode step of one layer for every sequence (the paper's Algorithm 1). The new token attends over cache and itself at
- *  rank \`kept\`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks a
- *  victim, merges or drops it, and the new token takes its slot. k and v are rounded to the cache's type first.
- *  victims: 0, or I32 [B, N], the rank that must leave (-1: the policy's own choice). */
+ *  rank \`kept\`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks
+ *  \`interval\` victims, merges or drops them, and the new token takes a freed slot. k and v are rounded to the cache's type first.
+ *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice). */
 WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, int32_t victims);
 
 /** op: steps 3 to 6 of wkv_attend with attention weights that the caller computed: kv[b] holds N keys, then N values. */
 WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_t kv /* [B, 2 N * D] */, int32_t weights /* [B, N * (M + 1)], rank order */, int32_t victims);
 
 /** op: \`rows\` tokens of one sequence at once: causal attention over cache and tokens, each column's sum of weights added to its score
- *  as if streamed. When kept + rows > slots the policy is then applied with the averages of that moment until \`slots\` are left. */
+ *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
+ *  left. Refused for policies that look at each step's weights (wkv_by_step in policy.h). */
 WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale);
 
 /* ---- from logits to tokens ---- */

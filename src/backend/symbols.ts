@@ -1,6 +1,6 @@
 /** The C ABI as Deno.dlopen wants it, and its constants. Made from kernels/wkv.h by `deno task bind`. */
 
-export const ABI_VERSION = 1;
+export const ABI_VERSION = 2;
 
 export const wkv_status = {
   WKV_OK: 0,
@@ -38,11 +38,23 @@ export const wkv_select = {
   WKV_SELECT_LOWEST_AVERAGE: 2,
   WKV_SELECT_MERGE_COST: 3,
   WKV_SELECT_MERGE_COST_LINEAR: 4,
+  WKV_SELECT_LITERAL_AVERAGE: 5,
+  WKV_SELECT_LOWEST_SUM: 6,
+  WKV_SELECT_LOWEST_NOW: 7,
+  WKV_SELECT_LEAST_OFTEN: 8,
+  WKV_SELECT_KEY_NORM: 9,
+  WKV_SELECT_KEY_LIKENESS: 10,
+  WKV_SELECT_WINDOW: 11,
+  WKV_SELECT_SUM_VALUE_NORM: 12,
+  WKV_SELECT_OUTPUT_ERROR: 13,
 } as const;
 
 export const wkv_merge = {
   WKV_MERGE_NONE: 0,
   WKV_MERGE_RIGHT: 1,
+  WKV_MERGE_SPREAD: 2,
+  WKV_MERGE_NEAREST: 3,
+  WKV_MERGE_NEAREST_VOTES: 4,
 } as const;
 
 export const wkv_cache_field = {
@@ -85,7 +97,7 @@ export const symbols = {
   wkv_linear: { parameters: ["i32","i32","i32","i32","i32","i32","i32","f32","i32","i32","i32","i32"], result: "i32" },
   wkv_gated: { parameters: ["i32","i32","i32","i32","i32","f32","i32","i32","i32","i32"], result: "i32" },
   wkv_rope_open: { parameters: ["i32","i32","i32","buffer","i32","i32","buffer","i32"], result: "i32" },
-  wkv_cache_open: { parameters: ["i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","buffer","i32"], result: "i32" },
+  wkv_cache_open: { parameters: ["i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","buffer","i32"], result: "i32" },
   wkv_cache_reset: { parameters: ["i32","i32","i32"], result: "i32" },
   wkv_cache_read: { parameters: ["i32","i32","i32","i32","i32","i32","buffer","i32"], result: "i32" },
   wkv_attend: { parameters: ["i32","i32","i32","i32","i32","f32","i32"], result: "i32" },

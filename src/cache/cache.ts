@@ -30,6 +30,10 @@ export interface CacheOptions {
   sinks?: number | undefined;
   /** Newest tokens that never leave. @default by policy */
   recent?: number | undefined;
+  /** Tokens that leave, one after another, when it overflows. @default by policy */
+  interval?: number | undefined;
+  /** Of policies that draw: a whole number below 2^31. @default `0` */
+  seed?: number | undefined;
   /** Where keys are rotated. @default `"cache"` */
   positions?: Positions | undefined;
   /** Type of keys and values. @default `"f16"` */
@@ -98,10 +102,22 @@ const selects = {
   "lowest-average": wkv_select.WKV_SELECT_LOWEST_AVERAGE,
   "merge-cost": wkv_select.WKV_SELECT_MERGE_COST,
   "merge-cost-linear": wkv_select.WKV_SELECT_MERGE_COST_LINEAR,
+  "lowest-average-literal": wkv_select.WKV_SELECT_LITERAL_AVERAGE,
+  "lowest-sum": wkv_select.WKV_SELECT_LOWEST_SUM,
+  "lowest-now": wkv_select.WKV_SELECT_LOWEST_NOW,
+  "least-often": wkv_select.WKV_SELECT_LEAST_OFTEN,
+  "key-norm": wkv_select.WKV_SELECT_KEY_NORM,
+  "key-likeness": wkv_select.WKV_SELECT_KEY_LIKENESS,
+  "window": wkv_select.WKV_SELECT_WINDOW,
+  "sum-value-norm": wkv_select.WKV_SELECT_SUM_VALUE_NORM,
+  "output-error": wkv_select.WKV_SELECT_OUTPUT_ERROR,
 };
 const merges = {
-  none: wkv_merge.WKV_MERGE_NONE,
-  right: wkv_merge.WKV_MERGE_RIGHT,
+  "none": wkv_merge.WKV_MERGE_NONE,
+  "right": wkv_merge.WKV_MERGE_RIGHT,
+  "spread": wkv_merge.WKV_MERGE_SPREAD,
+  "nearest": wkv_merge.WKV_MERGE_NEAREST,
+  "nearest-votes": wkv_merge.WKV_MERGE_NEAREST_VOTES,
 };
 const places = {
   cache: wkv_positions.WKV_POSITIONS_CACHE,
@@ -123,6 +139,8 @@ export class KvCache implements Disposable {
   readonly sinks: number | null;
   /** Newest tokens that never leave; null for `full`. */
   readonly recent: number | null;
+  /** Tokens that leave when it overflows. */
+  readonly interval: number;
   /** Where keys are rotated. */
   readonly positions: Positions;
   /** Type of keys and values. */
@@ -174,6 +192,7 @@ export class KvCache implements Disposable {
     this.sequences = sequences;
     if (this.policy.select === "none") {
       this.budget = this.sinks = this.recent = null;
+      this.interval = 1;
       this.capacity = options.capacity ?? shape.context;
       if (
         !Number.isInteger(this.capacity) || this.capacity < 1 ||
@@ -192,6 +211,7 @@ export class KvCache implements Disposable {
       this.budget = this.capacity = resolved.budget;
       this.sinks = resolved.sinks;
       this.recent = resolved.recent;
+      this.interval = resolved.interval;
     }
     this.#backend = backend;
     this.#shape = shape;
@@ -210,8 +230,10 @@ export class KvCache implements Disposable {
           this.capacity,
           this.sinks ?? 0,
           this.recent ?? 0,
+          this.interval,
           selects[this.policy.select],
           merges[this.policy.merge],
+          options.seed ?? 0,
           places[positions],
           dtypeId(types[cacheType]),
           out,

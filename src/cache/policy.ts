@@ -6,10 +6,19 @@ export type Select =
   | "oldest"
   | "lowest-average"
   | "merge-cost"
-  | "merge-cost-linear";
+  | "merge-cost-linear"
+  | "lowest-average-literal"
+  | "lowest-sum"
+  | "lowest-now"
+  | "least-often"
+  | "key-norm"
+  | "key-likeness"
+  | "window"
+  | "sum-value-norm"
+  | "output-error";
 
-/** What happens to the value of the token that leaves. */
-export type Merge = "none" | "right";
+/** What happens to the token that leaves. */
+export type Merge = "none" | "right" | "spread" | "nearest" | "nearest-votes";
 
 /** A cache policy: data without state, which lives in the cache. */
 export interface Policy {
@@ -25,9 +34,13 @@ export interface Policy {
   readonly merge: Merge;
   /** Tokens that are protected by default, of a budget of `m`. */
   readonly protects: (m: number) => { sinks: number; recent: number };
+  /** Tokens that leave when a budget of `m` overflows. @default 1 */
+  readonly interval?: (m: number) => number;
+  /** Whether column sums of attention rebuild its state, or each step's weights must be seen. */
+  readonly prefill: "sums" | "steps";
   /** Variants, chosen by `name:option`, with what they change. */
   readonly options?: Readonly<
-    Record<string, { readonly select?: Select; readonly merge?: Merge }>
+    Record<string, Partial<Pick<Policy, "select" | "merge" | "prefill">>>
   >;
 }
 
@@ -39,6 +52,8 @@ export interface Budget {
   readonly sinks: number;
   /** Newest tokens, always kept, the new one counted. */
   readonly recent: number;
+  /** Tokens that leave, one after another, when the cache overflows. */
+  readonly interval: number;
 }
 
 /** The largest budget and full cache, in tokens. */
@@ -47,13 +62,17 @@ export const MAX_SLOTS = 1 << 20;
 /**
  * Checks a budget and fills in what the policy protects by default.
  *
- * @throws {RangeError} A number is not a whole one in its range, or
- * `sinks + recent` is more than the budget.
+ * @throws {RangeError} A number is not a whole one in its range, or more is
+ * protected or leaves at once than the budget has.
  */
 export function resolveBudget(
   policy: Policy,
   budget: number,
-  given: { sinks?: number | undefined; recent?: number | undefined } = {},
+  given: {
+    sinks?: number | undefined;
+    recent?: number | undefined;
+    interval?: number | undefined;
+  } = {},
 ): Budget {
   whole("budget", budget, 1);
   const defaults = policy.protects(budget);
@@ -64,7 +83,14 @@ export function resolveBudget(
       `The budget must be at least sinks + recent: ${budget} is less than ${sinks} + ${recent}`,
     );
   }
-  return { budget, sinks, recent };
+  const interval = given.interval ?? policy.interval?.(budget) ?? 1;
+  const most = budget + 1 - sinks - recent;
+  if (!Number.isInteger(interval) || interval < 1 || interval > most) {
+    throw new RangeError(
+      `The interval must be a whole number between 1 and budget + 1 - sinks - recent = ${most}: current value is ${interval}`,
+    );
+  }
+  return { budget, sinks, recent, interval };
 }
 
 function whole(name: string, value: number, least: number): number {

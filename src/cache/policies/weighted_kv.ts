@@ -13,6 +13,7 @@ export const weightedKv: Policy = {
   paper: "WeightedKV, arXiv 2503.01330, Algorithm 1",
   select: "lowest-average",
   merge: "right",
+  prefill: "sums",
   protects: sinksAndHalf,
 };
 
@@ -23,5 +24,6 @@ export const eviction: Policy = {
   paper: "WeightedKV, arXiv 2503.01330, ablation in Fig. 4",
   select: "lowest-average",
   merge: "none",
+  prefill: "sums",
   protects: sinksAndHalf,
 };

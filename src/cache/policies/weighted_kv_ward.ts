@@ -13,6 +13,7 @@ export const weightedKvWard: Policy = {
   paper: "This project; merge of WeightedKV, linkage of Ward (1963)",
   select: "merge-cost",
   merge: "right",
+  prefill: "sums",
   protects: sinksAndHalf,
   options: { linear: { select: "merge-cost-linear" } },
 };

@@ -1,0 +1,85 @@
+/**
+ * settle.cu: steps 3 to 6 of a decode step with given weights: wkv_insert, and the second launch of policies that choose by more than
+ * wkv_attend's one launch knows.
+ *
+ *   a[i] += weights[rank[i]];  then one settle a head (settle.cuh)         weights [B, N (M + 1)] in rank order
+ *
+ * A block owns one KV head of one sequence. Bytes moved: the head's state (12 bytes a slot and its words, read and written), its weights,
+ * three rows; all keys or values, once or twice, for rules that measure rows.
+ */
+#include "settle.cuh"
+
+namespace wkv {
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(256) settle_kernel(CacheView c, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims, Faults faults) {
+  __shared__ SettleArea area;
+  __shared__ T key[512], value[512];
+  wait_for_previous();
+  let_next_start();
+  const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
+  const int64_t head = c.first + unit, b = unit / c.kv_heads;
+  Counts& counts = c.counts[head];
+  const int32_t kept = counts.kept, step = counts.steps + 1;
+  const Entries e = c.entries(head);
+  const float *k = keys + b * row_floats + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
+  for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
+    float x = k[c.rope.source(i)];
+    if (c.text && i < 2 * c.rope.pairs) {
+      const int32_t pair = i % c.rope.pairs;
+      const float2 turn = c.rope.at(step - 1, pair);
+      const float other = k[c.rope.source(i < c.rope.pairs ? i + c.rope.pairs : pair)];
+      x = i < c.rope.pairs ? x * turn.x - other * turn.y : other * turn.y + x * turn.x;
+    }
+    key[i] = from_float<T>(x);
+    value[i] = from_float<T>(v[i]);
+  }
+  const int64_t stride = c.slots + 1;
+  const float *given = weights + unit * stride, *of_layer = weights + b * c.kv_heads * stride;
+  for (int32_t i = threadIdx.x; i <= kept; i += blockDim.x) {
+    if (i == kept) {
+      e.score[i] = 0.0f, e.birth[i] = step, e.rank[i] = kept;
+      for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = 0;
+    }
+    const int32_t rank = e.rank[i];
+    e.score[i] += given[rank];
+    if (!c.later) continue;
+    float now = given[rank];
+    if (c.select == WKV_SELECT_LOWEST_NOW) {
+      now = 0.0f;
+      for (int32_t h = 0; h < c.kv_heads; h++) now += of_layer[h * stride + rank];
+      now /= static_cast<float>(c.kv_heads);
+    }
+    e.now[i] = now;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) counts.steps = step;
+  __syncthreads();
+  settle<T>(c, head, e, kept, 1, key, value, victims ? victims[unit] : -1, faults, area);
+}
+
+}  // namespace
+
+void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims) {
+  by_cache_type(cache.dtype, [&](auto type) {
+    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 256}, view, keys, row_floats, weights, victims, ctx.faults());
+  });
+}
+
+}  // namespace wkv
+
+using namespace wkv;
+
+int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, int32_t weights, int32_t victims) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    const int32_t n_heads = cache->kv_heads;
+    const TensorRef rows = find_tensor(context, kv, "kv", WKV_F32, cache->sequences, 2 * n_heads * cache->head_dim);
+    const TensorRef given = find_tensor(context, weights, "weights", WKV_F32, cache->sequences, n_heads * (cache->slots + 1));
+    const TensorRef forced = find_victims(context, victims, *cache);
+    ctx.hold(cache, rows, given, forced);
+    settle_step(ctx, *cache, cache->view(layer), rows->f32(), rows->columns, given->f32(), forced ? forced->i32() : nullptr);
+    ctx.submitted();
+  });
+}
