@@ -4,6 +4,7 @@ import type { GenerateResult, Model } from "../mod.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import { generate } from "../src/generate.ts";
+import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readPrompt } from "./input.ts";
 import { decimal, flag, text, texts, whole } from "./option.ts";
@@ -81,6 +82,7 @@ ${policyList()}`,
     if (policy.select !== "none") {
       resolveBudget(policy, values.budget ?? 256, values);
     }
+    chunkSize(values.prefill ?? "exact", policy);
     const prompt = await readPrompt(
       operands[0],
       values.file,

@@ -5,6 +5,7 @@ import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import type { Model } from "../src/model.ts";
 import { perplexity, type PerplexityRow } from "../src/perplexity.ts";
+import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readTextFile } from "./input.ts";
 import { text, UsageError, whole, wholes, words } from "./option.ts";
@@ -71,6 +72,7 @@ ${policyList()}`,
     const policies = values.policy ?? ["weighted-kv"];
     const budgets = values.budget ?? [256];
     for (const policy of policies.map(findPolicy)) {
+      chunkSize(values.prefill ?? "exact", policy);
       if (policy.select === "none") continue;
       for (const budget of budgets) resolveBudget(policy, budget, values);
     }

@@ -11,12 +11,13 @@
 #define WKV_HD
 #endif
 
-enum {
-  WKV_OFTEN_STEPS = 400,                           /* steps that least-often looks back on */
-  WKV_OFTEN_WORDS = (WKV_OFTEN_STEPS + 31) / 32,   /* a bit each */
-  WKV_WINDOW_STEPS = 32,                           /* weights that window keeps */
-  WKV_WINDOW_POOL = 5,                             /* ranks that it pools */
-};
+constexpr int32_t WKV_OFTEN_STEPS = 400;                          /* steps that least-often looks back on */
+constexpr int32_t WKV_OFTEN_WORDS = (WKV_OFTEN_STEPS + 31) / 32;  /* a bit each */
+constexpr int32_t WKV_WINDOW_STEPS = 32;                          /* weights that window keeps */
+constexpr int32_t WKV_WINDOW_POOL = 5;                            /* ranks that it pools */
+constexpr int32_t WKV_SPREAD_RANKS = 16;                          /* ranks that spread gives a value to */
+constexpr float WKV_VOTES_LIKENESS = 0.8f;                        /* the cosine below which nearest-votes drops */
+constexpr float WKV_UNSET = -2.0f;                                /* a threshold of nearest before its first cosine */
 
 /** What a rule may look at in a token. */
 struct wkv_token {
@@ -52,13 +53,12 @@ WKV_HD inline int32_t wkv_words(int32_t select, int32_t merge) {
   if (wkv_uses_gap(select)) return 1;
   if (select == WKV_SELECT_LEAST_OFTEN) return WKV_OFTEN_WORDS;
   if (select == WKV_SELECT_WINDOW) return WKV_WINDOW_STEPS;
-  return merge == WKV_MERGE_NEAREST_VOTES ? 2 : 0;
+  return merge == WKV_MERGE_NEAREST_VOTES ? 1 : 0;
 }
 
-/** Whether the policy looks at each step's own weights, which column sums do not hold. */
-WKV_HD inline bool wkv_by_step(int32_t select, int32_t merge) {
-  return select == WKV_SELECT_LITERAL_AVERAGE || select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW ||
-         select == WKV_SELECT_OUTPUT_ERROR || merge == WKV_MERGE_SPREAD || merge == WKV_MERGE_NEAREST_VOTES;
+/** Whether the rule looks at each step's own weights, which column sums do not hold. */
+WKV_HD inline bool wkv_by_step(int32_t select) {
+  return select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW || select == WKV_SELECT_OUTPUT_ERROR;
 }
 
 /** Whether wkv_attend's one launch can choose and act, or a second one must see all weights of the step. */
@@ -87,10 +87,38 @@ WKV_HD inline float wkv_select_value(int32_t select, const wkv_token& t) {
     case WKV_SELECT_LEAST_OFTEN:
     case WKV_SELECT_WINDOW: return t.measure;
     case WKV_SELECT_SUM_VALUE_NORM: return t.score * t.measure;
-    case WKV_SELECT_OUTPUT_ERROR: return t.now / (1.0f - t.now) * t.measure;
+    case WKV_SELECT_OUTPUT_ERROR: return t.now / (1.0f - t.now > 0x1p-24f ? 1.0f - t.now : 0x1p-24f) * t.measure;
     default: return t.average;
   }
 }
+
+/** x . y / (|x| |y|) of their sums of products; tiny norms count as 1e-12. */
+WKV_HD inline float wkv_cosine(float xy, float xx, float yy) {
+  const float x = __builtin_sqrtf(xx), y = __builtin_sqrtf(yy);
+  return xy / ((x > 1e-12f ? x : 1e-12f) * (y > 1e-12f ? y : 1e-12f));
+}
+
+/** The number in [0, 1) that spread draws: MurmurHash3's finaliser, chained over its words. */
+WKV_HD inline float wkv_draw(uint32_t seed, uint32_t layer, uint32_t sequence, uint32_t head, uint32_t step, uint32_t turn) {
+  const uint32_t words[6] = {seed, layer, sequence, head, step, turn};
+  uint32_t h = 0;
+  for (int i = 0; i < 6; i++) {
+    h = (h ^ words[i]) + 0x9e3779b9u;
+    h ^= h >> 16, h *= 0x85ebca6bu;
+    h ^= h >> 13, h *= 0xc2b2ae35u;
+    h ^= h >> 16;
+  }
+  return (float)(h >> 8) * (1.0f / 16777216.0f);
+}
+
+/** Whether spread adds a value to its targets: sums of the victim and of all `count` targets together. */
+WKV_HD inline bool wkv_spreads(float score, float targets, int32_t count, float draw) {
+  const float mean = targets / (float)count;
+  return mean > 0.0f ? draw < score / mean : score > 0.0f;
+}
+
+/** Half of a number and of its likeness times another: what nearest leaves of two keys or values. */
+WKV_HD inline float wkv_halved(float r, float likeness, float v) { return (r + likeness * v) * 0.5f; }
 
 /** The merged value of one dimension: a convex combination, computed in f32 and rounded once when stored. */
 WKV_HD inline float wkv_merged(float w_v, float v, float w_r, float r) {

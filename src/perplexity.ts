@@ -106,7 +106,6 @@ export async function* perplexity(
   whole("offset", offset, 0);
   if (options.windows !== undefined) whole("windows", options.windows, 1);
   if (options.batch !== undefined) whole("batch", options.batch, 1, 4096);
-  chunkSize(options.prefill ?? "exact");
   const tokens = typeof text === "string"
     ? await model.tokenizer.encode(text, signal ? { signal } : {})
     : text;
@@ -178,6 +177,7 @@ function plan(model: Model, options: PerplexityOptions): PlannedRow[] {
   const rows: PlannedRow[] = [];
   for (const name of options.policies) {
     const policy = findPolicy(name);
+    chunkSize(options.prefill ?? "exact", policy);
     const full = policy.select === "none";
     if (!full && options.budgets.length === 0) {
       throw new RangeError(`Name at least one budget for the policy ${name}`);

@@ -4,6 +4,7 @@ import type { Graph } from "./backend/backend.ts";
 import { logProb, sample } from "./backend/ops.ts";
 import { Tensor } from "./backend/tensor.ts";
 import type { KvCache } from "./cache/cache.ts";
+import type { Policy } from "./cache/policy.ts";
 import { type Model, PASS_ROWS } from "./model.ts";
 
 /** How the next token is drawn; applied in the order top-k, top-p, min-p, temperature. */
@@ -26,10 +27,15 @@ export type Prefill = "exact" | `chunk:${number}`;
 /**
  * The tokens of a chunk; null for `exact`.
  *
- * @throws {RangeError} It is neither.
+ * @throws {RangeError} It is neither, or the policy must see each step.
  */
-export function chunkSize(prefill: Prefill): number | null {
+export function chunkSize(prefill: Prefill, policy?: Policy): number | null {
   if (prefill === "exact") return null;
+  if (policy?.prefill === "steps") {
+    throw new RangeError(
+      `The prefill must be exact for ${policy.name}, which looks at each step's own weights: current value is "${prefill}"`,
+    );
+  }
   const size = Number(/^chunk:(\d+)$/.exec(prefill)?.[1] ?? NaN);
   if (!(size >= 1 && size <= PASS_ROWS)) {
     throw new RangeError(
@@ -109,17 +115,12 @@ export class Session implements Disposable {
     tokens: readonly number[],
     options: { prefill?: Prefill; signal?: AbortSignal | undefined } = {},
   ): Promise<number> {
-    const chunk = chunkSize(options.prefill ?? "exact");
+    const chunk = chunkSize(options.prefill ?? "exact", this.cache.policy);
     const last = tokens.length;
     let at = 0;
     while (at < last) {
       options.signal?.throwIfAborted();
-      const room = this.cache.capacity - this.cache.stats().kept;
-      const rows = Math.min(
-        last - at,
-        PASS_ROWS,
-        room > 0 ? room : chunk ?? 1,
-      );
+      const rows = Math.min(last - at, PASS_ROWS, this.passRows(chunk));
       if (rows === 1) {
         this.#tokens.write(Int32Array.of(tokens[at]!));
         await this.#step(at + 1 === last ? "next" : "feed").run();
@@ -135,6 +136,16 @@ export class Session implements Disposable {
       at += rows;
     }
     return this.#tokens.integers()[0]!;
+  }
+
+  /**
+   * The most tokens that may go to sequence 0 in one pass: as many as the cache
+   * has room for, then a chunk; one where each step's weights must be seen.
+   */
+  passRows(chunk: number | null): number {
+    if (this.cache.policy.prefill === "steps") return 1;
+    const room = this.cache.capacity - this.cache.stats().kept;
+    return room > 0 ? room : chunk ?? 1;
   }
 
   /** Feeds the token drawn last and draws the next, in every sequence. */

@@ -29,6 +29,7 @@ struct Ranked {
 struct Counts {
   int32_t kept = 0, steps = 0, merged = 0, evicted = 0;
   float event[4] = {-1.0f, -1.0f, 0.0f, 0.0f};
+  float threshold = WKV_UNSET;  // of nearest
 };
 
 struct Cache : Object {

@@ -22,7 +22,7 @@ struct Head {
   Ranked& r;
   const Incoming& incoming;
   Lists& lists;
-  const int32_t step, dim;
+  const int32_t step, arrived, dim;
 
   float* now() const { return lists.now.data(); }
   float* measure() const { return lists.measure.data(); }
@@ -52,19 +52,11 @@ struct Head {
       for (int32_t i = 0; i < r.count; i++) word[i] = now()[i] > threshold ? word[i] | mask : word[i] & ~mask;
     } else if (cache.select == WKV_SELECT_WINDOW) {
       std::memcpy(r.number((step - 1) % WKV_WINDOW_STEPS), now(), size_t(r.count) * 4);
+    } else if (cache.merge == WKV_MERGE_NEAREST_VOTES) {
+      std::fill(r.number(0) + r.count - arrived, r.number(0) + r.count, 1.0f);
     }
   }
 
-  /** The mean of the normalised keys, into lists.sum. */
-  void find_anchor() const {
-    lists.sum.assign(dim, 0.0f);
-    for (int32_t i = 0; i < r.count; i++) {
-      read(key(i), lists.row.data());
-      const float norm = norm_of(lists.row.data());
-      if (norm > 0.0f) loops.add_scaled(lists.sum.data(), lists.row.data(), 1.0f / norm, dim);
-    }
-    for (float& x : lists.sum) x /= static_cast<float>(r.count);
-  }
   /** The weighted sum of all values, into lists.sum: the mean output of the group's query heads. */
   void find_output() const {
     lists.sum.assign(dim, 0.0f);
@@ -73,10 +65,10 @@ struct Head {
       loops.add_scaled(lists.sum.data(), lists.row.data(), now()[i], dim);
     }
   }
-  float norm_of(const float* x) const {
-    float squares = 0.0f;
-    for (int32_t d = 0; d < dim; d++) squares += x[d] * x[d];
-    return std::sqrt(squares);
+  float dot(const float* x, const float* y) const {
+    float sum = 0.0f;
+    for (int32_t d = 0; d < dim; d++) sum += x[d] * y[d];
+    return sum;
   }
 
   /** Measures all tokens before the first leaves. */
@@ -95,12 +87,12 @@ struct Head {
         case WKV_SELECT_WINDOW: {
           float sum = 0.0f;
           for (int32_t w = 0; w < WKV_WINDOW_STEPS; w++) sum += r.number(w)[i];
-          m[i] = sum;
+          m[i] = sum / WKV_WINDOW_STEPS;
           break;
         }
         case WKV_SELECT_KEY_NORM:
           read(key(i), row);
-          m[i] = norm_of(row);
+          m[i] = dot(row, row);
           break;
         case WKV_SELECT_SUM_VALUE_NORM:
           read(value(i), row);
@@ -110,31 +102,32 @@ struct Head {
         case WKV_SELECT_OUTPUT_ERROR:
           read(value(i), row);
           for (int32_t d = 0; d < dim; d++) row[d] -= lists.sum[d];
-          m[i] = norm_of(row);
+          m[i] = std::sqrt(dot(row, row));
           break;
         default: break;
       }
     }
   }
-  /** Measures that change whenever a token leaves. */
+  /** What key-likeness measures, anew whenever a token leaves: each normalised key times the sum of all of them. */
   void measure_likeness() const {
-    find_anchor();
-    const float length = norm_of(lists.sum.data());
     float* row = lists.row.data();
-    for (int32_t i = 0; i < r.count; i++) {
-      read(key(i), row);
-      float dot = 0.0f;
-      for (int32_t d = 0; d < dim; d++) dot += row[d] * lists.sum[d];
-      const float both = norm_of(row) * length;
-      measure()[i] = both > 0.0f ? dot / both : 0.0f;
-    }
+    lists.sum.assign(dim, 0.0f);
+    const auto each = [&](auto body) {
+      for (int32_t i = 0; i < r.count; i++) {
+        read(key(i), row);
+        body(i, 1.0f / std::max(std::sqrt(dot(row, row)), 1e-12f));
+      }
+    };
+    each([&](int32_t, float scale) { loops.add_scaled(lists.sum.data(), row, scale, dim); });
+    each([&](int32_t i, float scale) { measure()[i] = dot(row, lists.sum.data()) * scale; });
   }
+  /** The mean over neighbouring ranks, those of recent tokens counting as 0. */
   float pooled(int32_t rank) const {
     float sum = 0.0f;
-    for (int32_t i = rank - WKV_WINDOW_POOL / 2; i <= rank + WKV_WINDOW_POOL / 2; i++) {
-      if (i >= 0 && i < r.count) sum += measure()[i];
+    for (int32_t i = std::max(0, rank - WKV_WINDOW_POOL / 2); i <= rank + WKV_WINDOW_POOL / 2; i++) {
+      if (i < r.count - cache.recent) sum += measure()[i];
     }
-    return sum;
+    return sum / WKV_WINDOW_POOL;
   }
 
   /** The rank that minimises the policy's value; the lowest rank of equals. */
@@ -157,13 +150,73 @@ struct Head {
   }
 
   /** What becomes of the victim's rows; gives the rank that took them in, or -1. */
-  int32_t hand_on(int32_t j) const {
-    if (cache.merge == WKV_MERGE_RIGHT && j + 1 < r.count) {
-      const float w_v = weight(j), w_r = weight(j + 1);
-      if (w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, value(j), w_r, value(j + 1), dim);
-      return j + 1;
+  int32_t hand_on(int32_t j, int32_t turn) const {
+    switch (cache.merge) {
+      case WKV_MERGE_RIGHT: {
+        if (j + 1 >= r.count) return -1;
+        const float w_v = weight(j), w_r = weight(j + 1);
+        if (w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, value(j), w_r, value(j + 1), dim);
+        return j + 1;
+      }
+      case WKV_MERGE_SPREAD: return spread(j, turn);
+      case WKV_MERGE_NEAREST: {
+        float likeness;
+        const int32_t to = nearest(j, &likeness);
+        float& threshold = cache.counts[index].threshold;
+        const bool merges = to >= 0 && (threshold == WKV_UNSET || likeness >= threshold);
+        if (to >= 0) threshold = threshold == WKV_UNSET ? likeness : (threshold + likeness) * 0.5f;
+        if (!merges) return -1;
+        const auto halve = [&](float v, float x) { return wkv_halved(x, likeness, v); };
+        join(key(j), key(to), halve), join(value(j), value(to), halve);
+        return to;
+      }
+      case WKV_MERGE_NEAREST_VOTES: {
+        float likeness;
+        const int32_t to = nearest(j, &likeness);
+        if (to < 0 || likeness < WKV_VOTES_LIKENESS) return -1;
+        float* votes = r.number(0);
+        const float w_v = votes[j] * weight(j), w_r = votes[to] * weight(to);
+        if (w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, key(j), w_r, key(to), dim), loops.merge(cache.dtype, w_v, value(j), w_r, value(to), dim);
+        votes[to] += votes[j];
+        return to;
+      }
+      default: return -1;
     }
-    return -1;
+  }
+
+  /** to = body(from, to) in each dimension, rounded once. */
+  template <typename Body>
+  void join(const uint8_t* from, uint8_t* to, Body body) const {
+    read(from, lists.row.data());
+    read(to, lists.sum.data());
+    for (int32_t d = 0; d < dim; d++) lists.sum[d] = body(lists.row[d], lists.sum[d]);
+    loops.write_row(cache.dtype, lists.sum.data(), dim, to);
+  }
+
+  int32_t spread(int32_t j, int32_t turn) const {
+    const int32_t last = std::min(j + WKV_SPREAD_RANKS, r.count - 1);
+    if (last == j) return -1;
+    float scores = 0.0f;
+    for (int32_t i = j + 1; i <= last; i++) scores += r.score[i];
+    const int32_t heads = cache.kv_heads, sequences = cache.sequences;
+    const float draw = wkv_draw(cache.seed, static_cast<uint32_t>(index / (heads * sequences)), index / heads % sequences, index % heads, step - arrived, turn);
+    if (!wkv_spreads(r.score[j], scores, last - j, draw)) return -1;
+    for (int32_t i = j + 1; i <= last; i++) join(value(j), value(i), [](float v, float x) { return x + v * (1.0f / WKV_SPREAD_RANKS); });
+    return j + 1;
+  }
+
+  /** The rank whose key is most like that of rank j; -1: it is alone. */
+  int32_t nearest(int32_t j, float* likeness) const {
+    int32_t best = -1;
+    read(key(j), lists.sum.data());
+    const float own = dot(lists.sum.data(), lists.sum.data());
+    for (int32_t i = 0; i < r.count; i++) {
+      if (i == j) continue;
+      read(key(i), lists.row.data());
+      const float x = wkv_cosine(dot(lists.row.data(), lists.sum.data()), dot(lists.row.data(), lists.row.data()), own);
+      if (best < 0 || x > *likeness) best = i, *likeness = x;
+    }
+    return best;
   }
 
   void remove(int32_t j) const {
@@ -206,11 +259,12 @@ struct Head {
 void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Incoming& incoming, int32_t forced, const float* now) {
   static thread_local Lists lists;
   Counts& counts = cache.counts[head];
-  const Head h{loops, cache, head, r, incoming, lists, counts.steps, cache.head_dim};
   const int32_t arrived = r.count - counts.kept;
+  const Head h{loops, cache, head, r, incoming, lists, counts.steps, arrived, cache.head_dim};
   lists.now.assign(now ? now : r.score, (now ? now : r.score) + r.count);
   lists.measure.assign(r.count, 0.0f);
   lists.row.resize(cache.head_dim);
+  lists.sum.resize(cache.head_dim);
   lists.freed.clear();
   h.note();
   const bool gapped = wkv_uses_gap(cache.select);
@@ -225,12 +279,12 @@ void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Inc
     }
     h.measure_all();
   }
-  for (; r.count > target; forced = -1) {
+  for (int32_t turn = 0; r.count > target; turn++, forced = -1) {
     const int32_t j = forced != -1 ? forced : h.pick();
     if (!wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
     counts.event[0] = static_cast<float>(r.birth[j] - 1);
     counts.event[2] = h.weight(j);
-    const int32_t into = h.hand_on(j);
+    const int32_t into = h.hand_on(j, turn);
     counts.event[1] = into >= 0 ? static_cast<float>(r.birth[into] - 1) : -1.0f;
     counts.event[3] = into >= 0 ? h.weight(into) : j + 1 < r.count ? h.weight(j + 1) : 0.0f;
     ++(into >= 0 ? counts.merged : counts.evicted);

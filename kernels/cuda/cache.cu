@@ -52,7 +52,7 @@ uint64_t phase_of(float frequency) {
 }
 
 constexpr size_t kScratchLists = 6;  // as Cache::view cuts them
-constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}};
+constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}, WKV_UNSET, {}};
 
 }  // namespace
 }  // namespace wkv

@@ -16,6 +16,8 @@ namespace wkv {
 struct Counts {
   int32_t kept, steps, merged, evicted;
   float event[4];
+  float threshold;  // of nearest
+  int32_t unused[3];
 };
 
 /** Cosine and sine of an angle that the tables do not reach; a call, as in line it would double every kernel. */

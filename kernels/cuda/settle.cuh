@@ -8,14 +8,11 @@ namespace wkv {
 struct SettleArea {
   float value[32];
   int32_t rank[32], bad[32];
-  int32_t victim;          // its rank
   int32_t around[4];       // entries of the ranks victim - 1 .. victim + 2; -1: none
-  int32_t freed, arrived_left, first_freed, holes;
+  int32_t targets[WKV_SPREAD_RANKS];  // entries of the ranks behind the victim; -1: none
+  int32_t freed, arrived_left, first_freed, holes, into;
   float sum[512], part[512];  // a row's worth, and parts of it
 };
-
-/** Sums over a warp, alike in every lane. */
-__device__ inline float2 warp_sums(float x, float y) { return make_float2(warp_sum(x), warp_sum(y)); }
 
 /** One head while tokens leave it: entries [0, kept) are its slots, [kept, total) the incoming tokens. All threads call everything. */
 template <typename T>
@@ -40,6 +37,10 @@ struct Settling {
   /** Notes this step's weights, whether or not a token leaves. */
   __device__ void note() const {
     const bool often = c.select == WKV_SELECT_LEAST_OFTEN;
+    if (c.merge == WKV_MERGE_NEAREST_VOTES) {
+      for (int32_t i = kept + tid; i < total; i += threads) e.number(0)[i] = 1.0f;
+      __syncthreads();
+    }
     if (!often && c.select != WKV_SELECT_WINDOW) return;
     const float threshold = 1.0f / static_cast<float>(total);
     const int32_t bit = (step - 1) % WKV_OFTEN_STEPS;
@@ -54,9 +55,9 @@ struct Settling {
     __syncthreads();
   }
 
-  /** area.sum[d] = factor * sum over tokens of weights[i] * rows[i][d], in a fixed order. */
+  /** area.sum[d] = sum over tokens of weights[i] * rows[i][d], in a fixed order. */
   template <typename Row>
-  __device__ void add_rows(Row row, const float* weights, float factor) const {
+  __device__ void add_rows(Row row, const float* weights) const {
     const int32_t groups = max(1, threads / dim);
     __syncthreads();
     for (int32_t x = tid; x < groups * dim; x += threads) {
@@ -70,7 +71,7 @@ struct Settling {
     for (int32_t d = tid; d < dim; d += threads) {
       float sum = 0.0f;
       for (int32_t g = 0; g < groups; g++) sum += area.part[g * dim + d];
-      area.sum[d] = sum * factor;
+      area.sum[d] = sum;
     }
     __syncthreads();
   }
@@ -86,7 +87,7 @@ struct Settling {
         const float2 y = part(to_float(x[d]), d);
         sums.x += y.x, sums.y += y.y;
       }
-      sums = warp_sums(sums.x, sums.y);
+      sums = make_float2(warp_sum(sums.x), warp_sum(sums.y));
       if (lane == 0) e.measure[i] = finish(sums);
     }
     __syncthreads();
@@ -103,6 +104,7 @@ struct Settling {
           float sum = 0.0f;
           if (c.select == WKV_SELECT_WINDOW) {
             for (int32_t w = 0; w < WKV_WINDOW_STEPS; w++) sum += e.number(w)[i];
+            sum /= WKV_WINDOW_STEPS;
           } else {
             int32_t count = 0;
             for (int32_t w = 0; w < WKV_OFTEN_WORDS; w++) count += __popc(e.words[w * e.stride + i]);
@@ -113,58 +115,39 @@ struct Settling {
         __syncthreads();
         break;
       case WKV_SELECT_KEY_NORM:
-        measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return sqrtf(s.x); });
+        measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return s.x; });
         break;
       case WKV_SELECT_SUM_VALUE_NORM:
         measure_rows(value, [](float x, int32_t) { return make_float2(fabsf(x), 0.0f); }, [](float2 s) { return s.x; });
         break;
       case WKV_SELECT_OUTPUT_ERROR:
-        add_rows(value, e.now, 1.0f);
+        add_rows(value, e.now);
         measure_rows(value, [&](float x, int32_t d) { return make_float2((x - area.sum[d]) * (x - area.sum[d]), 0.0f); }, [](float2 s) { return sqrtf(s.x); });
         break;
       default: break;
     }
   }
 
-  /** Each key's cosine with the mean of the normalised keys, of the `count` tokens that are left. */
-  __device__ void measure_likeness(int32_t count) const {
+  /** What key-likeness measures, anew whenever a token leaves: each normalised key times the sum of all of them. */
+  __device__ void measure_likeness() const {
     const auto key = [&](int32_t i) { return key_of(i); };
-    measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return s.x > 0.0f ? rsqrtf(s.x) : 0.0f; });
-    add_rows(key, e.measure, 1.0f / static_cast<float>(count));
-    float squares = 0.0f;
-    for (int32_t d = lane; d < dim; d += 32) squares += area.sum[d] * area.sum[d];
-    const float length = sqrtf(warp_sum(squares));
-    measure_rows(key, [&](float x, int32_t d) { return make_float2(x * area.sum[d], x * x); }, [&](float2 s) {
-      const float both = sqrtf(s.y) * length;
-      return both > 0.0f ? s.x / both : 0.0f;
-    });
+    measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return 1.0f / fmaxf(sqrtf(s.x), 1e-12f); });
+    add_rows(key, e.measure);
+    measure_rows(key, [&](float x, int32_t d) { return make_float2(x * area.sum[d], x * x); }, [](float2 s) { return s.x * (1.0f / fmaxf(sqrtf(s.y), 1e-12f)); });
   }
 
-  /** Leaves the rank that minimises the policy's value, the lowest of equals, in area.victim, and the lowest that has none in area.bad[0]. */
-  __device__ void pick(int32_t count) const {
-    const bool gapped = c.gapped(), pools = c.select == WKV_SELECT_WINDOW;
-    if (c.select == WKV_SELECT_KEY_LIKENESS) measure_likeness(count);
-    if (gapped || pools) {
-      for (int32_t i = tid; i < total; i += threads) {
-        if (there(i)) e.by_rank[e.rank[i]] = gapped ? average(i) : e.measure[i];
-      }
-      __syncthreads();
-    }
+  /** The entry whose value is the lowest, the lowest rank of equals, in area.rank[0] (its rank) and area.value[0]; in area.bad[0] the
+   *  lowest rank without one. value(entry, rank) is asked for the tokens of ranks that may(rank). */
+  template <typename May, typename Value>
+  __device__ void find_least(May may, Value value) const {
     float least = INFINITY;
     int32_t best = INT_MAX, bad = INT_MAX;
     for (int32_t i = tid; i < total; i += threads) {
       const int32_t rank = e.rank[i];
-      if (rank < 0 || !wkv_evictable(rank, count, c.sinks, c.recent)) continue;
-      float value = INFINITY;  // the newest has no right neighbour to be merged with
-      if (!gapped || rank + 1 < count) {
-        wkv_token t{rank, e.score[i], weight(i), 0.0f, 0.0f, 0.0f};
-        if (gapped) t.right = e.by_rank[rank + 1], t.measure = e.gap[i];
-        else if (pools) t.measure = pooled(rank, count);
-        else if (c.later) t.now = e.now ? e.now[i] : 0.0f, t.measure = e.measure[i];
-        value = wkv_select_value(c.select, t);
-      }
-      if (isnan(value)) bad = min(bad, rank);
-      if (value < least || (value == least && rank < best)) least = value, best = rank;
+      if (rank < 0 || !may(rank)) continue;
+      const float x = value(i, rank);
+      if (isnan(x)) bad = min(bad, rank);
+      if (x < least || (x == least && rank < best)) least = x, best = rank;
     }
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1) {
@@ -175,19 +158,43 @@ struct Settling {
     bad = __reduce_min_sync(0xffffffffu, bad);
     if (lane == 0) area.value[warp] = least, area.rank[warp] = best, area.bad[warp] = bad;
     __syncthreads();
-    if (tid > 0) return;
-    for (int w = 1; w < warps; w++) {
-      if (area.value[w] < least || (area.value[w] == least && area.rank[w] < best)) least = area.value[w], best = area.rank[w];
-      bad = min(bad, area.bad[w]);
+    if (tid == 0) {
+      for (int w = 1; w < warps; w++) {
+        if (area.value[w] < least || (area.value[w] == least && area.rank[w] < best)) least = area.value[w], best = area.rank[w];
+        bad = min(bad, area.bad[w]);
+      }
+      area.value[0] = least, area.rank[0] = best, area.bad[0] = bad;
     }
-    area.victim = best == INT_MAX ? -1 : best;
-    area.bad[0] = bad;
+    __syncthreads();
   }
 
+  /** Leaves the rank that minimises the policy's value in area.rank[0], and the lowest that has none in area.bad[0]. */
+  __device__ void pick(int32_t count) const {
+    const bool gapped = c.gapped(), pools = c.select == WKV_SELECT_WINDOW;
+    if (c.select == WKV_SELECT_KEY_LIKENESS) measure_likeness();
+    if (gapped || pools) {
+      for (int32_t i = tid; i < total; i += threads) {
+        if (there(i)) e.by_rank[e.rank[i]] = gapped ? average(i) : e.measure[i];
+      }
+      __syncthreads();
+    }
+    find_least([&](int32_t rank) { return wkv_evictable(rank, count, c.sinks, c.recent); }, [&](int32_t i, int32_t rank) {
+      if (gapped && rank + 1 == count) return INFINITY;  // the newest has no right neighbour to be merged with
+      wkv_token t{rank, e.score[i], weight(i), 0.0f, 0.0f, 0.0f};
+      if (gapped) t.right = e.by_rank[rank + 1], t.measure = e.gap[i];
+      else if (pools) t.measure = pooled(rank, count);
+      else if (c.later) t.now = e.now ? e.now[i] : 0.0f, t.measure = e.measure[i];
+      return wkv_select_value(c.select, t);
+    });
+  }
+
+  /** The mean over neighbouring ranks, those of recent tokens counting as 0. */
   __device__ float pooled(int32_t rank, int32_t count) const {
     float sum = 0.0f;
-    for (int32_t r = max(0, rank - WKV_WINDOW_POOL / 2); r <= min(count - 1, rank + WKV_WINDOW_POOL / 2); r++) sum += e.by_rank[r];
-    return sum;
+    for (int32_t r = max(0, rank - WKV_WINDOW_POOL / 2); r <= rank + WKV_WINDOW_POOL / 2; r++) {
+      if (r < count - c.recent) sum += e.by_rank[r];
+    }
+    return sum / WKV_WINDOW_POOL;
   }
 
   __device__ void update_gap(int32_t entry, int32_t right) const {
@@ -210,31 +217,28 @@ struct Settling {
     __syncthreads();
   }
 
-  /** Takes rank area.victim of `count` out and hands its rows on. */
-  __device__ void leave(int32_t count) const {
-    const int32_t j = area.victim;
+  /** Takes rank j of `count` out and hands its rows on; the turn-th of a step. */
+  __device__ void leave(int32_t j, int32_t count, int32_t turn) const {
+    if (tid < WKV_SPREAD_RANKS) area.targets[tid] = -1;
+    __syncthreads();
     for (int32_t i = tid; i < total; i += threads) {
       const int32_t rank = e.rank[i];
-      if (rank >= j - 1 && rank <= j + 2 && rank >= 0) area.around[rank - j + 1] = i;
+      if (rank < 0) continue;
+      if (rank >= j - 1 && rank <= j + 2) area.around[rank - j + 1] = i;
+      if (rank > j && rank <= j + WKV_SPREAD_RANKS) area.targets[rank - j - 1] = i;
       if (rank == j) e.rank[i] = -1;
       else if (rank > j) e.rank[i] = rank - 1;
     }
     __syncthreads();
     const int32_t left = area.around[0], victim = area.around[1], right = area.around[2], far = area.around[3];
-    const bool neighbour = j + 1 < count, merges = c.merge == WKV_MERGE_RIGHT && neighbour;
-    const float w_v = weight(victim), w_r = neighbour ? weight(right) : 0.0f;
-    if (merges && w_v + w_r > 0.0f) {
-      const T* v = value_of(victim);
-      T* r = value_of(right);
-      for (int32_t d = tid; d < dim; d += threads) r[d] = from_float<T>(wkv_merged(w_v, to_float(v[d]), w_r, to_float(r[d])));
-    }
+    const int32_t into = hand_on(victim, right, j, turn);
     if (tid == 0) {
       Counts& counts = c.counts[head];
       counts.event[0] = static_cast<float>(e.birth[victim] - 1);
-      counts.event[1] = merges ? static_cast<float>(e.birth[right] - 1) : -1.0f;
-      counts.event[2] = w_v;
-      counts.event[3] = w_r;
-      if (merges) counts.merged++;
+      counts.event[1] = into >= 0 ? static_cast<float>(e.birth[into] - 1) : -1.0f;
+      counts.event[2] = weight(victim);
+      counts.event[3] = into >= 0 ? weight(into) : right >= 0 ? weight(right) : 0.0f;
+      if (into >= 0) counts.merged++;
       else counts.evicted++;
       if (victim < kept) {
         if (area.freed == 0) area.first_freed = victim;
@@ -245,11 +249,89 @@ struct Settling {
       }
     }
     __syncthreads();
-    if (c.gapped() && neighbour) {
+    if (c.gapped() && right >= 0) {
       if (warp == 0 && left >= 0) update_gap(left, right);
       if (warp == 1 && far >= 0) update_gap(right, far);
       __syncthreads();
     }
+  }
+
+  /** to = body(from, to) in each dimension, rounded once; `threads` of them call it, `t` being the first dimension. */
+  template <typename Body>
+  __device__ void join(const T* from, T* to, int32_t t, int32_t stride, Body body) const {
+    for (int32_t d = t; d < dim; d += stride) to[d] = from_float<T>(body(to_float(from[d]), to_float(to[d])));
+  }
+
+  /** What becomes of the victim's rows; gives the entry that took them in, or -1. */
+  __device__ int32_t hand_on(int32_t victim, int32_t right, int32_t j, int32_t turn) const {
+    const auto merge = [&](float w_v, float w_r) { return [=](float v, float r) { return wkv_merged(w_v, v, w_r, r); }; };
+    switch (c.merge) {
+      case WKV_MERGE_RIGHT: {
+        if (right < 0) return -1;
+        const float w_v = weight(victim), w_r = weight(right);
+        if (w_v + w_r > 0.0f) join(value_of(victim), value_of(right), tid, threads, merge(w_v, w_r));
+        return right;
+      }
+      case WKV_MERGE_SPREAD: return spread(victim, turn);
+      case WKV_MERGE_NEAREST: {
+        const int32_t to = nearest(victim, j);
+        if (to < 0) return -1;
+        const float likeness = -area.value[0];
+        float& threshold = c.counts[head].threshold;
+        const float before = threshold;
+        __syncthreads();
+        if (tid == 0) threshold = before == WKV_UNSET ? likeness : (before + likeness) * 0.5f;
+        if (before != WKV_UNSET && likeness < before) return -1;
+        const auto halve = [=](float v, float r) { return wkv_halved(r, likeness, v); };
+        join(key_of(victim), key_of(to), tid, threads, halve);
+        join(value_of(victim), value_of(to), tid, threads, halve);
+        return to;
+      }
+      case WKV_MERGE_NEAREST_VOTES: {
+        const int32_t to = nearest(victim, j);
+        if (to < 0 || -area.value[0] < WKV_VOTES_LIKENESS) return -1;
+        float* votes = e.number(0);
+        const float w_v = votes[victim] * weight(victim), w_r = votes[to] * weight(to);
+        __syncthreads();
+        if (tid == 0) votes[to] += votes[victim];
+        if (w_v + w_r > 0.0f) {
+          join(key_of(victim), key_of(to), tid, threads, merge(w_v, w_r));
+          join(value_of(victim), value_of(to), tid, threads, merge(w_v, w_r));
+        }
+        return to;
+      }
+      default: return -1;
+    }
+  }
+
+  __device__ int32_t spread(int32_t victim, int32_t turn) const {
+    float scores = 0.0f;
+    int32_t count = 0;
+    for (; count < WKV_SPREAD_RANKS && area.targets[count] >= 0; count++) scores += e.score[area.targets[count]];
+    if (count == 0) return -1;
+    const int32_t heads = c.kv_heads, index = static_cast<int32_t>(head);
+    const float draw = wkv_draw(c.seed, index / (heads * c.sequences), index / heads % c.sequences, index % heads, step - (total - kept), turn);
+    if (!wkv_spreads(e.score[victim], scores, count, draw)) return -1;
+    for (int32_t i = warp; i < count; i += warps) {
+      join(value_of(victim), value_of(area.targets[i]), lane, 32, [](float v, float x) { return x + v * (1.0f / WKV_SPREAD_RANKS); });
+    }
+    return area.targets[0];
+  }
+
+  /** The entry whose key is most like the victim's, which has left; -1: it was alone. Its cosine is -area.value[0]. */
+  __device__ int32_t nearest(int32_t victim, int32_t j) const {
+    const T* own = key_of(victim);
+    float squares = 0.0f;
+    for (int32_t d = lane; d < dim; d += 32) squares += to_float(own[d]) * to_float(own[d]);
+    squares = warp_sum(squares);
+    measure_rows([&](int32_t i) { return key_of(i); }, [&](float x, int32_t d) { return make_float2(x * to_float(own[d]), x * x); }, [&](float2 s) { return wkv_cosine(s.x, s.y, squares); });
+    find_least([](int32_t) { return true; }, [&](int32_t i, int32_t) { return -e.measure[i]; });
+    if (area.rank[0] == INT_MAX) return -1;
+    for (int32_t i = tid; i < total; i += threads) {
+      if (e.rank[i] == area.rank[0]) area.into = i;
+    }
+    __syncthreads();
+    return area.into;
   }
 
   /** Writes entry `from`'s state to a slot; a warp calls it. */
@@ -321,22 +403,23 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
     __syncthreads();
   }
   if (total > target && c.later) s.measure_all();
-  for (int32_t count = total; count > target; count--, forced = -1) {
+  for (int32_t count = total, turn = 0; count > target; count--, turn++, forced = -1) {
     __syncthreads();
     if (tid < 4) area.around[tid] = -1;
+    if (tid == 0 && forced != -1) area.rank[0] = forced, area.bad[0] = INT_MAX;
     if (forced == -1) s.pick(count);
-    else if (tid == 0) area.victim = forced, area.bad[0] = INT_MAX;
-    __syncthreads();
-    const int32_t j = area.victim, bad = area.bad[0];
+    else __syncthreads();
+    const int32_t j = area.rank[0], bad = area.bad[0];
     if (bad != INT_MAX) {
       if (tid == 0) faults.report(Fault::NanScore, bad);
       return;
     }
     if (!wkv_evictable(j, count, c.sinks, c.recent)) {
-      if (tid == 0) faults.report(Fault::Rank, j, count, c.sinks, c.recent);
+      if (tid == 0) faults.report(Fault::Rank, j == INT_MAX ? -1 : j, count, c.sinks, c.recent);
       return;
     }
-    s.leave(count);
+    __syncthreads();
+    s.leave(j, count, turn);
   }
   __syncthreads();
   s.place(arrived);

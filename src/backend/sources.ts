@@ -462,6 +462,7 @@ struct Ranked {
 struct Counts {
   int32_t kept = 0, steps = 0, merged = 0, evicted = 0;
   float event[4] = {-1.0f, -1.0f, 0.0f, 0.0f};
+  float threshold = WKV_UNSET;  // of nearest
 };
 
 struct Cache : Object {
@@ -1759,7 +1760,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
-    require(!wkv_by_step(cache->select, cache->merge), "this policy looks at the weights of each step: feed its tokens one by one");
+    require(!wkv_by_step(cache->select), "this policy looks at the weights of each step: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
     int64_t bytes = 0;
@@ -2124,7 +2125,7 @@ struct Head {
   Ranked& r;
   const Incoming& incoming;
   Lists& lists;
-  const int32_t step, dim;
+  const int32_t step, arrived, dim;
 
   float* now() const { return lists.now.data(); }
   float* measure() const { return lists.measure.data(); }
@@ -2154,19 +2155,11 @@ struct Head {
       for (int32_t i = 0; i < r.count; i++) word[i] = now()[i] > threshold ? word[i] | mask : word[i] & ~mask;
     } else if (cache.select == WKV_SELECT_WINDOW) {
       std::memcpy(r.number((step - 1) % WKV_WINDOW_STEPS), now(), size_t(r.count) * 4);
+    } else if (cache.merge == WKV_MERGE_NEAREST_VOTES) {
+      std::fill(r.number(0) + r.count - arrived, r.number(0) + r.count, 1.0f);
     }
   }
 
-  /** The mean of the normalised keys, into lists.sum. */
-  void find_anchor() const {
-    lists.sum.assign(dim, 0.0f);
-    for (int32_t i = 0; i < r.count; i++) {
-      read(key(i), lists.row.data());
-      const float norm = norm_of(lists.row.data());
-      if (norm > 0.0f) loops.add_scaled(lists.sum.data(), lists.row.data(), 1.0f / norm, dim);
-    }
-    for (float& x : lists.sum) x /= static_cast<float>(r.count);
-  }
   /** The weighted sum of all values, into lists.sum: the mean output of the group's query heads. */
   void find_output() const {
     lists.sum.assign(dim, 0.0f);
@@ -2175,10 +2168,10 @@ struct Head {
       loops.add_scaled(lists.sum.data(), lists.row.data(), now()[i], dim);
     }
   }
-  float norm_of(const float* x) const {
-    float squares = 0.0f;
-    for (int32_t d = 0; d < dim; d++) squares += x[d] * x[d];
-    return std::sqrt(squares);
+  float dot(const float* x, const float* y) const {
+    float sum = 0.0f;
+    for (int32_t d = 0; d < dim; d++) sum += x[d] * y[d];
+    return sum;
   }
 
   /** Measures all tokens before the first leaves. */
@@ -2197,12 +2190,12 @@ struct Head {
         case WKV_SELECT_WINDOW: {
           float sum = 0.0f;
           for (int32_t w = 0; w < WKV_WINDOW_STEPS; w++) sum += r.number(w)[i];
-          m[i] = sum;
+          m[i] = sum / WKV_WINDOW_STEPS;
           break;
         }
         case WKV_SELECT_KEY_NORM:
           read(key(i), row);
-          m[i] = norm_of(row);
+          m[i] = dot(row, row);
           break;
         case WKV_SELECT_SUM_VALUE_NORM:
           read(value(i), row);
@@ -2212,31 +2205,32 @@ struct Head {
         case WKV_SELECT_OUTPUT_ERROR:
           read(value(i), row);
           for (int32_t d = 0; d < dim; d++) row[d] -= lists.sum[d];
-          m[i] = norm_of(row);
+          m[i] = std::sqrt(dot(row, row));
           break;
         default: break;
       }
     }
   }
-  /** Measures that change whenever a token leaves. */
+  /** What key-likeness measures, anew whenever a token leaves: each normalised key times the sum of all of them. */
   void measure_likeness() const {
-    find_anchor();
-    const float length = norm_of(lists.sum.data());
     float* row = lists.row.data();
-    for (int32_t i = 0; i < r.count; i++) {
-      read(key(i), row);
-      float dot = 0.0f;
-      for (int32_t d = 0; d < dim; d++) dot += row[d] * lists.sum[d];
-      const float both = norm_of(row) * length;
-      measure()[i] = both > 0.0f ? dot / both : 0.0f;
-    }
+    lists.sum.assign(dim, 0.0f);
+    const auto each = [&](auto body) {
+      for (int32_t i = 0; i < r.count; i++) {
+        read(key(i), row);
+        body(i, 1.0f / std::max(std::sqrt(dot(row, row)), 1e-12f));
+      }
+    };
+    each([&](int32_t, float scale) { loops.add_scaled(lists.sum.data(), row, scale, dim); });
+    each([&](int32_t i, float scale) { measure()[i] = dot(row, lists.sum.data()) * scale; });
   }
+  /** The mean over neighbouring ranks, those of recent tokens counting as 0. */
   float pooled(int32_t rank) const {
     float sum = 0.0f;
-    for (int32_t i = rank - WKV_WINDOW_POOL / 2; i <= rank + WKV_WINDOW_POOL / 2; i++) {
-      if (i >= 0 && i < r.count) sum += measure()[i];
+    for (int32_t i = std::max(0, rank - WKV_WINDOW_POOL / 2); i <= rank + WKV_WINDOW_POOL / 2; i++) {
+      if (i < r.count - cache.recent) sum += measure()[i];
     }
-    return sum;
+    return sum / WKV_WINDOW_POOL;
   }
 
   /** The rank that minimises the policy's value; the lowest rank of equals. */
@@ -2259,13 +2253,73 @@ struct Head {
   }
 
   /** What becomes of the victim's rows; gives the rank that took them in, or -1. */
-  int32_t hand_on(int32_t j) const {
-    if (cache.merge == WKV_MERGE_RIGHT && j + 1 < r.count) {
-      const float w_v = weight(j), w_r = weight(j + 1);
-      if (w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, value(j), w_r, value(j + 1), dim);
-      return j + 1;
+  int32_t hand_on(int32_t j, int32_t turn) const {
+    switch (cache.merge) {
+      case WKV_MERGE_RIGHT: {
+        if (j + 1 >= r.count) return -1;
+        const float w_v = weight(j), w_r = weight(j + 1);
+        if (w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, value(j), w_r, value(j + 1), dim);
+        return j + 1;
+      }
+      case WKV_MERGE_SPREAD: return spread(j, turn);
+      case WKV_MERGE_NEAREST: {
+        float likeness;
+        const int32_t to = nearest(j, &likeness);
+        float& threshold = cache.counts[index].threshold;
+        const bool merges = to >= 0 && (threshold == WKV_UNSET || likeness >= threshold);
+        if (to >= 0) threshold = threshold == WKV_UNSET ? likeness : (threshold + likeness) * 0.5f;
+        if (!merges) return -1;
+        const auto halve = [&](float v, float x) { return wkv_halved(x, likeness, v); };
+        join(key(j), key(to), halve), join(value(j), value(to), halve);
+        return to;
+      }
+      case WKV_MERGE_NEAREST_VOTES: {
+        float likeness;
+        const int32_t to = nearest(j, &likeness);
+        if (to < 0 || likeness < WKV_VOTES_LIKENESS) return -1;
+        float* votes = r.number(0);
+        const float w_v = votes[j] * weight(j), w_r = votes[to] * weight(to);
+        if (w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, key(j), w_r, key(to), dim), loops.merge(cache.dtype, w_v, value(j), w_r, value(to), dim);
+        votes[to] += votes[j];
+        return to;
+      }
+      default: return -1;
     }
-    return -1;
+  }
+
+  /** to = body(from, to) in each dimension, rounded once. */
+  template <typename Body>
+  void join(const uint8_t* from, uint8_t* to, Body body) const {
+    read(from, lists.row.data());
+    read(to, lists.sum.data());
+    for (int32_t d = 0; d < dim; d++) lists.sum[d] = body(lists.row[d], lists.sum[d]);
+    loops.write_row(cache.dtype, lists.sum.data(), dim, to);
+  }
+
+  int32_t spread(int32_t j, int32_t turn) const {
+    const int32_t last = std::min(j + WKV_SPREAD_RANKS, r.count - 1);
+    if (last == j) return -1;
+    float scores = 0.0f;
+    for (int32_t i = j + 1; i <= last; i++) scores += r.score[i];
+    const int32_t heads = cache.kv_heads, sequences = cache.sequences;
+    const float draw = wkv_draw(cache.seed, static_cast<uint32_t>(index / (heads * sequences)), index / heads % sequences, index % heads, step - arrived, turn);
+    if (!wkv_spreads(r.score[j], scores, last - j, draw)) return -1;
+    for (int32_t i = j + 1; i <= last; i++) join(value(j), value(i), [](float v, float x) { return x + v * (1.0f / WKV_SPREAD_RANKS); });
+    return j + 1;
+  }
+
+  /** The rank whose key is most like that of rank j; -1: it is alone. */
+  int32_t nearest(int32_t j, float* likeness) const {
+    int32_t best = -1;
+    read(key(j), lists.sum.data());
+    const float own = dot(lists.sum.data(), lists.sum.data());
+    for (int32_t i = 0; i < r.count; i++) {
+      if (i == j) continue;
+      read(key(i), lists.row.data());
+      const float x = wkv_cosine(dot(lists.row.data(), lists.sum.data()), dot(lists.row.data(), lists.row.data()), own);
+      if (best < 0 || x > *likeness) best = i, *likeness = x;
+    }
+    return best;
   }
 
   void remove(int32_t j) const {
@@ -2308,11 +2362,12 @@ struct Head {
 void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Incoming& incoming, int32_t forced, const float* now) {
   static thread_local Lists lists;
   Counts& counts = cache.counts[head];
-  const Head h{loops, cache, head, r, incoming, lists, counts.steps, cache.head_dim};
   const int32_t arrived = r.count - counts.kept;
+  const Head h{loops, cache, head, r, incoming, lists, counts.steps, arrived, cache.head_dim};
   lists.now.assign(now ? now : r.score, (now ? now : r.score) + r.count);
   lists.measure.assign(r.count, 0.0f);
   lists.row.resize(cache.head_dim);
+  lists.sum.resize(cache.head_dim);
   lists.freed.clear();
   h.note();
   const bool gapped = wkv_uses_gap(cache.select);
@@ -2327,12 +2382,12 @@ void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Inc
     }
     h.measure_all();
   }
-  for (; r.count > target; forced = -1) {
+  for (int32_t turn = 0; r.count > target; turn++, forced = -1) {
     const int32_t j = forced != -1 ? forced : h.pick();
     if (!wkv_evictable(j, r.count, cache.sinks, cache.recent)) fail(WKV_INVALID, "Rank " + std::to_string(j) + " may not leave a cache of " + std::to_string(r.count) + " tokens with " + std::to_string(cache.sinks) + " sinks and " + std::to_string(cache.recent) + " recent");
     counts.event[0] = static_cast<float>(r.birth[j] - 1);
     counts.event[2] = h.weight(j);
-    const int32_t into = h.hand_on(j);
+    const int32_t into = h.hand_on(j, turn);
     counts.event[1] = into >= 0 ? static_cast<float>(r.birth[into] - 1) : -1.0f;
     counts.event[3] = into >= 0 ? h.weight(into) : j + 1 < r.count ? h.weight(j + 1) : 0.0f;
     ++(into >= 0 ? counts.merged : counts.evicted);
@@ -3689,7 +3744,7 @@ uint64_t phase_of(float frequency) {
 }
 
 constexpr size_t kScratchLists = 6;  // as Cache::view cuts them
-constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}};
+constexpr Counts kEmpty = {0, 0, 0, 0, {-1.0f, -1.0f, 0.0f, 0.0f}, WKV_UNSET, {}};
 
 }  // namespace
 }  // namespace wkv
@@ -3882,6 +3937,8 @@ namespace wkv {
 struct Counts {
   int32_t kept, steps, merged, evicted;
   float event[4];
+  float threshold;  // of nearest
+  int32_t unused[3];
 };
 
 /** Cosine and sine of an angle that the tables do not reach; a call, as in line it would double every kernel. */
@@ -6436,7 +6493,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
-    require(!wkv_by_step(cache->select, cache->merge), "this policy looks at the weights of each step: feed its tokens one by one");
+    require(!wkv_by_step(cache->select), "this policy looks at the weights of each step: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
     ctx.hold(cache, from, to);
@@ -7352,14 +7409,11 @@ namespace wkv {
 struct SettleArea {
   float value[32];
   int32_t rank[32], bad[32];
-  int32_t victim;          // its rank
   int32_t around[4];       // entries of the ranks victim - 1 .. victim + 2; -1: none
-  int32_t freed, arrived_left, first_freed, holes;
+  int32_t targets[WKV_SPREAD_RANKS];  // entries of the ranks behind the victim; -1: none
+  int32_t freed, arrived_left, first_freed, holes, into;
   float sum[512], part[512];  // a row's worth, and parts of it
 };
-
-/** Sums over a warp, alike in every lane. */
-__device__ inline float2 warp_sums(float x, float y) { return make_float2(warp_sum(x), warp_sum(y)); }
 
 /** One head while tokens leave it: entries [0, kept) are its slots, [kept, total) the incoming tokens. All threads call everything. */
 template <typename T>
@@ -7384,6 +7438,10 @@ struct Settling {
   /** Notes this step's weights, whether or not a token leaves. */
   __device__ void note() const {
     const bool often = c.select == WKV_SELECT_LEAST_OFTEN;
+    if (c.merge == WKV_MERGE_NEAREST_VOTES) {
+      for (int32_t i = kept + tid; i < total; i += threads) e.number(0)[i] = 1.0f;
+      __syncthreads();
+    }
     if (!often && c.select != WKV_SELECT_WINDOW) return;
     const float threshold = 1.0f / static_cast<float>(total);
     const int32_t bit = (step - 1) % WKV_OFTEN_STEPS;
@@ -7398,9 +7456,9 @@ struct Settling {
     __syncthreads();
   }
 
-  /** area.sum[d] = factor * sum over tokens of weights[i] * rows[i][d], in a fixed order. */
+  /** area.sum[d] = sum over tokens of weights[i] * rows[i][d], in a fixed order. */
   template <typename Row>
-  __device__ void add_rows(Row row, const float* weights, float factor) const {
+  __device__ void add_rows(Row row, const float* weights) const {
     const int32_t groups = max(1, threads / dim);
     __syncthreads();
     for (int32_t x = tid; x < groups * dim; x += threads) {
@@ -7414,7 +7472,7 @@ struct Settling {
     for (int32_t d = tid; d < dim; d += threads) {
       float sum = 0.0f;
       for (int32_t g = 0; g < groups; g++) sum += area.part[g * dim + d];
-      area.sum[d] = sum * factor;
+      area.sum[d] = sum;
     }
     __syncthreads();
   }
@@ -7430,7 +7488,7 @@ struct Settling {
         const float2 y = part(to_float(x[d]), d);
         sums.x += y.x, sums.y += y.y;
       }
-      sums = warp_sums(sums.x, sums.y);
+      sums = make_float2(warp_sum(sums.x), warp_sum(sums.y));
       if (lane == 0) e.measure[i] = finish(sums);
     }
     __syncthreads();
@@ -7447,6 +7505,7 @@ struct Settling {
           float sum = 0.0f;
           if (c.select == WKV_SELECT_WINDOW) {
             for (int32_t w = 0; w < WKV_WINDOW_STEPS; w++) sum += e.number(w)[i];
+            sum /= WKV_WINDOW_STEPS;
           } else {
             int32_t count = 0;
             for (int32_t w = 0; w < WKV_OFTEN_WORDS; w++) count += __popc(e.words[w * e.stride + i]);
@@ -7457,58 +7516,39 @@ struct Settling {
         __syncthreads();
         break;
       case WKV_SELECT_KEY_NORM:
-        measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return sqrtf(s.x); });
+        measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return s.x; });
         break;
       case WKV_SELECT_SUM_VALUE_NORM:
         measure_rows(value, [](float x, int32_t) { return make_float2(fabsf(x), 0.0f); }, [](float2 s) { return s.x; });
         break;
       case WKV_SELECT_OUTPUT_ERROR:
-        add_rows(value, e.now, 1.0f);
+        add_rows(value, e.now);
         measure_rows(value, [&](float x, int32_t d) { return make_float2((x - area.sum[d]) * (x - area.sum[d]), 0.0f); }, [](float2 s) { return sqrtf(s.x); });
         break;
       default: break;
     }
   }
 
-  /** Each key's cosine with the mean of the normalised keys, of the \`count\` tokens that are left. */
-  __device__ void measure_likeness(int32_t count) const {
+  /** What key-likeness measures, anew whenever a token leaves: each normalised key times the sum of all of them. */
+  __device__ void measure_likeness() const {
     const auto key = [&](int32_t i) { return key_of(i); };
-    measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return s.x > 0.0f ? rsqrtf(s.x) : 0.0f; });
-    add_rows(key, e.measure, 1.0f / static_cast<float>(count));
-    float squares = 0.0f;
-    for (int32_t d = lane; d < dim; d += 32) squares += area.sum[d] * area.sum[d];
-    const float length = sqrtf(warp_sum(squares));
-    measure_rows(key, [&](float x, int32_t d) { return make_float2(x * area.sum[d], x * x); }, [&](float2 s) {
-      const float both = sqrtf(s.y) * length;
-      return both > 0.0f ? s.x / both : 0.0f;
-    });
+    measure_rows(key, [](float x, int32_t) { return make_float2(x * x, 0.0f); }, [](float2 s) { return 1.0f / fmaxf(sqrtf(s.x), 1e-12f); });
+    add_rows(key, e.measure);
+    measure_rows(key, [&](float x, int32_t d) { return make_float2(x * area.sum[d], x * x); }, [](float2 s) { return s.x * (1.0f / fmaxf(sqrtf(s.y), 1e-12f)); });
   }
 
-  /** Leaves the rank that minimises the policy's value, the lowest of equals, in area.victim, and the lowest that has none in area.bad[0]. */
-  __device__ void pick(int32_t count) const {
-    const bool gapped = c.gapped(), pools = c.select == WKV_SELECT_WINDOW;
-    if (c.select == WKV_SELECT_KEY_LIKENESS) measure_likeness(count);
-    if (gapped || pools) {
-      for (int32_t i = tid; i < total; i += threads) {
-        if (there(i)) e.by_rank[e.rank[i]] = gapped ? average(i) : e.measure[i];
-      }
-      __syncthreads();
-    }
+  /** The entry whose value is the lowest, the lowest rank of equals, in area.rank[0] (its rank) and area.value[0]; in area.bad[0] the
+   *  lowest rank without one. value(entry, rank) is asked for the tokens of ranks that may(rank). */
+  template <typename May, typename Value>
+  __device__ void find_least(May may, Value value) const {
     float least = INFINITY;
     int32_t best = INT_MAX, bad = INT_MAX;
     for (int32_t i = tid; i < total; i += threads) {
       const int32_t rank = e.rank[i];
-      if (rank < 0 || !wkv_evictable(rank, count, c.sinks, c.recent)) continue;
-      float value = INFINITY;  // the newest has no right neighbour to be merged with
-      if (!gapped || rank + 1 < count) {
-        wkv_token t{rank, e.score[i], weight(i), 0.0f, 0.0f, 0.0f};
-        if (gapped) t.right = e.by_rank[rank + 1], t.measure = e.gap[i];
-        else if (pools) t.measure = pooled(rank, count);
-        else if (c.later) t.now = e.now ? e.now[i] : 0.0f, t.measure = e.measure[i];
-        value = wkv_select_value(c.select, t);
-      }
-      if (isnan(value)) bad = min(bad, rank);
-      if (value < least || (value == least && rank < best)) least = value, best = rank;
+      if (rank < 0 || !may(rank)) continue;
+      const float x = value(i, rank);
+      if (isnan(x)) bad = min(bad, rank);
+      if (x < least || (x == least && rank < best)) least = x, best = rank;
     }
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1) {
@@ -7519,19 +7559,43 @@ struct Settling {
     bad = __reduce_min_sync(0xffffffffu, bad);
     if (lane == 0) area.value[warp] = least, area.rank[warp] = best, area.bad[warp] = bad;
     __syncthreads();
-    if (tid > 0) return;
-    for (int w = 1; w < warps; w++) {
-      if (area.value[w] < least || (area.value[w] == least && area.rank[w] < best)) least = area.value[w], best = area.rank[w];
-      bad = min(bad, area.bad[w]);
+    if (tid == 0) {
+      for (int w = 1; w < warps; w++) {
+        if (area.value[w] < least || (area.value[w] == least && area.rank[w] < best)) least = area.value[w], best = area.rank[w];
+        bad = min(bad, area.bad[w]);
+      }
+      area.value[0] = least, area.rank[0] = best, area.bad[0] = bad;
     }
-    area.victim = best == INT_MAX ? -1 : best;
-    area.bad[0] = bad;
+    __syncthreads();
   }
 
+  /** Leaves the rank that minimises the policy's value in area.rank[0], and the lowest that has none in area.bad[0]. */
+  __device__ void pick(int32_t count) const {
+    const bool gapped = c.gapped(), pools = c.select == WKV_SELECT_WINDOW;
+    if (c.select == WKV_SELECT_KEY_LIKENESS) measure_likeness();
+    if (gapped || pools) {
+      for (int32_t i = tid; i < total; i += threads) {
+        if (there(i)) e.by_rank[e.rank[i]] = gapped ? average(i) : e.measure[i];
+      }
+      __syncthreads();
+    }
+    find_least([&](int32_t rank) { return wkv_evictable(rank, count, c.sinks, c.recent); }, [&](int32_t i, int32_t rank) {
+      if (gapped && rank + 1 == count) return INFINITY;  // the newest has no right neighbour to be merged with
+      wkv_token t{rank, e.score[i], weight(i), 0.0f, 0.0f, 0.0f};
+      if (gapped) t.right = e.by_rank[rank + 1], t.measure = e.gap[i];
+      else if (pools) t.measure = pooled(rank, count);
+      else if (c.later) t.now = e.now ? e.now[i] : 0.0f, t.measure = e.measure[i];
+      return wkv_select_value(c.select, t);
+    });
+  }
+
+  /** The mean over neighbouring ranks, those of recent tokens counting as 0. */
   __device__ float pooled(int32_t rank, int32_t count) const {
     float sum = 0.0f;
-    for (int32_t r = max(0, rank - WKV_WINDOW_POOL / 2); r <= min(count - 1, rank + WKV_WINDOW_POOL / 2); r++) sum += e.by_rank[r];
-    return sum;
+    for (int32_t r = max(0, rank - WKV_WINDOW_POOL / 2); r <= rank + WKV_WINDOW_POOL / 2; r++) {
+      if (r < count - c.recent) sum += e.by_rank[r];
+    }
+    return sum / WKV_WINDOW_POOL;
   }
 
   __device__ void update_gap(int32_t entry, int32_t right) const {
@@ -7554,31 +7618,28 @@ struct Settling {
     __syncthreads();
   }
 
-  /** Takes rank area.victim of \`count\` out and hands its rows on. */
-  __device__ void leave(int32_t count) const {
-    const int32_t j = area.victim;
+  /** Takes rank j of \`count\` out and hands its rows on; the turn-th of a step. */
+  __device__ void leave(int32_t j, int32_t count, int32_t turn) const {
+    if (tid < WKV_SPREAD_RANKS) area.targets[tid] = -1;
+    __syncthreads();
     for (int32_t i = tid; i < total; i += threads) {
       const int32_t rank = e.rank[i];
-      if (rank >= j - 1 && rank <= j + 2 && rank >= 0) area.around[rank - j + 1] = i;
+      if (rank < 0) continue;
+      if (rank >= j - 1 && rank <= j + 2) area.around[rank - j + 1] = i;
+      if (rank > j && rank <= j + WKV_SPREAD_RANKS) area.targets[rank - j - 1] = i;
       if (rank == j) e.rank[i] = -1;
       else if (rank > j) e.rank[i] = rank - 1;
     }
     __syncthreads();
     const int32_t left = area.around[0], victim = area.around[1], right = area.around[2], far = area.around[3];
-    const bool neighbour = j + 1 < count, merges = c.merge == WKV_MERGE_RIGHT && neighbour;
-    const float w_v = weight(victim), w_r = neighbour ? weight(right) : 0.0f;
-    if (merges && w_v + w_r > 0.0f) {
-      const T* v = value_of(victim);
-      T* r = value_of(right);
-      for (int32_t d = tid; d < dim; d += threads) r[d] = from_float<T>(wkv_merged(w_v, to_float(v[d]), w_r, to_float(r[d])));
-    }
+    const int32_t into = hand_on(victim, right, j, turn);
     if (tid == 0) {
       Counts& counts = c.counts[head];
       counts.event[0] = static_cast<float>(e.birth[victim] - 1);
-      counts.event[1] = merges ? static_cast<float>(e.birth[right] - 1) : -1.0f;
-      counts.event[2] = w_v;
-      counts.event[3] = w_r;
-      if (merges) counts.merged++;
+      counts.event[1] = into >= 0 ? static_cast<float>(e.birth[into] - 1) : -1.0f;
+      counts.event[2] = weight(victim);
+      counts.event[3] = into >= 0 ? weight(into) : right >= 0 ? weight(right) : 0.0f;
+      if (into >= 0) counts.merged++;
       else counts.evicted++;
       if (victim < kept) {
         if (area.freed == 0) area.first_freed = victim;
@@ -7589,11 +7650,89 @@ struct Settling {
       }
     }
     __syncthreads();
-    if (c.gapped() && neighbour) {
+    if (c.gapped() && right >= 0) {
       if (warp == 0 && left >= 0) update_gap(left, right);
       if (warp == 1 && far >= 0) update_gap(right, far);
       __syncthreads();
     }
+  }
+
+  /** to = body(from, to) in each dimension, rounded once; \`threads\` of them call it, \`t\` being the first dimension. */
+  template <typename Body>
+  __device__ void join(const T* from, T* to, int32_t t, int32_t stride, Body body) const {
+    for (int32_t d = t; d < dim; d += stride) to[d] = from_float<T>(body(to_float(from[d]), to_float(to[d])));
+  }
+
+  /** What becomes of the victim's rows; gives the entry that took them in, or -1. */
+  __device__ int32_t hand_on(int32_t victim, int32_t right, int32_t j, int32_t turn) const {
+    const auto merge = [&](float w_v, float w_r) { return [=](float v, float r) { return wkv_merged(w_v, v, w_r, r); }; };
+    switch (c.merge) {
+      case WKV_MERGE_RIGHT: {
+        if (right < 0) return -1;
+        const float w_v = weight(victim), w_r = weight(right);
+        if (w_v + w_r > 0.0f) join(value_of(victim), value_of(right), tid, threads, merge(w_v, w_r));
+        return right;
+      }
+      case WKV_MERGE_SPREAD: return spread(victim, turn);
+      case WKV_MERGE_NEAREST: {
+        const int32_t to = nearest(victim, j);
+        if (to < 0) return -1;
+        const float likeness = -area.value[0];
+        float& threshold = c.counts[head].threshold;
+        const float before = threshold;
+        __syncthreads();
+        if (tid == 0) threshold = before == WKV_UNSET ? likeness : (before + likeness) * 0.5f;
+        if (before != WKV_UNSET && likeness < before) return -1;
+        const auto halve = [=](float v, float r) { return wkv_halved(r, likeness, v); };
+        join(key_of(victim), key_of(to), tid, threads, halve);
+        join(value_of(victim), value_of(to), tid, threads, halve);
+        return to;
+      }
+      case WKV_MERGE_NEAREST_VOTES: {
+        const int32_t to = nearest(victim, j);
+        if (to < 0 || -area.value[0] < WKV_VOTES_LIKENESS) return -1;
+        float* votes = e.number(0);
+        const float w_v = votes[victim] * weight(victim), w_r = votes[to] * weight(to);
+        __syncthreads();
+        if (tid == 0) votes[to] += votes[victim];
+        if (w_v + w_r > 0.0f) {
+          join(key_of(victim), key_of(to), tid, threads, merge(w_v, w_r));
+          join(value_of(victim), value_of(to), tid, threads, merge(w_v, w_r));
+        }
+        return to;
+      }
+      default: return -1;
+    }
+  }
+
+  __device__ int32_t spread(int32_t victim, int32_t turn) const {
+    float scores = 0.0f;
+    int32_t count = 0;
+    for (; count < WKV_SPREAD_RANKS && area.targets[count] >= 0; count++) scores += e.score[area.targets[count]];
+    if (count == 0) return -1;
+    const int32_t heads = c.kv_heads, index = static_cast<int32_t>(head);
+    const float draw = wkv_draw(c.seed, index / (heads * c.sequences), index / heads % c.sequences, index % heads, step - (total - kept), turn);
+    if (!wkv_spreads(e.score[victim], scores, count, draw)) return -1;
+    for (int32_t i = warp; i < count; i += warps) {
+      join(value_of(victim), value_of(area.targets[i]), lane, 32, [](float v, float x) { return x + v * (1.0f / WKV_SPREAD_RANKS); });
+    }
+    return area.targets[0];
+  }
+
+  /** The entry whose key is most like the victim's, which has left; -1: it was alone. Its cosine is -area.value[0]. */
+  __device__ int32_t nearest(int32_t victim, int32_t j) const {
+    const T* own = key_of(victim);
+    float squares = 0.0f;
+    for (int32_t d = lane; d < dim; d += 32) squares += to_float(own[d]) * to_float(own[d]);
+    squares = warp_sum(squares);
+    measure_rows([&](int32_t i) { return key_of(i); }, [&](float x, int32_t d) { return make_float2(x * to_float(own[d]), x * x); }, [&](float2 s) { return wkv_cosine(s.x, s.y, squares); });
+    find_least([](int32_t) { return true; }, [&](int32_t i, int32_t) { return -e.measure[i]; });
+    if (area.rank[0] == INT_MAX) return -1;
+    for (int32_t i = tid; i < total; i += threads) {
+      if (e.rank[i] == area.rank[0]) area.into = i;
+    }
+    __syncthreads();
+    return area.into;
   }
 
   /** Writes entry \`from\`'s state to a slot; a warp calls it. */
@@ -7665,22 +7804,23 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
     __syncthreads();
   }
   if (total > target && c.later) s.measure_all();
-  for (int32_t count = total; count > target; count--, forced = -1) {
+  for (int32_t count = total, turn = 0; count > target; count--, turn++, forced = -1) {
     __syncthreads();
     if (tid < 4) area.around[tid] = -1;
+    if (tid == 0 && forced != -1) area.rank[0] = forced, area.bad[0] = INT_MAX;
     if (forced == -1) s.pick(count);
-    else if (tid == 0) area.victim = forced, area.bad[0] = INT_MAX;
-    __syncthreads();
-    const int32_t j = area.victim, bad = area.bad[0];
+    else __syncthreads();
+    const int32_t j = area.rank[0], bad = area.bad[0];
     if (bad != INT_MAX) {
       if (tid == 0) faults.report(Fault::NanScore, bad);
       return;
     }
     if (!wkv_evictable(j, count, c.sinks, c.recent)) {
-      if (tid == 0) faults.report(Fault::Rank, j, count, c.sinks, c.recent);
+      if (tid == 0) faults.report(Fault::Rank, j == INT_MAX ? -1 : j, count, c.sinks, c.recent);
       return;
     }
-    s.leave(count);
+    __syncthreads();
+    s.leave(j, count, turn);
   }
   __syncthreads();
   s.place(arrived);
@@ -8042,12 +8182,13 @@ void give_text(const std::string& text, char* out, int32_t out_bytes);
 #define WKV_HD
 #endif
 
-enum {
-  WKV_OFTEN_STEPS = 400,                           /* steps that least-often looks back on */
-  WKV_OFTEN_WORDS = (WKV_OFTEN_STEPS + 31) / 32,   /* a bit each */
-  WKV_WINDOW_STEPS = 32,                           /* weights that window keeps */
-  WKV_WINDOW_POOL = 5,                             /* ranks that it pools */
-};
+constexpr int32_t WKV_OFTEN_STEPS = 400;                          /* steps that least-often looks back on */
+constexpr int32_t WKV_OFTEN_WORDS = (WKV_OFTEN_STEPS + 31) / 32;  /* a bit each */
+constexpr int32_t WKV_WINDOW_STEPS = 32;                          /* weights that window keeps */
+constexpr int32_t WKV_WINDOW_POOL = 5;                            /* ranks that it pools */
+constexpr int32_t WKV_SPREAD_RANKS = 16;                          /* ranks that spread gives a value to */
+constexpr float WKV_VOTES_LIKENESS = 0.8f;                        /* the cosine below which nearest-votes drops */
+constexpr float WKV_UNSET = -2.0f;                                /* a threshold of nearest before its first cosine */
 
 /** What a rule may look at in a token. */
 struct wkv_token {
@@ -8083,13 +8224,12 @@ WKV_HD inline int32_t wkv_words(int32_t select, int32_t merge) {
   if (wkv_uses_gap(select)) return 1;
   if (select == WKV_SELECT_LEAST_OFTEN) return WKV_OFTEN_WORDS;
   if (select == WKV_SELECT_WINDOW) return WKV_WINDOW_STEPS;
-  return merge == WKV_MERGE_NEAREST_VOTES ? 2 : 0;
+  return merge == WKV_MERGE_NEAREST_VOTES ? 1 : 0;
 }
 
-/** Whether the policy looks at each step's own weights, which column sums do not hold. */
-WKV_HD inline bool wkv_by_step(int32_t select, int32_t merge) {
-  return select == WKV_SELECT_LITERAL_AVERAGE || select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW ||
-         select == WKV_SELECT_OUTPUT_ERROR || merge == WKV_MERGE_SPREAD || merge == WKV_MERGE_NEAREST_VOTES;
+/** Whether the rule looks at each step's own weights, which column sums do not hold. */
+WKV_HD inline bool wkv_by_step(int32_t select) {
+  return select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW || select == WKV_SELECT_OUTPUT_ERROR;
 }
 
 /** Whether wkv_attend's one launch can choose and act, or a second one must see all weights of the step. */
@@ -8118,10 +8258,38 @@ WKV_HD inline float wkv_select_value(int32_t select, const wkv_token& t) {
     case WKV_SELECT_LEAST_OFTEN:
     case WKV_SELECT_WINDOW: return t.measure;
     case WKV_SELECT_SUM_VALUE_NORM: return t.score * t.measure;
-    case WKV_SELECT_OUTPUT_ERROR: return t.now / (1.0f - t.now) * t.measure;
+    case WKV_SELECT_OUTPUT_ERROR: return t.now / (1.0f - t.now > 0x1p-24f ? 1.0f - t.now : 0x1p-24f) * t.measure;
     default: return t.average;
   }
 }
+
+/** x . y / (|x| |y|) of their sums of products; tiny norms count as 1e-12. */
+WKV_HD inline float wkv_cosine(float xy, float xx, float yy) {
+  const float x = __builtin_sqrtf(xx), y = __builtin_sqrtf(yy);
+  return xy / ((x > 1e-12f ? x : 1e-12f) * (y > 1e-12f ? y : 1e-12f));
+}
+
+/** The number in [0, 1) that spread draws: MurmurHash3's finaliser, chained over its words. */
+WKV_HD inline float wkv_draw(uint32_t seed, uint32_t layer, uint32_t sequence, uint32_t head, uint32_t step, uint32_t turn) {
+  const uint32_t words[6] = {seed, layer, sequence, head, step, turn};
+  uint32_t h = 0;
+  for (int i = 0; i < 6; i++) {
+    h = (h ^ words[i]) + 0x9e3779b9u;
+    h ^= h >> 16, h *= 0x85ebca6bu;
+    h ^= h >> 13, h *= 0xc2b2ae35u;
+    h ^= h >> 16;
+  }
+  return (float)(h >> 8) * (1.0f / 16777216.0f);
+}
+
+/** Whether spread adds a value to its targets: sums of the victim and of all \`count\` targets together. */
+WKV_HD inline bool wkv_spreads(float score, float targets, int32_t count, float draw) {
+  const float mean = targets / (float)count;
+  return mean > 0.0f ? draw < score / mean : score > 0.0f;
+}
+
+/** Half of a number and of its likeness times another: what nearest leaves of two keys or values. */
+WKV_HD inline float wkv_halved(float r, float likeness, float v) { return (r + likeness * v) * 0.5f; }
 
 /** The merged value of one dimension: a convex combination, computed in f32 and rounded once when stored. */
 WKV_HD inline float wkv_merged(float w_v, float v, float w_r, float r) {
