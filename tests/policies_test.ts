@@ -27,7 +27,8 @@ import {
   Random,
   relativeError,
 } from "../src/selftest/numbers.ts";
-import { average, type ReferenceCache } from "../src/selftest/reference.ts";
+import type { ReferenceCache } from "../src/selftest/reference.ts";
+import { average } from "../src/selftest/reference_policies.ts";
 import { afterAll, beforeAll, describe, it, openBackend } from "./device.ts";
 
 let backend: Backend;

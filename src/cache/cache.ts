@@ -11,7 +11,13 @@ import {
   wkv_select,
 } from "../backend/symbols.ts";
 import { type Dtype, dtypeId, type Tensor } from "../backend/tensor.ts";
-import { MAX_SLOTS, type Policy, resolveBudget } from "./policy.ts";
+import {
+  MAX_SLOTS,
+  type Merge,
+  type Policy,
+  resolveBudget,
+  type Select,
+} from "./policy.ts";
 import { findPolicy } from "./registry.ts";
 
 /** Element types of cached keys and values. */
@@ -92,14 +98,14 @@ export interface CacheEvent {
   weights: [from: number, into: number];
 }
 
-const selects = {
+const selects: Partial<Record<Select, number>> = {
   "none": wkv_select.WKV_SELECT_NONE,
   "oldest": wkv_select.WKV_SELECT_OLDEST,
   "lowest-average": wkv_select.WKV_SELECT_LOWEST_AVERAGE,
   "merge-cost": wkv_select.WKV_SELECT_MERGE_COST,
   "merge-cost-linear": wkv_select.WKV_SELECT_MERGE_COST_LINEAR,
 };
-const merges = {
+const merges: Partial<Record<Merge, number>> = {
   none: wkv_merge.WKV_MERGE_NONE,
   right: wkv_merge.WKV_MERGE_RIGHT,
 };
@@ -196,6 +202,13 @@ export class KvCache implements Disposable {
     this.#backend = backend;
     this.#shape = shape;
     this.#scale = 1 / Math.sqrt(shape.headDim);
+    const select = selects[this.policy.select];
+    const merge = merges[this.policy.merge];
+    if (select === undefined || merge === undefined) {
+      throw new RangeError(
+        `The native library has no policy "${this.policy.name}"`,
+      );
+    }
     const rotation = rope(positions === "cache" ? this.capacity + 1 : 0);
     try {
       this.#handle = backend.open((out) =>
@@ -210,8 +223,8 @@ export class KvCache implements Disposable {
           this.capacity,
           this.sinks ?? 0,
           this.recent ?? 0,
-          selects[this.policy.select],
-          merges[this.policy.merge],
+          select,
+          merge,
           places[positions],
           dtypeId(types[cacheType]),
           out,

@@ -1,15 +1,24 @@
 /** What a cache policy is, and how a budget is resolved; policies/ holds one record a file. */
 
-/** Which token leaves when the cache is over its budget. */
+/** Which token leaves when the cache is over its budget; docs/policies.md has the formulas. */
 export type Select =
   | "none"
   | "oldest"
   | "lowest-average"
+  | "lowest-average-literal"
   | "merge-cost"
-  | "merge-cost-linear";
+  | "merge-cost-linear"
+  | "lowest-sum"
+  | "lowest-now"
+  | "least-often"
+  | "key-norm"
+  | "key-likeness"
+  | "window"
+  | "sum-value-norm"
+  | "output-error";
 
 /** What happens to the value of the token that leaves. */
-export type Merge = "none" | "right";
+export type Merge = "none" | "right" | "spread" | "nearest" | "nearest-votes";
 
 /** A cache policy: data without state, which lives in the cache. */
 export interface Policy {
@@ -25,6 +34,13 @@ export interface Policy {
   readonly merge: Merge;
   /** Tokens that are protected by default, of a budget of `m`. */
   readonly protects: (m: number) => { sinks: number; recent: number };
+  /** Tokens that leave at once when a budget of `m` overflows. @default `1` */
+  readonly interval?: (m: number) => number;
+  /**
+   * Whether the column sums of attention rebuild its state, so that a prompt is
+   * processed at once, or each step is needed, so that it is streamed.
+   */
+  readonly prefill: "sums" | "steps";
   /** Variants, chosen by `name:option`, with what they change. */
   readonly options?: Readonly<
     Record<string, { readonly select?: Select; readonly merge?: Merge }>
@@ -79,4 +95,15 @@ function whole(name: string, value: number, least: number): number {
 /** The paper's split: 4 sinks, and half of the budget with them kept recent. */
 export function sinksAndHalf(m: number): { sinks: number; recent: number } {
   return { sinks: 4, recent: Math.max(1, Math.floor(m / 2) - 4) };
+}
+
+/** Tokens that leave at once by default: the policy's, as far as so many may leave. */
+export function defaultInterval(
+  policy: Policy,
+  { budget, sinks, recent }: Budget,
+): number {
+  return Math.min(
+    policy.interval?.(budget) ?? 1,
+    Math.max(1, budget - sinks - recent),
+  );
 }

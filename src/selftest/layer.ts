@@ -6,7 +6,9 @@
 import type { Backend } from "../backend/backend.ts";
 import { wkv_pairs } from "../backend/symbols.ts";
 import { type CacheOptions, KvCache } from "../cache/cache.ts";
-import { ReferenceCache, softmax, stored } from "./reference.ts";
+import { defaultInterval } from "../cache/policy.ts";
+import { ReferenceCache, softmax } from "./reference.ts";
+import { stored } from "./reference_policies.ts";
 
 /** The shape of an attention layer. */
 export interface Layer {
@@ -83,20 +85,32 @@ export function openCache(
 }
 
 /** The f64 list implementation of the same cache, for one sequence. */
-export function openReference(layer: Layer, cache: KvCache): ReferenceCache {
+export function openReference(
+  layer: Layer,
+  cache: KvCache,
+  sequence = 0,
+): ReferenceCache {
+  const { budget, sinks, recent } = cache;
+  const limits = {
+    budget: budget ?? cache.capacity,
+    sinks: sinks ?? 0,
+    recent: recent ?? 0,
+  };
   return new ReferenceCache({
     heads: layer.heads,
     kvHeads: layer.kvHeads,
     headDim: layer.headDim,
     slots: cache.capacity,
-    sinks: cache.sinks ?? 0,
-    recent: cache.recent ?? 0,
+    sinks: limits.sinks,
+    recent: limits.recent,
+    interval: defaultInterval(cache.policy, limits),
     select: cache.policy.select,
     merge: cache.policy.merge,
     positions: cache.positions,
     cacheType: cache.cacheType,
     pairs: layer.pairs ?? "interleaved",
     frequencies: frequencies(layer),
+    sequence,
   });
 }
 

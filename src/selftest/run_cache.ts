@@ -16,13 +16,8 @@ import type {
 import { type Finding, Findings, sameBytes } from "./findings.ts";
 import { type Layer, openCache, openReference, qkvWidth } from "./layer.ts";
 import { largestError, Random, relativeError } from "./numbers.ts";
-import {
-  average,
-  cheapest,
-  type Choose,
-  type HeadState,
-  type ReferenceCache,
-} from "./reference.ts";
+import type { HeadState, ReferenceCache } from "./reference.ts";
+import { average, cheapest, type Choose } from "./reference_policies.ts";
 
 /**
  * What is allowed: of outputs and weights relative, of values relative to the

@@ -10,4 +10,5 @@ export const full: Policy = {
   select: "none",
   merge: "none",
   protects: () => ({ sinks: 0, recent: 0 }),
+  prefill: "sums",
 };

@@ -10,4 +10,5 @@ export const streamingLlm: Policy = {
   select: "oldest",
   merge: "none",
   protects: (m) => ({ sinks: 4, recent: Math.max(0, m - 4) }),
+  prefill: "sums",
 };

@@ -5,6 +5,7 @@ import { type Policy, sinksAndHalf } from "../policy.ts";
 /**
  * The token with the lowest average attention leaves, and its value is merged
  * into its right neighbour's, weighted with both averages (Algorithm 1).
+ * `:literal` divides the sums in place, as the pseudo code is written.
  */
 export const weightedKv: Policy = {
   name: "weighted-kv",
@@ -14,6 +15,8 @@ export const weightedKv: Policy = {
   select: "lowest-average",
   merge: "right",
   protects: sinksAndHalf,
+  prefill: "sums",
+  options: { literal: { select: "lowest-average-literal" } },
 };
 
 /** The same choice, its value dropped (section "Ablation", Fig. 4). */
@@ -24,4 +27,5 @@ export const eviction: Policy = {
   select: "lowest-average",
   merge: "none",
   protects: sinksAndHalf,
+  prefill: "sums",
 };

@@ -14,5 +14,6 @@ export const weightedKvWard: Policy = {
   select: "merge-cost",
   merge: "right",
   protects: sinksAndHalf,
+  prefill: "sums",
   options: { linear: { select: "merge-cost-linear" } },
 };
