@@ -459,8 +459,8 @@ describe("every policy against the f64 list implementation", () => {
         sharpness: [1, 1, 0.2, 0.2, 5, 5],
         ...policy === "full" ? { capacity: 64, reset: 64 } : { budget: 16 },
       });
-      // Two of 20,000 choices are near-ties at 1e-5 when 16 costs are spread evenly.
-      assertLessOrEqual(differed, 10);
+      // Of 20,000 choices 0.2 are expected to lie within 1e-5, of costs spread evenly.
+      assertLessOrEqual(differed, 3);
     });
   }
 

@@ -194,7 +194,7 @@ export const mergeInto: Record<Merge, (leaving: Leaving) => boolean> = {
       target.value = target.value.map((x, d) =>
         stored(x + token.value[d]! / 16, cacheType)
       );
-      target.merges += token.merges + 1;
+      target.merges++;
     }
     return true;
   },

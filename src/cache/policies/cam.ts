@@ -10,7 +10,7 @@ import type { Policy } from "../policy.ts";
 export const cam: Policy = {
   name: "cam",
   summary:
-    "The oldest token behind the sinks leaves, its value spread by chance over the next 16",
+    "The oldest behind the sinks leaves, its value spread by chance over 16 tokens",
   paper: "CaM, ICML 2024",
   select: "oldest",
   merge: "spread",

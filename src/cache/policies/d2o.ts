@@ -10,7 +10,7 @@ import { type Policy, sinksAndHalf } from "../policy.ts";
 export const d2o: Policy = {
   name: "d2o",
   summary:
-    "The lowest sum of attention leaves, merged into the nearest key when it is near enough",
+    "The lowest sum of attention leaves, merged into a key that is near enough",
   paper: "D2O, arXiv 2406.13035",
   select: "lowest-sum",
   merge: "nearest",

@@ -10,7 +10,7 @@ import { type Policy, sinksAndHalf } from "../policy.ts";
 export const keepkv: Policy = {
   name: "keepkv",
   summary:
-    "The lowest average attention leaves, key and value merged by votes into the nearest key",
+    "The lowest average attention leaves, merged by votes into the nearest key",
   paper: "KeepKV, arXiv 2504.09936",
   select: "lowest-average",
   merge: "nearest-votes",

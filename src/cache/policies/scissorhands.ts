@@ -8,8 +8,7 @@ import type { Policy } from "../policy.ts";
  */
 export const scissorhands: Policy = {
   name: "scissorhands",
-  summary:
-    "Half leaves at once: the tokens that were least often above an even share of attention",
+  summary: "Half leaves at once: least often above an even share of attention",
   paper: "Scissorhands, arXiv 2305.17118",
   select: "least-often",
   merge: "none",

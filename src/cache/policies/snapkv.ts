@@ -9,7 +9,7 @@ import type { Policy } from "../policy.ts";
 export const snapkv: Policy = {
   name: "snapkv",
   summary:
-    "The lowest attention of the last 32 steps, averaged over 5 neighbours, leaves",
+    "The lowest attention of the last 32 steps, over 5 neighbours, leaves",
   paper: "SnapKV, arXiv 2404.14469",
   select: "window",
   merge: "none",

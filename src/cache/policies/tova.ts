@@ -8,8 +8,7 @@ import type { Policy } from "../policy.ts";
  */
 export const tova: Policy = {
   name: "tova",
-  summary:
-    "The lowest attention of this step, over all heads of the layer, leaves",
+  summary: "The lowest attention of this step, over the layer's heads, leaves",
   paper: "TOVA, arXiv 2401.06104",
   select: "lowest-now",
   merge: "none",
