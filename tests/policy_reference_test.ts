@@ -315,15 +315,20 @@ describe("scissorhands", () => {
 
   it("forgets what is 400 steps ago", () => {
     const cache = open("scissorhands", { m: 402, recent: 400 });
+    const above: Record<number, number[]> = {
+      2: [1],
+      3: [0],
+      10: [0, 1, 2],
+      11: [2],
+    };
     for (let step = 0; step <= 402; step++) {
       const weights = Array(step + 1).fill(0);
-      if (step === 1 || step === 2) weights[0] = 1;
-      if (step === 100) weights[1] = 1;
-      if (step === 101 || step === 102) weights[2] = 1;
+      for (const rank of above[step] ?? []) weights[rank] = 1;
       feed(cache, { weights });
     }
-    // With the steps 1 and 2, token 1 would have the fewest.
-    assertEquals(kept(cache).slice(0, 3), [1, 2, 3]);
+    // Of the steps 3 to 402 they have 2, 1, 2. With step 2, or without step 3,
+    // the first two would be equal, and the first would leave.
+    assertEquals(kept(cache).slice(0, 3), [0, 2, 3]);
   });
 });
 
@@ -334,14 +339,14 @@ describe("cam", () => {
     feed(cache, { value: [9, 9], weights: [1] });
     feed(cache, { value: [16, 32], weights: [0, sum] });
     feed(cache, { value: [1, 0], weights: [0, 0, .25] });
-    feed(cache, { value: [0, 1], weights: [0, 0, .25, 1.5] });
+    feed(cache, { value: [0, 1], weights: [0, 0, .25, 3.5] });
     assertEquals(kept(cache), [0, 2, 3]);
     return cache;
   }
 
   it("adds a sixteenth to each of the next tokens when it must", () => {
-    // The mean of the targets is 1, so the chance of a sum of 1 is 1.
-    const cache = run(1);
+    // The mean of the targets is 2, so the chance of a sum of 2 is 1.
+    const cache = run(2);
     assertNumbers(tokenAt(cache, 0).value, [9, 9]);
     assertNumbers(tokenAt(cache, 2).value, [2, 2]);
     assertNumbers(tokenAt(cache, 3).value, [1, 3]);
@@ -373,7 +378,7 @@ describe("cam", () => {
   it("merges as often as the chance says", () => {
     const seeds = 4000;
     let merged = 0;
-    for (let seed = 0; seed < seeds; seed++) merged += run(.3, { seed }).merged;
+    for (let seed = 0; seed < seeds; seed++) merged += run(.6, { seed }).merged;
     // 4 deviations of a share of 0.3.
     const deviation = Math.sqrt(.3 * .7 / seeds);
     assertAlmostEquals(merged / seeds, .3, 4 * deviation);
@@ -395,8 +400,33 @@ describe("cam", () => {
     for (const [seed, layer, sequence] of [[1, 0, 0], [0, 2, 0], [0, 0, 3]]) {
       const drawn = drawAgain([seed!, layer!, sequence!, 0, 3, 0]) / 2 ** 24;
       const options = { seed: seed!, layer: layer!, sequence: sequence! };
-      assertEquals(run(drawn + 1e-6, options).merged, 1);
-      assertEquals(run(drawn - 1e-6, options).merged, 0);
+      assertEquals(run(2 * (drawn + 1e-6), options).merged, 1);
+      assertEquals(run(2 * (drawn - 1e-6), options).merged, 0);
+    }
+  });
+
+  it("draws anew for each head and each token of a step", () => {
+    const second = drawAgain([0, 0, 0, 1, 2, 0]) / 2 ** 24;
+    const next = drawAgain([0, 0, 0, 0, 4, 1]) / 2 ** 24;
+    for (const [by, merges] of [[1e-6, true], [-1e-6, false]] as const) {
+      const heads = open("cam", { m: 2, recent: 2, heads: 2, kvHeads: 2 });
+      for (
+        const weights of [[second + by], [0, 1], [0, 0, 1]]
+      ) heads.insert([0, 0, 0, 0, 16, 16, 16, 16], [weights, weights]);
+      assertEquals(heads.heads[1]![0]!.value[0], merges ? 17 : 16);
+
+      const several = open("cam", { m: 4, sinks: 1, recent: 2, interval: 2 });
+      for (
+        const weights of [
+          [0],
+          [0, 0],
+          [0, 0, 2 * (next + by)],
+          [0, 0, 0, 2],
+          [0, 0, 0, 0, 2],
+        ]
+      ) feed(several, { weights });
+      assertEquals(kept(several), [0, 3, 4]);
+      assertEquals(several.merged, merges ? 1 : 0);
     }
   });
 });
@@ -440,6 +470,18 @@ describe("weighted-kv-ward", () => {
   });
 });
 
+describe("weighted-kv-ward of averages of 0", () => {
+  it("takes them for free, the lowest rank first", () => {
+    const cache = open("weighted-kv-ward", { m: 3, sinks: 1 });
+    for (const n of [1, 2, 3]) {
+      feed(cache, { value: [n, 0], weights: Array(n).fill(0) });
+    }
+    feed(cache, { value: [9, 0], weights: [1, 0, 0, 1] });
+    assertEquals(kept(cache), [0, 2, 3]);
+    assertNumbers(tokenAt(cache, 2).value, [3, 0]);
+  });
+});
+
 describe("knorm", () => {
   it("lets the longest key leave", () => {
     const cache = open("knorm", { m: 3 });
@@ -480,21 +522,24 @@ describe("snapkv", () => {
   it("averages over neighbours, the recent ones left out", () => {
     const cache = open("snapkv", { m: 6 });
     for (let i = 0; i < 6; i++) feed(cache, { weights: Array(i + 1).fill(0) });
-    feed(cache, { weights: [9, 0, 9, 1, 1, 1, 100] });
-    // Sums of five: 18, 19, 20, 12, 12, 3; with the recent one 12 at rank 3.
+    feed(cache, { weights: [1, 0, 9, 0, 0, 2, 100] });
+    // Sums of five: 10, 10, 10, 11, 11, 2; with the recent one the last is 102.
     assertEquals(kept(cache), [0, 1, 2, 3, 4, 6]);
   });
 
   it("forgets what is 32 steps ago", () => {
-    const cache = open("snapkv", { m: 35, recent: 30 });
-    for (let step = 0; step <= 35; step++) {
-      const weights = Array(step + 1).fill(0);
-      if (step < 4) weights[0] = 50;
-      if (step === 35) weights.fill(2, 3, 6);
-      feed(cache, { weights });
+    // Of the steps 4 to 35 the sums of five are w, w, w, 1, 1, 1.
+    for (const [at, w, left] of [[3, 0, 0], [4, 2, 3]] as const) {
+      const cache = open("snapkv", { m: 35, recent: 30 });
+      for (let step = 0; step <= 35; step++) {
+        const weights = Array(step + 1).fill(0);
+        if (step === at) weights[0] = 2;
+        if (step === 35) weights[5] = 1;
+        feed(cache, { weights });
+      }
+      const rest = [0, 1, 2, 3, 4, 5].filter((rank) => rank !== left);
+      assertEquals(kept(cache).slice(0, 5), rest, `${w} in the window`);
     }
-    // With the steps before, rank 3 would have the least.
-    assertEquals(kept(cache).slice(0, 4), [1, 2, 3, 4]);
   });
 });
 
@@ -549,11 +594,23 @@ describe("caote", () => {
     }
   });
 
-  it("bears a weight of 1", () => {
-    const cache = open("caote", { m: 1, recent: 0 });
-    feed(cache, { value: [1, 0], weights: [1] });
-    feed(cache, { value: [2, 0], weights: [0, 1] });
-    assertEquals(kept(cache), [1]);
+  it("weighs what is left of the attention", () => {
+    const cache = open("caote", { m: 2, recent: 0 });
+    feed(cache, { value: [0, 0], weights: [0] });
+    feed(cache, { value: [-1.3, 0], weights: [0, 0] });
+    // The output is .2: errors .5 / .5 * .2, .1 / .9 * 1.5, .4 / .6 * .625;
+    // without the division the first would have the least.
+    feed(cache, { value: [.825, 0], weights: [.5, .1, .4] });
+    assertEquals(kept(cache), [0, 2]);
+  });
+
+  it("keeps what takes all of the attention", () => {
+    for (const rest of [0, 1e-9, 1e-6]) {
+      const cache = open("caote", { m: 1, recent: 0 });
+      feed(cache, { value: [1, 0], weights: [1] });
+      feed(cache, { value: [2, 0], weights: [1 - rest, rest] });
+      assertEquals(kept(cache), [0]);
+    }
   });
 });
 
@@ -587,6 +644,18 @@ describe("keepkv", () => {
     }
   });
 
+  it("counts the votes of the token that stays", () => {
+    const cache = open("keepkv", { m: 2 });
+    feedAverages(cache, [.5], { key: [1, 0], value: [0, 0] });
+    feedAverages(cache, [.5, .5], { key: [1, 0], value: [0, 0] });
+    feedAverages(cache, [0, .5, .5], { key: [1, 0], value: [12, 0] });
+    feedAverages(cache, [.5, .2, .4], { key: [0, 1], value: [0, 0] });
+    // One vote of .2 against two of .5.
+    assertEquals(kept(cache), [1, 3]);
+    assertNumbers(tokenAt(cache, 1).value, [2, 0], 1e-6);
+    assertEquals(tokenAt(cache, 1).votes, 3);
+  });
+
   it("takes the lowest rank of equally near keys", () => {
     const cache = open("keepkv", { m: 3 });
     feed(cache, { key: [1, 0], value: [4, 0], weights: [0] });
@@ -613,18 +682,35 @@ describe("d2o", () => {
     assertNumbers(tokenAt(cache, 3).key, [1.5, -2.4], 1e-6);
     assertNumbers(tokenAt(cache, 3).value, [2, 2], 1e-6);
     assertEquals([cache.merged, cache.evicted], [2, 0]);
-    // 1.8 / |(1.8, 2)| is .669, below .7, which becomes .6845.
-    feed(cache, { key: [5, 0], value: [1, 1], weights: [0, 0, 2] });
-    assertEquals(kept(cache), [3, 4]);
-    assertNumbers(tokenAt(cache, 4).value, [1, 1]);
-    assertEquals([cache.merged, cache.evicted], [2, 1]);
-    // .69 lies between the two: a threshold that did not move would drop it.
-    const side = Math.sqrt(1 - .69 ** 2);
-    const key = [1.5 * .69 + 2.4 * side, -2.4 * .69 + 1.5 * side];
-    feed(cache, { key, value: [0, 0], weights: [0, 0, 3] });
-    assertEquals(kept(cache), [4, 5]);
-    assertNumbers(tokenAt(cache, 5).value, [.69, .69], 1e-6);
-    assertEquals([cache.merged, cache.evicted], [3, 1]);
+  });
+
+  it("takes the mean of old threshold and cosine, merged or not", () => {
+    const cache = open("d2o", { m: 1 });
+    feed(cache, { key: [1, 0], weights: [1] });
+    // Thresholds from before: none, .6, .7, .725, .7225, .72325, .611625.
+    const cosines: [cosine: number, merged: boolean][] = [
+      [.6, true],
+      [.8, true],
+      [.75, true],
+      [.72, false],
+      [.724, true],
+      [.5, false],
+      [.62, true],
+    ];
+    for (const [cosine, merged] of cosines) {
+      const [x, y] = [...cache.heads[0]![0]!.key] as [number, number];
+      const size = Math.hypot(x, y);
+      const sine = Math.sqrt(1 - cosine ** 2);
+      const before = cache.merged;
+      feed(cache, {
+        key: [
+          (cosine * x - sine * y) / size,
+          (cosine * y + sine * x) / size,
+        ],
+        weights: [0, 1],
+      });
+      assertEquals(cache.merged - before, merged ? 1 : 0, `${cosine}`);
+    }
   });
 });
 

@@ -131,8 +131,10 @@ export const valuesOf: Record<
     ),
   "output-error": ({ tokens, output }) =>
     tokens.map(({ weight, value }) =>
-      weight / Math.max(1 - weight, 2 ** -24) *
-      Math.sqrt(distance(value, output))
+      // Near 1 the difference is lost in rounding; such a token must not leave.
+      1 - weight < 2 ** -16
+        ? Number.MAX_VALUE
+        : weight / (1 - weight) * Math.sqrt(distance(value, output))
     ),
 };
 
