@@ -56,10 +56,11 @@ WKV_HD inline int32_t wkv_words(int32_t select, int32_t merge) {
   return merge == WKV_MERGE_NEAREST_VOTES ? 1 : 0;
 }
 
-/** Whether the rule looks at each step's own weights, which column sums do not hold. */
-WKV_HD inline bool wkv_by_step(int32_t select) {
-  return select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW || select == WKV_SELECT_OUTPUT_ERROR;
-}
+/** Whether the rule keeps a record of each step's own weights, which column sums do not hold. */
+WKV_HD inline bool wkv_by_step(int32_t select) { return select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW; }
+
+/** Whether the rule chooses by the weights of the present step. */
+WKV_HD inline bool wkv_uses_now(int32_t select) { return select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_OUTPUT_ERROR; }
 
 /** Whether wkv_attend's one launch can choose and act, or a second one must see all weights of the step. */
 WKV_HD inline bool wkv_in_one_launch(int32_t select, int32_t merge, int32_t interval) {
@@ -87,7 +88,7 @@ WKV_HD inline float wkv_select_value(int32_t select, const wkv_token& t) {
     case WKV_SELECT_LEAST_OFTEN:
     case WKV_SELECT_WINDOW: return t.measure;
     case WKV_SELECT_SUM_VALUE_NORM: return t.score * t.measure;
-    case WKV_SELECT_OUTPUT_ERROR: return t.now / (1.0f - t.now > 0x1p-24f ? 1.0f - t.now : 0x1p-24f) * t.measure;
+    case WKV_SELECT_OUTPUT_ERROR: return 1.0f - t.now < 0x1p-16f ? 3.402823466e38f : t.now / (1.0f - t.now) * t.measure;
     default: return t.average;
   }
 }

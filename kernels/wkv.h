@@ -174,7 +174,8 @@ WKV_API int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, 
 
 /** Opens an empty cache of exactly `slots` tokens a KV head, in every layer and sequence; nothing is allocated later.
  *  interval: tokens that leave, one after another, when it overflows; seed: of policies that draw.
- *  Must hold: 0 <= sinks, 0 <= recent, sinks + recent <= slots; 1 <= interval <= slots; heads a multiple of kv_heads; the rotation is of this head
+ *  Must hold: 0 <= sinks, 0 <= recent, sinks + recent <= slots; 1 <= interval <= max(1, slots - sinks - recent);
+ *  heads a multiple of kv_heads; the rotation is of this head
  *  dimension and, with positions in the cache, of more than `slots` positions; dtype F32, F16 or BF16. */
 WKV_API int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t interval, int32_t select, int32_t merge, int32_t seed, int32_t positions, int32_t dtype, int32_t* out /* [1] */, int32_t out_bytes);
 
@@ -195,7 +196,8 @@ WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_
 
 /** op: `rows` tokens of one sequence at once: causal attention over cache and tokens, each column's sum of weights added to its score
  *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
- *  left. Refused for policies that look at each step's weights (wkv_by_step in policy.h). */
+ *  left. Refused for policies that keep a record of each step's weights, and to let tokens leave for those that choose by one
+ *  step's weights (wkv_by_step, wkv_uses_now in policy.h). */
 WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale);
 
 /* ---- from logits to tokens ---- */

@@ -4,7 +4,7 @@ import type { Graph } from "./backend/backend.ts";
 import { logProb, sample } from "./backend/ops.ts";
 import { Tensor } from "./backend/tensor.ts";
 import type { KvCache } from "./cache/cache.ts";
-import type { Policy } from "./cache/policy.ts";
+import { choosesByStep, type Policy } from "./cache/policy.ts";
 import { type Model, PASS_ROWS } from "./model.ts";
 
 /** How the next token is drawn; applied in the order top-k, top-p, min-p, temperature. */
@@ -31,9 +31,9 @@ export type Prefill = "exact" | `chunk:${number}`;
  */
 export function chunkSize(prefill: Prefill, policy?: Policy): number | null {
   if (prefill === "exact") return null;
-  if (policy?.prefill === "steps") {
+  if (policy !== undefined && choosesByStep(policy)) {
     throw new RangeError(
-      `The prefill must be exact for ${policy.name}, which looks at each step's own weights: current value is "${prefill}"`,
+      `The prefill must be exact for ${policy.name}, which chooses by each step's own weights: current value is "${prefill}"`,
     );
   }
   const size = Number(/^chunk:(\d+)$/.exec(prefill)?.[1] ?? NaN);

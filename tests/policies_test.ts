@@ -1,13 +1,9 @@
-/**
- * Every policy against the f64 list implementation over random steps, the
- * paper's worked example, and how budgets are resolved.
- */
+/** Select and merge by the paper's worked example, and how budgets are resolved. */
 
 import {
   assert,
   assertAlmostEquals,
   assertEquals,
-  assertLessOrEqual,
   assertThrows,
 } from "@std/assert";
 import type { Backend } from "../src/backend/backend.ts";
@@ -16,18 +12,7 @@ import { Tensor } from "../src/backend/tensor.ts";
 import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy, policies, policyNames } from "../src/cache/registry.ts";
-import {
-  type Layer,
-  openCache,
-  openReference,
-  qkvWidth,
-} from "../src/selftest/layer.ts";
-import {
-  largestError,
-  Random,
-  relativeError,
-} from "../src/selftest/numbers.ts";
-import { average, type ReferenceCache } from "../src/selftest/reference.ts";
+import { type Layer, openCache } from "../src/selftest/layer.ts";
 import { afterAll, beforeAll, describe, it, openBackend } from "./device.ts";
 
 let backend: Backend;
@@ -35,276 +20,6 @@ beforeAll(async () => {
   backend = await openBackend();
 });
 afterAll(() => backend.close());
-
-/**
- * Limits of each cache type, for logits of deviation 1; values of 16 bits may be
- * rounded to the other side, by one unit in the last place.
- */
-const limits = {
-  f32: { out: 1e-5, score: 1e-5, value: 1e-5 },
-  f16: { out: 1e-3, score: 1e-3, value: 2 ** -10 },
-  bf16: { out: 5e-3, score: 5e-3, value: 2 ** -7 },
-};
-
-interface Run extends CacheOptions {
-  policy: string;
-  layer: Layer;
-  steps: number;
-  /** Empties the caches each so many steps. */
-  reset?: number;
-  /** The deviations of the logits, one after the other in blocks of 50 steps. */
-  sharpness: number[];
-}
-
-/**
- * Steps three caches side by side on the same input: one that chooses freely,
- * one that is forced to the reference's choice, and the reference. Where free
- * choice and reference differ, the free choice must cost at most twice the
- * tolerance more, and all three go on with it, so that a near-tie forks nothing.
- */
-function compare(
-  { layer, steps, reset = Infinity, sharpness, ...options }: Run,
-): void {
-  using free = openCache(backend, layer, options);
-  using forced = openCache(backend, layer, options);
-  const { sequences } = free;
-  const fresh = () =>
-    Array.from({ length: sequences }, () => openReference(layer, free));
-  let references = fresh();
-  const { heads, kvHeads, headDim } = layer;
-  using qkv = new Tensor(backend, "F32", sequences, qkvWidth(layer));
-  using outFree = new Tensor(backend, "F32", sequences, heads * headDim);
-  using outForced = new Tensor(backend, "F32", sequences, heads * headDim);
-  using victims = new Tensor(backend, "I32", sequences, kvHeads);
-  const random = new Random(steps + free.capacity);
-  const slots = new Map<string, number>();
-  for (let all = 0; all < steps; all++) {
-    const step = all % reset;
-    if (step === 0 && all > 0) {
-      free.reset();
-      forced.reset();
-      references = fresh();
-      slots.clear();
-    }
-    const sharp = sharpness[Math.floor(all / 50) % sharpness.length]!;
-    const tolerance = scaled(limits[free.cacheType], Math.max(1, sharp));
-    const at = `${options.policy}, step ${all}`;
-    const input = random.qkv(layer, sequences, sharp);
-    qkv.write(input);
-    const full = step >= free.capacity;
-    const checked = all % 16 < 2 || all + 1 === steps;
-    const before = checked
-      ? references.map((_, b) => scoreSums(free, kvHeads, b))
-      : [];
-    free.attend(0, outFree, qkv);
-    const actual = outFree.floats();
-    const ranks = new Int32Array(sequences * kvHeads).fill(-1);
-    references.forEach((reference, b) => {
-      const events = full ? free.events(b) : [];
-      const out = reference.step(
-        input.subarray(b * qkvWidth(layer), (b + 1) * qkvWidth(layer)),
-        (costs, tokens, head) => {
-          const { from, into, weights } = events[head]!;
-          const rank = tokens.findIndex(({ position }) => position === from);
-          const least = Math.min(...costs);
-          assert(
-            costs[rank]! <= least * (1 + 2 * tolerance.score) + 1e-12,
-            `${at}: head ${head} chose rank ${rank} at ${
-              costs[rank]
-            }, the least is ${least}`,
-          );
-          const right = tokens[rank + 1];
-          const merges = free.policy.merge === "right" && right !== undefined;
-          assertEquals(into, merges ? right.position : null, at);
-          assertAlmostEquals(
-            weights[0],
-            average(tokens[rank]!),
-            tolerance.score,
-            at,
-          );
-          ranks[b * kvHeads + head] = rank;
-          return rank;
-        },
-      );
-      const error = relativeError(
-        actual.subarray(b * heads * headDim, (b + 1) * heads * headDim),
-        out,
-      );
-      assertLessOrEqual(error, tolerance.out, `${at}: output`);
-      if (checked) {
-        checkState(free, reference, b, tolerance, at);
-        // Increments of all tokens, the one that left included, sum to 1.
-        const after = scoreSums(free, kvHeads, b);
-        for (let head = 0; head < kvHeads; head++) {
-          const event = events[head];
-          const left = event ? event.weights[0] * (step - event.from + 1) : 0;
-          assertAlmostEquals(
-            after[head]! + left - before[b]![head]!,
-            1,
-            1e-5 + 1e-6 * after[head]!,
-            `${at}: sum of the increments`,
-          );
-          free.slots(0, head, b).forEach((slot, rank) => {
-            const key = `${b} ${head} ${
-              reference.heads[head]![rank]!.position
-            }`;
-            assertEquals(slots.get(key) ?? slot, slot, `${at}: a slot moved`);
-            slots.set(key, slot);
-          });
-        }
-      }
-    });
-    victims.write(ranks);
-    forced.attend(0, outForced, qkv, victims);
-    assertEquals(outForced.floats(), actual, at);
-    if (all % 64 === 0 || all + 1 === steps) {
-      for (let b = 0; b < sequences; b++) {
-        for (let head = 0; head < kvHeads; head++) {
-          assertEquals(forced.rows(0, head, b), free.rows(0, head, b), at);
-          assertEquals(forced.values(0, head, b), free.values(0, head, b), at);
-          assertEquals(forced.keys(0, head, b), free.keys(0, head, b), at);
-        }
-      }
-    }
-  }
-}
-
-function scoreSums(
-  cache: KvCache,
-  kvHeads: number,
-  sequence: number,
-): number[] {
-  return Array.from(
-    { length: kvHeads },
-    (_, head) => cache.rows(0, head, sequence).score.reduce((a, b) => a + b, 0),
-  );
-}
-
-function checkState(
-  cache: KvCache,
-  reference: ReferenceCache,
-  sequence: number,
-  tolerance: { score: number; value: number },
-  at: string,
-): void {
-  const { seen, merged, evicted } = reference;
-  reference.heads.forEach((tokens, head) => {
-    const rows = cache.rows(0, head, sequence);
-    assertEquals(rows.kept, tokens.map((token) => token.position), at);
-    assertEquals(rows.steps, tokens.map((token) => token.steps), at);
-    assertEquals(rows.steps, rows.kept.map((p) => seen - p), at);
-    assertLessOrEqual(
-      relativeError(rows.score, tokens.map((token) => token.score)),
-      tolerance.score,
-      `${at}: scores`,
-    );
-    const values = cache.values(0, head, sequence);
-    const keys = cache.keys(0, head, sequence);
-    const width = values.length / tokens.length;
-    tokens.forEach(({ value, key }, rank) => {
-      const largest = value.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
-      const from = rank * width;
-      assertLessOrEqual(
-        largestError(values.subarray(from, from + width), value),
-        tolerance.value * largest,
-        `${at}: value of rank ${rank}`,
-      );
-      assertLessOrEqual(
-        largestError(keys.subarray(from, from + width), key),
-        cache.positions === "cache" ? 0 : tolerance.value * 4,
-        `${at}: key of rank ${rank}`,
-      );
-    });
-  });
-  const kept = reference.heads[0]!.length;
-  assertEquals(seen, kept + merged + evicted, at);
-  assertEquals(cache.stats(sequence), { seen, kept, merged, evicted }, at);
-}
-
-function scaled(
-  { out, score, value }: typeof limits.f32,
-  by: number,
-): typeof limits.f32 {
-  return { out: out * by, score: score * by, value: value * by };
-}
-
-const square: Layer = { heads: 4, kvHeads: 2, headDim: 8 };
-const wide: Layer = { heads: 9, kvHeads: 3, headDim: 64 };
-
-describe("every policy against the f64 list implementation", () => {
-  for (const policy of policyNames()) {
-    it(`${policy} over 10,000 random steps`, () => {
-      compare({
-        policy,
-        layer: square,
-        steps: 10_000,
-        sharpness: [1, 0.2, 5],
-        ...policy === "full" ? { capacity: 32, reset: 32 } : { budget: 16 },
-      });
-    });
-  }
-
-  const settings: Record<string, Partial<Run>> = {
-    "no sinks": { sinks: 0 },
-    "nothing protected": { sinks: 0, recent: 0 },
-    "only the new token recent": { sinks: 2, recent: 1 },
-    "all but one protected": { sinks: 5, recent: 7 },
-    "sinks alone": { budget: 4, sinks: 4, recent: 0 },
-    "a budget of 1": { budget: 1, sinks: 0, recent: 0 },
-    "a budget of 1, the new token": { budget: 1, sinks: 0, recent: 1 },
-    "a budget of 1, the first token": { budget: 1, sinks: 1, recent: 0 },
-    "a budget of 2": { budget: 2, sinks: 1, recent: 1 },
-    "a budget of 2, nothing protected": { budget: 2, sinks: 0, recent: 0 },
-    "a budget of 65": { budget: 65, layer: wide, steps: 110 },
-    "positions of the text": { positions: "text", steps: 2000 },
-    "f16": { cacheType: "f16", steps: 500 },
-    "f16 at positions of the text": { cacheType: "f16", positions: "text" },
-    "bf16": { cacheType: "bf16", steps: 500 },
-    "bf16 at positions of the text": { cacheType: "bf16", positions: "text" },
-    "2 sequences": { sequences: 2 },
-    "3 sequences in f16": { sequences: 3, cacheType: "f16", budget: 9 },
-    "1 head of 2 dimensions": {
-      layer: { heads: 1, kvHeads: 1, headDim: 2 },
-    },
-    "pairs of halves": { layer: { ...square, pairs: "half" } },
-    "9 query heads on 3 of 64": { layer: wide, steps: 90 },
-    "12 of 20 dimensions rotated": {
-      layer: { heads: 6, kvHeads: 1, headDim: 20, rotary: 12 },
-    },
-    "8 heads of 96 in halves": {
-      layer: { heads: 8, kvHeads: 8, headDim: 96, pairs: "half" },
-      steps: 40,
-    },
-    "64 of 128 dimensions rotated in halves": {
-      layer: { heads: 4, kvHeads: 2, headDim: 128, rotary: 64, pairs: "half" },
-      steps: 60,
-    },
-    "80 dimensions at positions of the text": {
-      layer: { heads: 5, kvHeads: 1, headDim: 80, pairs: "half" },
-      positions: "text",
-      steps: 90,
-    },
-  };
-  for (const [name, setting] of Object.entries(settings)) {
-    it(`with ${name}`, () => {
-      for (const policy of policyNames()) {
-        const run: Run = {
-          policy,
-          layer: square,
-          steps: 200,
-          sharpness: [1, 5, 0.2],
-          budget: 12,
-          ...setting,
-        };
-        if (policy === "full") {
-          Object.assign(run, { capacity: 40, reset: 40 });
-          run.steps = Math.min(run.steps, 100);
-        }
-        compare(run);
-      }
-    });
-  }
-});
 
 /**
  * Inserts tokens with the averages that they shall have afterwards; each
@@ -536,6 +251,7 @@ describe("resolveBudget()", () => {
         budget: 256,
         sinks,
         recent,
+        interval: 1,
       });
     }
     assertEquals(

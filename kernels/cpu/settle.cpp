@@ -274,6 +274,7 @@ void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Inc
   const int32_t target = wkv_target(r.count, cache.slots, cache.interval);
   if (r.count > target) {
     if (cache.select == WKV_SELECT_NONE) fail(WKV_INVALID, "The cache is full: its policy keeps every token, and it has " + std::to_string(cache.slots) + " slots");
+    if (!now && wkv_uses_now(cache.select)) fail(WKV_INVALID, "This policy chooses by the weights of one step: feed the tokens that the cache has no room for one by one");
     if (cache.select == WKV_SELECT_LITERAL_AVERAGE) {
       for (int32_t i = 0; i < r.count; i++) r.score[i] = h.average(i);
     }

@@ -105,7 +105,8 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
     require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
     require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
-    require(interval >= 1 && interval <= slots + 1 - sinks - recent, "interval must be between 1 and slots + 1 - sinks - recent: " + std::to_string(interval) + " of " + std::to_string(slots + 1 - sinks - recent));
+    const int32_t most = std::max(1, slots - sinks - recent);
+    require(interval >= 1 && interval <= most, "interval must be between 1 and " + std::to_string(most) + ": " + std::to_string(interval));
     require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
     require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");

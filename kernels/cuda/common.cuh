@@ -45,7 +45,7 @@ using DeviceRef = std::shared_ptr<DeviceMemory>;
 
 // ---- data errors: found on the device, read after a run ----
 
-enum class Fault : int32_t { None, Token, Target, NanLogit, NanAttention, NanScore, Full, Rank };
+enum class Fault : int32_t { None, Token, Target, NanLogit, NanAttention, NanScore, Full, Rank, OneStep };
 
 /** What the first faulty thread left. */
 struct FaultWord {

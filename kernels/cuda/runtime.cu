@@ -63,7 +63,7 @@ __global__ void probe() {}
 
 std::string fault_text(const FaultWord& word, int32_t* status) {
   const auto n = [&](int i) { return std::to_string(word.values[i]); };
-  *status = word.fault == Fault::Full || word.fault == Fault::Rank ? WKV_INVALID : WKV_DATA;
+  *status = word.fault == Fault::Full || word.fault == Fault::Rank || word.fault == Fault::OneStep ? WKV_INVALID : WKV_DATA;
   switch (word.fault) {
     case Fault::Token: return "Token " + n(0) + " is outside the table of " + n(1);
     case Fault::Target: return "Target " + n(0) + " is outside the vocabulary of " + n(1);
@@ -71,6 +71,7 @@ std::string fault_text(const FaultWord& word, int32_t* status) {
     case Fault::NanAttention: return "The attention of layer " + n(0) + " is not a number";
     case Fault::NanScore: return "What rank " + n(0) + " is chosen by is not a number";
     case Fault::Full: return "The cache is full: its policy keeps every token, and it has " + n(0) + " slots";
+    case Fault::OneStep: return "This policy chooses by the weights of one step: feed the tokens that the cache has no room for one by one";
     default: return "Rank " + n(0) + " may not leave a cache of " + n(1) + " tokens with " + n(2) + " sinks and " + n(3) + " recent";
   }
 }

@@ -398,6 +398,10 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
     if (tid == 0) faults.report(Fault::Full, c.slots);
     return;
   }
+  if (total > target && !e.now && wkv_uses_now(c.select)) {
+    if (tid == 0) faults.report(Fault::OneStep, 0);
+    return;
+  }
   if (total > target && c.select == WKV_SELECT_LITERAL_AVERAGE) {
     for (int32_t i = tid; i < total; i += blockDim.x) e.score[i] = s.average(i);
     __syncthreads();

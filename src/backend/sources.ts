@@ -316,7 +316,8 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
     require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
     require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
-    require(interval >= 1 && interval <= slots + 1 - sinks - recent, "interval must be between 1 and slots + 1 - sinks - recent: " + std::to_string(interval) + " of " + std::to_string(slots + 1 - sinks - recent));
+    const int32_t most = std::max(1, slots - sinks - recent);
+    require(interval >= 1 && interval <= most, "interval must be between 1 and " + std::to_string(most) + ": " + std::to_string(interval));
     require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
     require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
@@ -1760,7 +1761,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
-    require(!wkv_by_step(cache->select), "this policy looks at the weights of each step: feed its tokens one by one");
+    require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
     int64_t bytes = 0;
@@ -2377,6 +2378,7 @@ void settle(const Loops& loops, Cache& cache, int64_t head, Ranked& r, const Inc
   const int32_t target = wkv_target(r.count, cache.slots, cache.interval);
   if (r.count > target) {
     if (cache.select == WKV_SELECT_NONE) fail(WKV_INVALID, "The cache is full: its policy keeps every token, and it has " + std::to_string(cache.slots) + " slots");
+    if (!now && wkv_uses_now(cache.select)) fail(WKV_INVALID, "This policy chooses by the weights of one step: feed the tokens that the cache has no room for one by one");
     if (cache.select == WKV_SELECT_LITERAL_AVERAGE) {
       for (int32_t i = 0; i < r.count; i++) r.score[i] = h.average(i);
     }
@@ -3797,7 +3799,8 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     require(cache->rope->head_dim == head_dim, "head_dim " + std::to_string(head_dim) + " is not the rotation's " + std::to_string(cache->rope->head_dim));
     require(slots >= 1, "slots must be at least 1: " + std::to_string(slots));
     require(sinks >= 0 && recent >= 0 && int64_t{sinks} + recent <= slots, "sinks + recent must be between 0 and slots: " + std::to_string(sinks) + " + " + std::to_string(recent) + " of " + std::to_string(slots));
-    require(interval >= 1 && interval <= slots + 1 - sinks - recent, "interval must be between 1 and slots + 1 - sinks - recent: " + std::to_string(interval) + " of " + std::to_string(slots + 1 - sinks - recent));
+    const int32_t most = std::max(1, slots - sinks - recent);
+    require(interval >= 1 && interval <= most, "interval must be between 1 and " + std::to_string(most) + ": " + std::to_string(interval));
     require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
     require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
@@ -4123,7 +4126,7 @@ using DeviceRef = std::shared_ptr<DeviceMemory>;
 
 // ---- data errors: found on the device, read after a run ----
 
-enum class Fault : int32_t { None, Token, Target, NanLogit, NanAttention, NanScore, Full, Rank };
+enum class Fault : int32_t { None, Token, Target, NanLogit, NanAttention, NanScore, Full, Rank, OneStep };
 
 /** What the first faulty thread left. */
 struct FaultWord {
@@ -6493,7 +6496,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
-    require(!wkv_by_step(cache->select), "this policy looks at the weights of each step: feed its tokens one by one");
+    require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
     ctx.hold(cache, from, to);
@@ -6606,7 +6609,7 @@ __global__ void probe() {}
 
 std::string fault_text(const FaultWord& word, int32_t* status) {
   const auto n = [&](int i) { return std::to_string(word.values[i]); };
-  *status = word.fault == Fault::Full || word.fault == Fault::Rank ? WKV_INVALID : WKV_DATA;
+  *status = word.fault == Fault::Full || word.fault == Fault::Rank || word.fault == Fault::OneStep ? WKV_INVALID : WKV_DATA;
   switch (word.fault) {
     case Fault::Token: return "Token " + n(0) + " is outside the table of " + n(1);
     case Fault::Target: return "Target " + n(0) + " is outside the vocabulary of " + n(1);
@@ -6614,6 +6617,7 @@ std::string fault_text(const FaultWord& word, int32_t* status) {
     case Fault::NanAttention: return "The attention of layer " + n(0) + " is not a number";
     case Fault::NanScore: return "What rank " + n(0) + " is chosen by is not a number";
     case Fault::Full: return "The cache is full: its policy keeps every token, and it has " + n(0) + " slots";
+    case Fault::OneStep: return "This policy chooses by the weights of one step: feed the tokens that the cache has no room for one by one";
     default: return "Rank " + n(0) + " may not leave a cache of " + n(1) + " tokens with " + n(2) + " sinks and " + n(3) + " recent";
   }
 }
@@ -7799,6 +7803,10 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
     if (tid == 0) faults.report(Fault::Full, c.slots);
     return;
   }
+  if (total > target && !e.now && wkv_uses_now(c.select)) {
+    if (tid == 0) faults.report(Fault::OneStep, 0);
+    return;
+  }
   if (total > target && c.select == WKV_SELECT_LITERAL_AVERAGE) {
     for (int32_t i = tid; i < total; i += blockDim.x) e.score[i] = s.average(i);
     __syncthreads();
@@ -8227,10 +8235,11 @@ WKV_HD inline int32_t wkv_words(int32_t select, int32_t merge) {
   return merge == WKV_MERGE_NEAREST_VOTES ? 1 : 0;
 }
 
-/** Whether the rule looks at each step's own weights, which column sums do not hold. */
-WKV_HD inline bool wkv_by_step(int32_t select) {
-  return select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW || select == WKV_SELECT_OUTPUT_ERROR;
-}
+/** Whether the rule keeps a record of each step's own weights, which column sums do not hold. */
+WKV_HD inline bool wkv_by_step(int32_t select) { return select == WKV_SELECT_LEAST_OFTEN || select == WKV_SELECT_WINDOW; }
+
+/** Whether the rule chooses by the weights of the present step. */
+WKV_HD inline bool wkv_uses_now(int32_t select) { return select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_OUTPUT_ERROR; }
 
 /** Whether wkv_attend's one launch can choose and act, or a second one must see all weights of the step. */
 WKV_HD inline bool wkv_in_one_launch(int32_t select, int32_t merge, int32_t interval) {
@@ -8258,7 +8267,7 @@ WKV_HD inline float wkv_select_value(int32_t select, const wkv_token& t) {
     case WKV_SELECT_LEAST_OFTEN:
     case WKV_SELECT_WINDOW: return t.measure;
     case WKV_SELECT_SUM_VALUE_NORM: return t.score * t.measure;
-    case WKV_SELECT_OUTPUT_ERROR: return t.now / (1.0f - t.now > 0x1p-24f ? 1.0f - t.now : 0x1p-24f) * t.measure;
+    case WKV_SELECT_OUTPUT_ERROR: return 1.0f - t.now < 0x1p-16f ? 3.402823466e38f : t.now / (1.0f - t.now) * t.measure;
     default: return t.average;
   }
 }
@@ -8500,7 +8509,8 @@ WKV_API int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, 
 
 /** Opens an empty cache of exactly \`slots\` tokens a KV head, in every layer and sequence; nothing is allocated later.
  *  interval: tokens that leave, one after another, when it overflows; seed: of policies that draw.
- *  Must hold: 0 <= sinks, 0 <= recent, sinks + recent <= slots; 1 <= interval <= slots; heads a multiple of kv_heads; the rotation is of this head
+ *  Must hold: 0 <= sinks, 0 <= recent, sinks + recent <= slots; 1 <= interval <= max(1, slots - sinks - recent);
+ *  heads a multiple of kv_heads; the rotation is of this head
  *  dimension and, with positions in the cache, of more than \`slots\` positions; dtype F32, F16 or BF16. */
 WKV_API int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t sequences, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t slots, int32_t sinks, int32_t recent, int32_t interval, int32_t select, int32_t merge, int32_t seed, int32_t positions, int32_t dtype, int32_t* out /* [1] */, int32_t out_bytes);
 
@@ -8521,7 +8531,8 @@ WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_
 
 /** op: \`rows\` tokens of one sequence at once: causal attention over cache and tokens, each column's sum of weights added to its score
  *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
- *  left. Refused for policies that look at each step's weights (wkv_by_step in policy.h). */
+ *  left. Refused for policies that keep a record of each step's weights, and to let tokens leave for those that choose by one
+ *  step's weights (wkv_by_step, wkv_uses_now in policy.h). */
 WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale);
 
 /* ---- from logits to tokens ---- */

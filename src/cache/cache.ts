@@ -11,7 +11,13 @@ import {
   wkv_select,
 } from "../backend/symbols.ts";
 import { type Dtype, dtypeId, type Tensor } from "../backend/tensor.ts";
-import { MAX_SLOTS, type Policy, resolveBudget } from "./policy.ts";
+import {
+  MAX_SLOTS,
+  type Merge,
+  type Policy,
+  resolveBudget,
+  type Select,
+} from "./policy.ts";
 import { findPolicy } from "./registry.ts";
 
 /** Element types of cached keys and values. */
@@ -96,7 +102,7 @@ export interface CacheEvent {
   weights: [from: number, into: number];
 }
 
-const selects = {
+const selects: Record<Select, number> = {
   "none": wkv_select.WKV_SELECT_NONE,
   "oldest": wkv_select.WKV_SELECT_OLDEST,
   "lowest-average": wkv_select.WKV_SELECT_LOWEST_AVERAGE,
@@ -112,7 +118,7 @@ const selects = {
   "sum-value-norm": wkv_select.WKV_SELECT_SUM_VALUE_NORM,
   "output-error": wkv_select.WKV_SELECT_OUTPUT_ERROR,
 };
-const merges = {
+const merges: Record<Merge, number> = {
   "none": wkv_merge.WKV_MERGE_NONE,
   "right": wkv_merge.WKV_MERGE_RIGHT,
   "spread": wkv_merge.WKV_MERGE_SPREAD,

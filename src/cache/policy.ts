@@ -1,13 +1,13 @@
 /** What a cache policy is, and how a budget is resolved; policies/ holds one record a file. */
 
-/** Which token leaves when the cache is over its budget. */
+/** Which token leaves when the cache is over its budget; docs/policies.md has the formulas. */
 export type Select =
   | "none"
   | "oldest"
   | "lowest-average"
+  | "lowest-average-literal"
   | "merge-cost"
   | "merge-cost-linear"
-  | "lowest-average-literal"
   | "lowest-sum"
   | "lowest-now"
   | "least-often"
@@ -34,9 +34,12 @@ export interface Policy {
   readonly merge: Merge;
   /** Tokens that are protected by default, of a budget of `m`. */
   readonly protects: (m: number) => { sinks: number; recent: number };
-  /** Tokens that leave when a budget of `m` overflows. @default 1 */
+  /** Tokens that leave at once when a budget of `m` overflows. @default `1` */
   readonly interval?: (m: number) => number;
-  /** Whether column sums of attention rebuild its state, or each step's weights must be seen. */
+  /**
+   * Whether the column sums of attention rebuild its state, so that a prompt is
+   * processed at once, or each step is needed, so that it is streamed.
+   */
   readonly prefill: "sums" | "steps";
   /** Variants, chosen by `name:option`, with what they change. */
   readonly options?: Readonly<
@@ -83,11 +86,12 @@ export function resolveBudget(
       `The budget must be at least sinks + recent: ${budget} is less than ${sinks} + ${recent}`,
     );
   }
-  const interval = given.interval ?? policy.interval?.(budget) ?? 1;
-  const most = budget + 1 - sinks - recent;
+  const most = Math.max(1, budget - sinks - recent);
+  const interval = given.interval ??
+    Math.min(policy.interval?.(budget) ?? 1, most);
   if (!Number.isInteger(interval) || interval < 1 || interval > most) {
     throw new RangeError(
-      `The interval must be a whole number between 1 and budget + 1 - sinks - recent = ${most}: current value is ${interval}`,
+      `The interval must be a whole number between 1 and budget - sinks - recent = ${most}: current value is ${interval}`,
     );
   }
   return { budget, sinks, recent, interval };
@@ -100,6 +104,12 @@ function whole(name: string, value: number, least: number): number {
     );
   }
   return value;
+}
+
+/** Whether tokens that the cache has no room for must be fed one by one: the choice needs one step's own weights. */
+export function choosesByStep({ prefill, select }: Policy): boolean {
+  return prefill === "steps" || select === "lowest-now" ||
+    select === "output-error";
 }
 
 /** The paper's split: 4 sinks, and half of the budget with them kept recent. */

@@ -6,7 +6,8 @@
 import type { Backend } from "../backend/backend.ts";
 import { wkv_pairs } from "../backend/symbols.ts";
 import { type CacheOptions, KvCache } from "../cache/cache.ts";
-import { ReferenceCache, softmax, stored } from "./reference.ts";
+import { ReferenceCache, softmax } from "./reference.ts";
+import { stored } from "./reference_policies.ts";
 
 /** The shape of an attention layer. */
 export interface Layer {
@@ -83,7 +84,11 @@ export function openCache(
 }
 
 /** The f64 list implementation of the same cache, for one sequence. */
-export function openReference(layer: Layer, cache: KvCache): ReferenceCache {
+export function openReference(
+  layer: Layer,
+  cache: KvCache,
+  sequence = 0,
+): ReferenceCache {
   return new ReferenceCache({
     heads: layer.heads,
     kvHeads: layer.kvHeads,
@@ -91,12 +96,14 @@ export function openReference(layer: Layer, cache: KvCache): ReferenceCache {
     slots: cache.capacity,
     sinks: cache.sinks ?? 0,
     recent: cache.recent ?? 0,
+    interval: cache.interval,
     select: cache.policy.select,
     merge: cache.policy.merge,
     positions: cache.positions,
     cacheType: cache.cacheType,
     pairs: layer.pairs ?? "interleaved",
     frequencies: frequencies(layer),
+    sequence,
   });
 }
 

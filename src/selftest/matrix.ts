@@ -3,7 +3,7 @@
 import type { Backend } from "../backend/backend.ts";
 import { type Dtype, isQuantised, Tensor } from "../backend/tensor.ts";
 import type { Random } from "./numbers.ts";
-import { stored } from "./reference.ts";
+import { stored } from "./reference_policies.ts";
 
 /** A matrix in the library and its numbers in f64, row by row. */
 export interface Matrix extends Disposable {

@@ -1,23 +1,25 @@
 /**
- * The cache step in f64 on plain lists, written from its description alone: the
- * oracle of the self-test and of the tests of the cache.
+ * The cache step in f64 on plain lists, written from its description alone
+ * (docs/policies.md): the oracle of the self-test and of the tests of the cache.
+ * What each policy weighs and does is in reference_policies.ts.
  */
 
-/** One cached token of one KV head. */
-export interface Token {
-  /** Its place in the text. */
-  position: number;
-  /** Its key `[D]`, rotated only when positions are the text's. */
-  key: Float64Array;
-  /** Its stored value `[D]`. */
-  value: Float64Array;
-  /** a: the sum of the attention weights that it received. */
-  score: number;
-  /** n: the steps that attended to it. */
-  steps: number;
-  /** Values that were merged into its own since it came or was loaded. */
-  merges: number;
-}
+import type { CacheType, Positions } from "../cache/cache.ts";
+import type { Merge, Select } from "../cache/policy.ts";
+import {
+  average,
+  byNumbers,
+  cheapest,
+  type Choose,
+  dot,
+  draw,
+  lookback,
+  mergeInto,
+  type Merging,
+  stored,
+  type Token,
+  valuesOf,
+} from "./reference_policies.ts";
 
 /** What one KV head holds, in rank order. */
 export interface HeadState {
@@ -47,43 +49,27 @@ export interface ReferenceOptions {
   sinks: number;
   /** Newest tokens that never leave, the new one counted. */
   recent: number;
+  /** Tokens that leave at once. */
+  interval: number;
   /** Which token leaves. */
-  select:
-    | "none"
-    | "oldest"
-    | "lowest-average"
-    | "merge-cost"
-    | "merge-cost-linear";
+  select: Select;
   /** What happens to its value. */
-  merge: "none" | "right";
+  merge: Merge;
   /** Where keys are rotated. */
-  positions: "cache" | "text";
+  positions: Positions;
   /** How stored numbers are rounded. */
-  cacheType: "f32" | "f16" | "bf16";
+  cacheType: CacheType;
+  /** What makes the draws of merges by chance. @default `0` */
+  seed?: number;
+  /** The layer, for draws. @default `0` */
+  layer?: number;
+  /** The sequence, for draws. @default `0` */
+  sequence?: number;
   /** Which dimensions turn together. */
   pairs: "half" | "interleaved";
   /** The angle of each pair for one position. */
   frequencies: ArrayLike<number>;
 }
-
-/**
- * Picks the rank that leaves. `costs` holds what each rank costs, Infinity for
- * those that must stay.
- */
-export type Choose = (
-  costs: readonly number[],
-  tokens: readonly Token[],
-  head: number,
-) => number;
-
-/** The lowest rank of the lowest cost. */
-export const cheapest: Choose = (costs) => {
-  let best = 0;
-  costs.forEach((cost, rank) => {
-    if (cost < costs[best]!) best = rank;
-  });
-  return best;
-};
 
 /** One layer of one sequence. */
 export class ReferenceCache {
@@ -96,6 +82,7 @@ export class ReferenceCache {
   /** Tokens of one head that were dropped. */
   evicted = 0;
   readonly #options: ReferenceOptions;
+  readonly #thresholds: (number | undefined)[] = [];
   readonly #turns = new Map<number, Float64Array>();
 
   /** An empty cache. */
@@ -115,17 +102,21 @@ export class ReferenceCache {
           position,
           key: slice(keys, at, headDim),
           value: slice(values, at, headDim),
+          ...fresh(),
           score: score[rank]!,
           steps: steps[rank]!,
-          merges: 0,
         };
       });
     });
   }
 
   /** One decode step: `qkv` `[(H + 2 N) D]` in, the output `[H D]` out. */
-  step(qkv: ArrayLike<number>, choose: Choose = cheapest): Float64Array {
-    return this.prefill(qkv, 1, choose);
+  step(
+    qkv: ArrayLike<number>,
+    choose: Choose = cheapest,
+    merging: Merging = byNumbers,
+  ): Float64Array {
+    return this.prefill(qkv, 1, choose, merging);
   }
 
   /**
@@ -137,6 +128,7 @@ export class ReferenceCache {
     qkv: ArrayLike<number>,
     rows: number,
     choose: Choose = cheapest,
+    merging: Merging = byNumbers,
   ): Float64Array {
     const { heads, kvHeads, headDim } = this.#options;
     const width = (heads + 2 * kvHeads) * headDim;
@@ -177,10 +169,10 @@ export class ReferenceCache {
             for (let d = 0; d < headDim; d++) sum[d]! += p * value[d]!;
           }
         }
-        receive(tokens, mean);
+        this.#receive(tokens, mean);
       }
-      this.#shrink(tokens, head, choose);
     });
+    this.#shrink(choose, merging);
     this.seen += rows;
     return out;
   }
@@ -193,6 +185,7 @@ export class ReferenceCache {
     kv: ArrayLike<number>,
     weights: readonly ArrayLike<number>[],
     choose: Choose = cheapest,
+    merging: Merging = byNumbers,
   ): void {
     const { kvHeads, headDim } = this.#options;
     this.heads.forEach((tokens, head) => {
@@ -201,9 +194,9 @@ export class ReferenceCache {
         slice(kv, (kvHeads + head) * headDim, headDim),
         this.seen,
       ));
-      receive(tokens, weights[head]!);
-      this.#shrink(tokens, head, choose);
+      this.#receive(tokens, weights[head]!);
     });
+    this.#shrink(choose, merging);
     this.seen++;
   }
 
@@ -241,56 +234,74 @@ export class ReferenceCache {
       position,
       key: placed.map((x) => stored(x, cacheType)),
       value: value.map((x) => stored(x, cacheType)),
-      score: 0,
-      steps: 0,
-      merges: 0,
+      ...fresh(),
     };
   }
 
-  #shrink(tokens: Token[], head: number, choose: Choose): void {
-    const { slots, select, merge, cacheType } = this.#options;
-    while (tokens.length > slots) {
-      if (select === "none") throw new RangeError("The cache is full");
-      const victim = choose(this.#costs(tokens), tokens, head);
-      const leaving = tokens[victim]!;
-      const right = tokens[victim + 1];
-      if (merge === "right" && right !== undefined) {
-        const a = average(leaving), b = average(right);
-        if (a + b > 0) {
-          right.value = right.value.map((x, d) =>
-            stored((a * leaving.value[d]! + b * x) / (a + b), cacheType)
-          );
-        }
-        right.merges += leaving.merges + 1;
-        if (head === 0) this.merged++;
-      } else if (head === 0) this.evicted++;
-      tokens.splice(victim, 1);
+  #receive(tokens: readonly Token[], weights: ArrayLike<number>): void {
+    const kept = lookback[this.#options.select] ?? 0;
+    for (let rank = 0; rank < weights.length; rank++) {
+      const token = tokens[rank]!, weight = weights[rank]!;
+      token.weight = weight;
+      token.score += weight;
+      token.steps++;
+      token.history.push({ weight, tokens: weights.length });
+      if (token.history.length > kept) token.history.shift();
     }
   }
 
-  #costs(tokens: readonly Token[]): number[] {
-    const { select, sinks, recent } = this.#options;
-    return tokens.map((token, rank) => {
-      if (rank < sinks || rank >= tokens.length - recent) return Infinity;
-      if (select === "oldest") return rank;
-      const a = average(token);
-      if (select === "lowest-average") return a;
-      const right = tokens[rank + 1];
-      // The newest has none to be merged with: it leaves when it alone may.
-      if (right === undefined) return Number.MAX_VALUE;
-      const b = average(right);
-      if (a + b === 0) return 0;
-      let gap = 0;
-      token.value.forEach((x, d) => gap += (x - right.value[d]!) ** 2);
-      return a * b / (a + b) *
-        (select === "merge-cost" ? gap : Math.sqrt(gap));
-    });
+  /** Lets tokens leave one after another, in all heads side by side. */
+  #shrink(choose: Choose, merging: Merging): void {
+    const { heads, seen } = this;
+    const { slots, recent, interval, select, merge } = this.#options;
+    if (heads[0]!.length <= slots) return;
+    if (select === "none") throw new RangeError("The cache is full");
+    const outputs = heads.map(output);
+    if (select === "lowest-average-literal") {
+      for (const token of heads.flat()) token.score /= token.steps;
+    }
+    const { cacheType, seed = 0, layer = 0, sequence = 0 } = this.#options;
+    for (let turn = 0; heads[0]!.length > slots + 1 - interval; turn++) {
+      const costs = heads.map((tokens, head) =>
+        this.#guard(
+          valuesOf[select]({ tokens, heads, output: outputs[head]!, recent }),
+        )
+      );
+      heads.forEach((tokens, head) => {
+        const victim = choose(costs[head]!, tokens, head);
+        const merged = mergeInto[merge]({
+          tokens,
+          victim,
+          head,
+          weigh: (token) => this.weigh(token),
+          cacheType,
+          draw: draw([seed, layer, sequence, head, seen, turn]),
+          thresholds: this.#thresholds,
+          merging,
+        });
+        if (head === 0) {
+          if (merged) this.merged++;
+          else this.evicted++;
+        }
+        tokens.splice(victim, 1);
+      });
+    }
   }
-}
 
-/** a / n of a token. */
-export function average({ score, steps }: Token): number {
-  return score / steps;
+  /** What a token weighs in a merge: its average, however it is kept. */
+  weigh(token: Token): number {
+    return this.#options.select === "lowest-average-literal"
+      ? token.score
+      : average(token);
+  }
+
+  /** Infinity for the ranks that must stay. */
+  #guard(costs: number[]): number[] {
+    const { sinks, recent } = this.#options;
+    return costs.map((cost, rank) =>
+      rank < sinks || rank >= costs.length - recent ? Infinity : cost
+    );
+  }
 }
 
 /** The softmax of some logits. */
@@ -304,31 +315,18 @@ export function softmax(logits: ArrayLike<number>): Float64Array {
   return parts.map((x) => x / sum);
 }
 
-/** A number as a cache of this type holds it, rounded to nearest, ties to even. */
-export function stored(x: number, type: "f32" | "f16" | "bf16"): number {
-  if (type === "f32") return Math.fround(x);
-  const [digits, lowest] = type === "f16" ? [10, -14] : [7, -126];
-  if (x === 0 || !Number.isFinite(x)) return x;
-  let exponent = Math.floor(Math.log2(Math.abs(x)));
-  if (2 ** exponent > Math.abs(x)) exponent--;
-  const unit = 2 ** (Math.max(exponent, lowest) - digits);
-  const low = Math.floor(x / unit);
-  const rest = x / unit - low;
-  const up = rest > 0.5 || (rest === 0.5 && low % 2 !== 0);
-  return (low + (up ? 1 : 0)) * unit;
-}
-
-function receive(tokens: Token[], weights: ArrayLike<number>): void {
-  for (let rank = 0; rank < weights.length; rank++) {
-    tokens[rank]!.score += weights[rank]!;
-    tokens[rank]!.steps++;
+/** o: the mean output of a head's group in this step. */
+function output(tokens: readonly Token[]): Float64Array {
+  const sum = new Float64Array(tokens[0]!.value.length);
+  for (const { weight, value } of tokens) {
+    for (let d = 0; d < sum.length; d++) sum[d]! += weight * value[d]!;
   }
+  return sum;
 }
 
-function dot(a: Float64Array, b: Float64Array): number {
-  let sum = 0;
-  for (let i = 0; i < a.length; i++) sum += a[i]! * b[i]!;
-  return sum;
+/** The state of a token that has not been attended to. */
+function fresh(): Omit<Token, "position" | "key" | "value"> {
+  return { score: 0, steps: 0, weight: 0, history: [], votes: 1, merges: 0 };
 }
 
 function slice(

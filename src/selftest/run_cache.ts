@@ -16,13 +16,8 @@ import type {
 import { type Finding, Findings, sameBytes } from "./findings.ts";
 import { type Layer, openCache, openReference, qkvWidth } from "./layer.ts";
 import { largestError, Random, relativeError } from "./numbers.ts";
-import {
-  average,
-  cheapest,
-  type Choose,
-  type HeadState,
-  type ReferenceCache,
-} from "./reference.ts";
+import type { HeadState, ReferenceCache } from "./reference.ts";
+import { cheapest, type Choose } from "./reference_policies.ts";
 
 /**
  * What is allowed: of outputs and weights relative, of values relative to the
@@ -184,6 +179,7 @@ function ranksOf(
 /** Follows the library's choice, once it is known to be as good as the best. */
 function follow(
   cache: KvCache,
+  reference: ReferenceCache,
   row: CacheCase,
   sequence: number,
   ranks: Int32Array | null,
@@ -202,7 +198,9 @@ function follow(
     if (forced >= 0) found.must("victim", rank === forced);
     else {
       const least = Math.min(...costs);
-      const excess = costs[rank] === least ? 0 : costs[rank]! / least - 1;
+      const excess = costs[rank] === least
+        ? 0
+        : (costs[rank]! - least) / Math.abs(least);
       found.note("victim", excess, 2 * limits.score);
     }
     const right = tokens[rank + 1];
@@ -211,7 +209,7 @@ function follow(
       "neighbour",
       event.into === (merges ? right.position : null),
     );
-    const weight = average(tokens[rank]!);
+    const weight = reference.weigh(tokens[rank]!);
     found.note(
       "averages",
       Math.abs(event.weights[0] - weight) / weight,
@@ -319,7 +317,7 @@ async function attend(
     .filter((b) => !large || b === 0 || b === sequences - 1)
     .map((sequence) => ({
       sequence,
-      reference: openReference(layer, cache),
+      reference: openReference(layer, cache, sequence),
       state: read(cache, row, sequence),
     }));
   for (let step = 0; step < row.steps; step++) {
@@ -337,7 +335,7 @@ async function attend(
       reference.load(seen, state);
       const expected = reference.step(
         input.subarray(sequence * width, (sequence + 1) * width),
-        follow(cache, row, sequence, ranks, limits, found),
+        follow(cache, reference, row, sequence, ranks, limits, found),
       );
       found.note(
         "attention output",
@@ -386,7 +384,7 @@ function insert(
   using victims = new Tensor(backend, "I32", sequences, kvHeads);
   const references = Array.from(
     { length: sequences },
-    () => openReference(layerOf(row), cache),
+    (_, b) => openReference(layerOf(row), cache, b),
   );
   for (let step = 0; step < row.steps; step++) {
     const input = random.normals(sequences * width);
@@ -409,7 +407,7 @@ function insert(
           const from = (b * kvHeads + head) * (budget + 1);
           return weights.subarray(from, from + total);
         }),
-        follow(cache, row, b, ranks, limits, found),
+        follow(cache, reference, row, b, ranks, limits, found),
       );
       if (checked) {
         const after = read(cache, row, b);
@@ -430,7 +428,7 @@ function prefill(
   const outWidth = layer.heads * layer.headDim;
   const sequence = row.sequences - 1;
   using cache = open(backend, row);
-  const reference = openReference(layer, cache);
+  const reference = openReference(layer, cache, sequence);
   let state = read(cache, row, sequence), seen = 0;
   for (const [i, rows] of row.passes.entries()) {
     const input = random.qkv(layer, rows, [1, 2, 0.3][i % 3]);
@@ -448,7 +446,8 @@ function prefill(
     reference.load(seen, state);
     const expected = reference.prefill(input, rows, (costs, tokens, head) => {
       // Of equally good ones the library may have taken another, or in another order.
-      const most = Math.min(...costs) * (1 + 2 * limits.score);
+      const least = Math.min(...costs);
+      const most = least + 2 * limits.score * Math.abs(least);
       const leave = [...costs.keys()].filter((rank) =>
         costs[rank]! <= most && !stays[head]!.has(tokens[rank]!.position)
       );

@@ -9,6 +9,6 @@ export const full: Policy = {
   paper: "Vaswani et al., arXiv 1706.03762",
   select: "none",
   merge: "none",
-  prefill: "sums",
   protects: () => ({ sinks: 0, recent: 0 }),
+  prefill: "sums",
 };

@@ -9,6 +9,6 @@ export const streamingLlm: Policy = {
   paper: "StreamingLLM, arXiv 2309.17453",
   select: "oldest",
   merge: "none",
-  prefill: "sums",
   protects: (m) => ({ sinks: 4, recent: Math.max(0, m - 4) }),
+  prefill: "sums",
 };

@@ -5,6 +5,7 @@ import { type Policy, sinksAndHalf } from "../policy.ts";
 /**
  * The token with the lowest average attention leaves, and its value is merged
  * into its right neighbour's, weighted with both averages (Algorithm 1).
+ * `:literal` divides the sums in place, as the pseudo code is written.
  */
 export const weightedKv: Policy = {
   name: "weighted-kv",
@@ -13,8 +14,9 @@ export const weightedKv: Policy = {
   paper: "WeightedKV, arXiv 2503.01330, Algorithm 1",
   select: "lowest-average",
   merge: "right",
-  prefill: "sums",
   protects: sinksAndHalf,
+  prefill: "sums",
+  options: { literal: { select: "lowest-average-literal" } },
 };
 
 /** The same choice, its value dropped (section "Ablation", Fig. 4). */
@@ -24,6 +26,6 @@ export const eviction: Policy = {
   paper: "WeightedKV, arXiv 2503.01330, ablation in Fig. 4",
   select: "lowest-average",
   merge: "none",
-  prefill: "sums",
   protects: sinksAndHalf,
+  prefill: "sums",
 };

@@ -13,7 +13,7 @@ export const weightedKvWard: Policy = {
   paper: "This project; merge of WeightedKV, linkage of Ward (1963)",
   select: "merge-cost",
   merge: "right",
-  prefill: "sums",
   protects: sinksAndHalf,
+  prefill: "sums",
   options: { linear: { select: "merge-cost-linear" } },
 };
