@@ -12,7 +12,8 @@ import { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
 import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
-import { policyNames } from "../src/cache/registry.ts";
+import { choosesByStep } from "../src/cache/policy.ts";
+import { findPolicy, policyNames } from "../src/cache/registry.ts";
 import {
   dense,
   type Layer,
@@ -36,7 +37,18 @@ afterAll(() => backend.close());
 
 const layer: Layer = { heads: 4, kvHeads: 2, headDim: 16 };
 const bounded = policyNames().filter((name) => name !== "full");
-const merging = ["weighted-kv", "weighted-kv-ward", "weighted-kv-ward:linear"];
+const merging = policyNames().filter((name) =>
+  findPolicy(name).merge === "right"
+);
+/** Those whose prompts are fed in passes, and those that settle whole chunks. */
+const passing = policyNames().filter((name) =>
+  findPolicy(name).prefill === "sums"
+);
+const chunking = bounded.filter((name) => !choosesByStep(findPolicy(name)));
+/** Those whose values come from what is left of a token alone. */
+const ordered = policyNames().filter((name) =>
+  ["none", "right"].includes(findPolicy(name).merge)
+);
 
 type Numbers = Float32Array<ArrayBuffer>;
 
@@ -121,7 +133,7 @@ describe("a budget that is never reached", () => {
         const rows = random.qkv(layer, 24, 2);
         for (const cacheType of ["f32", "f16", "bf16"] as const) {
           const common: CacheOptions = { positions, cacheType };
-          for (const split of [0, 9, 24]) {
+          for (const split of passing.includes(policy) ? [0, 9, 24] : [0]) {
             const results = [
               openCache(backend, layer, { ...common, policy, budget: 24 }),
               openCache(backend, layer, {
@@ -145,7 +157,7 @@ describe("a budget that is never reached", () => {
 });
 
 describe("prefill", () => {
-  for (const policy of policyNames()) {
+  for (const policy of passing) {
     const fit = policy === "full"
       ? { policy, capacity: 64 }
       : { policy, budget: 24 };
@@ -188,7 +200,7 @@ describe("prefill", () => {
   }
 
   it("of one token equals a decode step once tokens have left", () => {
-    for (const policy of bounded) {
+    for (const policy of chunking) {
       using a = openCache(backend, layer, { policy, budget: 10 });
       using b = openCache(backend, layer, { policy, budget: 10 });
       const random = new Random(8);
@@ -205,7 +217,7 @@ describe("prefill", () => {
   });
 
   it("of a chunk follows the f64 list implementation", () => {
-    for (const policy of bounded) {
+    for (const policy of chunking) {
       for (const positions of ["cache", "text"] as const) {
         using cache = openCache(backend, layer, {
           policy,
@@ -246,7 +258,7 @@ describe("prefill", () => {
 
   it("of chunks keeps budget, protected tokens, order and convex values", () => {
     const one: Layer = { heads: 2, kvHeads: 1, headDim: 512 };
-    for (const policy of bounded) {
+    for (const policy of chunking) {
       using cache = openCache(backend, one, {
         policy,
         budget: 16,
@@ -265,8 +277,16 @@ describe("prefill", () => {
           kept.slice(-5),
           Array.from({ length: 5 }, (_, i) => seen - 5 + i),
         );
-        assertOrigins(cache, policy);
+        if (ordered.includes(policy)) assertOrigins(cache, policy);
       }
+    }
+  });
+
+  it("is refused where each step's weights must be seen", () => {
+    for (const policy of bounded.filter((name) => !chunking.includes(name))) {
+      using cache = openCache(backend, layer, { policy, budget: 12 });
+      const rows = new Random(14).qkv(layer, 13);
+      assertThrows(() => prefill(cache, rows), WkvError, "one by one");
     }
   });
 
@@ -337,7 +357,9 @@ function assertOrigins(cache: KvCache, at: string, headDim = 512): void {
 }
 
 describe("a batch", () => {
-  for (const policy of policyNames()) {
+  // What is drawn is another in each sequence.
+  const drawing = (name: string) => findPolicy(name).merge === "spread";
+  for (const policy of policyNames().filter((name) => !drawing(name))) {
     it(`gives each sequence what it gives alone, under ${policy}`, () => {
       for (const cacheType of ["f32", "f16", "bf16"] as const) {
         const size = policy === "full" ? { capacity: 40 } : { budget: 11 };
@@ -429,6 +451,7 @@ describe("over a long run", () => {
         budget: 20,
         sinks: 3,
         recent: 6,
+        interval: 1,
       });
       const random = new Random(19);
       let slots = new Map<number, number>();
@@ -457,7 +480,8 @@ describe("over a long run", () => {
         });
         slots = new Map(kept.map((p, rank) => [p, now[rank]!]));
         before = kept;
-        if (seen % 10 === 0) assertOrigins(cache, `${policy}, ${seen}`);
+        if (seen % 10 > 0 || !ordered.includes(policy)) continue;
+        assertOrigins(cache, `${policy}, ${seen}`);
       }
     });
   }
@@ -514,8 +538,10 @@ describe("runs", () => {
         using cache = openCache(on, wide, options);
         for (let again = 0; again < 2; again++) {
           results.push([
-            prefill(cache, prompt, 0, wide, on),
-            prefill(cache, prompt, 1, wide, on),
+            ...choosesByStep(findPolicy(policy)) ? [] : [
+              prefill(cache, prompt, 0, wide, on),
+              prefill(cache, prompt, 1, wide, on),
+            ],
             decode(cache, rows, wide, on),
             contents(cache, 0, wide),
             contents(cache, 1, wide),
@@ -585,7 +611,9 @@ describe("a cache refuses", () => {
 
   it("what is not a number in keys and queries, and ends", () => {
     for (const policy of policyNames()) {
-      const size = policy === "full" ? { capacity: 30 } : { budget: 8 };
+      const size = policy === "full"
+        ? { capacity: 30 }
+        : { budget: 8, sinks: 1, recent: 2 };
       for (const bad of [NaN, Infinity, -Infinity]) {
         for (const at of [0, layer.heads * layer.headDim]) {
           for (const steps of [0, 3, 12]) {

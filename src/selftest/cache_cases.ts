@@ -4,6 +4,7 @@
  */
 
 import type { CacheType, Positions } from "../cache/cache.ts";
+import { choosesByStep } from "../cache/policy.ts";
 import { findPolicy, policyNames } from "../cache/registry.ts";
 import { pairwise } from "./pairs.ts";
 
@@ -99,8 +100,18 @@ export const groups = [1, 2, 3, 4, 5, 6, 7, 8, 16] as const;
 export const sequenceCounts = [1, 2, 3, 16] as const;
 /** Where keys are rotated. */
 export const placements = ["cache", "text"] as const;
-/** Every policy with its options. */
-export const casePolicies: readonly string[] = policyNames();
+/**
+ * Policies whose steps can begin anywhere: a, n, keys and values are all that
+ * they know of a token, and its value goes nowhere but to the right. The others
+ * are followed from an empty cache, in the tests of steps.
+ */
+export const casePolicies: readonly string[] = policyNames().filter((name) => {
+  const { merge, prefill } = findPolicy(name);
+  return prefill === "sums" && (merge === "none" || merge === "right");
+});
+const chunking = casePolicies.filter((name) =>
+  !choosesByStep(findPolicy(name))
+);
 /** Budgets at the edges; 7 is 4 sinks and 3 recent tokens. */
 export const edgeBudgets = [1, 2, 7, 63, 64, 65, 8192, 8193] as const;
 
@@ -144,6 +155,10 @@ function protects(
 
 const kvHeadsOf = (row: Parameters<typeof cost>[0], i: number) =>
   cost(row) > 2e5 ? 1 : 1 + i % 3;
+
+/** Heads that choose as one cannot be forced apart. */
+const oneChoice = (policy: string) =>
+  findPolicy(policy).select === "lowest-now";
 
 const pairsOf = (i: number) => i % 2 === 0 ? "interleaved" : "half";
 
@@ -220,7 +235,7 @@ const forced: AttendCase[] = pairwise(
   recent: 0,
   sequences: 1 + i % 2,
   group: 1 + i % 4,
-  kvHeads: 1 + i % 2,
+  kvHeads: oneChoice(row.policy) ? 1 : 1 + i % 2,
   pairs: pairsOf(i),
   kept: row.budget,
   steps: 3,
@@ -230,6 +245,7 @@ const forced: AttendCase[] = pairwise(
 const prefill: PrefillCase[] = pairwise(
   {
     ...shapes,
+    policy: chunking,
     sequences: [1, 2],
     budget: [7, 64, 130, 320],
     passes: [
@@ -275,7 +291,7 @@ const insert: InsertCase[] = pairwise(
   ...row,
   ...protects(row.policy, row.budget),
   group: 1 + i % 3,
-  kvHeads: 1 + i % 3,
+  kvHeads: oneChoice(row.policy) ? 1 : 1 + i % 3,
   pairs: pairsOf(i),
   steps: findPolicy(row.policy).select === "none" ? row.budget : row.budget + 3,
   ...i % 4 === 3 && row.budget > 7 && row.policy !== "full"
@@ -284,22 +300,24 @@ const insert: InsertCase[] = pairwise(
 }));
 
 const repeat: RepeatCase[] = (["repeat", "graph"] as const).flatMap((kernel) =>
-  casePolicies.filter((name) => name !== "full").flatMap((policy, i) =>
-    [65, 1000].map((budget): RepeatCase => ({
-      kernel,
-      policy,
-      budget,
-      ...protects(policy, budget),
-      cacheType: cacheTypes[(i + budget) % 3]!,
-      positions: placements[i % 2]!,
-      sequences: 1 + i % 3,
-      group: 3,
-      kvHeads: 3,
-      headDim: 64,
-      pairs: pairsOf(i),
-      times: kernel === "repeat" ? budget === 65 ? 100 : 10 : 64,
-    }))
-  )
+  (kernel === "graph"
+    ? policyNames().filter((name) => name !== "full")
+    : chunking.filter((name) => name !== "full")).flatMap((policy, i) =>
+      [65, 1000].map((budget): RepeatCase => ({
+        kernel,
+        policy,
+        budget,
+        ...protects(policy, budget),
+        cacheType: cacheTypes[(i + budget) % 3]!,
+        positions: placements[i % 2]!,
+        sequences: 1 + i % 3,
+        group: 3,
+        kvHeads: 3,
+        headDim: 64,
+        pairs: pairsOf(i),
+        times: kernel === "repeat" ? budget === 65 ? 100 : 10 : 64,
+      }))
+    )
 );
 
 /** The table. */

@@ -94,9 +94,13 @@ function open(backend: Backend, row: CacheCase): KvCache {
   return openCache(
     backend,
     layerOf(row),
-    findPolicy(policy).select === "none"
-      ? { ...common, capacity: budget }
-      : { ...common, budget, sinks: row.sinks, recent: row.recent },
+    findPolicy(policy).select === "none" ? { ...common, capacity: budget } : {
+      ...common,
+      budget,
+      sinks: row.sinks,
+      recent: row.recent,
+      interval: 1,
+    },
   );
 }
 
