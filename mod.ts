@@ -75,6 +75,7 @@ export type {
   Network,
   Pass,
 } from "./src/models/architecture.ts";
+export type { Rope } from "./src/models/rope.ts";
 export type {
   Backend,
   BackendOptions,

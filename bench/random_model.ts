@@ -6,8 +6,8 @@ import { type Dtype, Tensor } from "../src/backend/tensor.ts";
 import { Model } from "../src/model.ts";
 import type { ModelConfig, Network } from "../src/models/architecture.ts";
 import * as architectures from "../src/models/mod.ts";
-import type { WeightSource } from "../src/models/weights.ts";
-import type { Tokenizer } from "../src/tokenizer/tokenizer.ts";
+import type { Part, WeightSource } from "../src/models/weights.ts";
+import { noTokenizer } from "../src/tokenizer/none.ts";
 import { type ShapeName, shapeOf } from "./shapes.ts";
 
 /** Types that weights can have. */
@@ -132,7 +132,7 @@ class RandomWeights implements WeightSource {
   }
 
   async matrices(
-    parts: readonly [name: string, rows: number][],
+    parts: readonly Part[],
     columns: number,
   ): Promise<Tensor[]> {
     const rows = parts.reduce((sum, [, rows]) => sum + rows, 0);
@@ -194,7 +194,9 @@ function assemble(
   start: number,
 ): Model {
   const loadMs = performance.now() - start;
-  const tokenizer = noTokenizer(config.vocabulary);
+  const tokenizer = noTokenizer(
+    "A model of random weights has no tokenizer",
+  );
   return new Model({
     name,
     path: "",
@@ -205,23 +207,4 @@ function assemble(
     loadMs,
     network,
   });
-}
-
-/** Random weights speak no language. */
-function noTokenizer(size: number): Tokenizer {
-  const none = (): never => {
-    throw new Error("A model of random weights has no tokenizer");
-  };
-  return {
-    size,
-    bos: null,
-    eos: null,
-    endTokens: new Set(),
-    addBos: false,
-    encode: none,
-    piece: none,
-    decode: none,
-    close() {},
-    [Symbol.dispose]() {},
-  };
 }

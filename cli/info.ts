@@ -1,9 +1,8 @@
 /** `wkv info`: what a model file holds and what its cache takes, from the header alone. */
 
 import { MAX_SLOTS } from "../src/cache/policy.ts";
-import { GgufFile } from "../src/formats/gguf.ts";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
-import { findArchitecture } from "../src/model.ts";
+import { openModelFile } from "../src/models/file.ts";
 import { defineCommand } from "./command.ts";
 import { choice, whole } from "./option.ts";
 import { readGrants, toFlags } from "./permissions.ts";
@@ -32,11 +31,11 @@ export const infoCommand = defineCommand({
   async run({ values, operands, terminal }) {
     const name = operands[0] ?? values.model ?? DEFAULT_MODEL;
     const path = await resolveModel(name, { offline: true });
-    using file = await GgufFile.open(path);
-    const config = findArchitecture(file).config(file);
+    using file = await openModelFile(path);
+    const { config } = file;
     const types: Record<string, { tensors: number; bytes: number }> = {};
     let parameters = 0;
-    for (const { type, shape, bytes } of file.tensors.values()) {
+    for (const { type, shape, bytes } of file.tensors) {
       const count = types[type] ??= { tensors: 0, bytes: 0 };
       count.tensors++;
       count.bytes += bytes;

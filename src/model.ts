@@ -5,18 +5,14 @@ import type { Precision } from "./backend/ops.ts";
 import { wkv_pairs } from "./backend/symbols.ts";
 import { Tensor } from "./backend/tensor.ts";
 import { type CacheOptions, KvCache } from "./cache/cache.ts";
-import { FormatError } from "./formats/error.ts";
-import { GgufFile } from "./formats/gguf.ts";
 import { type Progress, resolveModel } from "./hub/models.ts";
 import type {
   Activations,
-  Architecture,
   ModelConfig,
   Network,
 } from "./models/architecture.ts";
-import * as architectures from "./models/mod.ts";
+import { openModelFile } from "./models/file.ts";
 import { WeightLoader } from "./models/weights.ts";
-import { tokenizerFromGguf } from "./tokenizer/gguf.ts";
 import type { Tokenizer } from "./tokenizer/tokenizer.ts";
 
 /** How a model is loaded. */
@@ -102,9 +98,8 @@ export class Model implements Disposable {
       );
     }
     const path = await resolveModel(name, options);
-    using file = await GgufFile.open(path);
-    const architecture = findArchitecture(file);
-    const config = architecture.config(file);
+    using file = await openModelFile(path);
+    const { architecture, config } = file;
     const note = (stage: Progress["stage"]) => (line: string) =>
       onProgress?.({
         stage,
@@ -120,10 +115,10 @@ export class Model implements Disposable {
     });
     let tokenizer: Tokenizer | undefined;
     try {
-      tokenizer = await tokenizerFromGguf(file, { rows: config.vocabulary });
+      tokenizer = await file.tokenizer();
       const total = file.size;
       let loaded = 0;
-      const loader = new WeightLoader(backend, file, (bytes) => {
+      const loader = new WeightLoader(backend, file.weights, (bytes) => {
         loaded += bytes;
         onProgress?.({ stage: "load", loaded, total, label: name });
       }, signal);
@@ -154,7 +149,7 @@ export class Model implements Disposable {
     return new KvCache(
       this.backend,
       this.config,
-      (positions) => this.#rope(positions),
+      (positions, length) => this.#rope(positions, length),
       options,
     );
   }
@@ -188,8 +183,12 @@ export class Model implements Disposable {
     this.close();
   }
 
-  #rope(positions: number): number {
-    const { pairs, frequencies } = this.config.rope;
+  /** A rotation whose tables reach `positions`, for texts of `length` tokens. */
+  #rope(positions: number, length: number): number {
+    const { pairs, longer, ...rope } = this.config.rope;
+    const frequencies = longer !== undefined && length > longer.from
+      ? longer.at(length)
+      : rope.frequencies;
     return this.backend.open((out) =>
       this.backend.call(
         "wkv_rope_open",
@@ -208,7 +207,8 @@ export class Model implements Disposable {
 }
 
 /**
- * Loads a model: a registry name, a path, or `hf:org/repo[:file]`. What is
+ * Loads a model: a registry name, a path (of a GGUF file, of a folder with a
+ * config.json and safetensors, or of one of these), or `hf:org/repo[:file]`. What is
  * missing is pulled, and the native library built on first use.
  *
  * @example
@@ -226,23 +226,4 @@ export function loadModel(
   options: LoadOptions = {},
 ): Promise<Model> {
   return Model.load(name, options);
-}
-
-/**
- * The architecture that a file is of.
- *
- * @throws {FormatError} It is not one of those in src/models.
- */
-export function findArchitecture(file: GgufFile): Architecture {
-  const name = file.string("general.architecture");
-  const known: Architecture[] = Object.values(architectures);
-  const found = known.find((architecture) => architecture.name === name);
-  if (found !== undefined) return found;
-  throw new FormatError(
-    file.path,
-    "general.architecture",
-    `the architecture "${name}" is not supported yet, expected ${
-      known.map((architecture) => architecture.name).join(", ")
-    }`,
-  );
 }

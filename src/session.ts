@@ -269,6 +269,7 @@ export class Session implements Disposable {
     then: () => void,
   ): Promise<void> {
     const { model, cache } = this;
+    cache.checkPass(sequence, tokens.length);
     using ids = Tensor.from(model.backend, tokens);
     using graph = model.backend.record(() => {
       model.network.forward({

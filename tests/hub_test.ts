@@ -704,7 +704,7 @@ describe("resolveModel()", () => {
     await assertRejects(
       () => resolveModel(root),
       Deno.errors.IsADirectory,
-      `${root}: This is a folder, a GGUF file is wanted`,
+      `${root}: This is a folder without a config.json, a GGUF file or a Hugging Face folder is wanted`,
     );
   });
 

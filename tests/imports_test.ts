@@ -222,7 +222,18 @@ describe("a registry's mod.ts", () => {
   for (
     const { folder, helpers } of [
       { folder: "src/cache/policies/", helpers: [] as string[] },
-      { folder: "src/models/", helpers: ["architecture.ts", "weights.ts"] },
+      {
+        folder: "src/models/",
+        helpers: [
+          "architecture.ts",
+          "decoder.ts",
+          "file.ts",
+          "gguf_config.ts",
+          "hugging_face.ts",
+          "rope.ts",
+          "weights.ts",
+        ],
+      },
     ]
   ) {
     it(`has one line for each file of ${folder}`, async () => {

@@ -62,6 +62,10 @@ export interface CacheShape {
   headDim: number;
   /** Tokens that the model was made for. */
   context: number;
+  /** What products of queries and keys are multiplied by. @default 1 / sqrt(D) */
+  scale?: number;
+  /** The fewest tokens that a layer looks back on, the new one counted. @default all */
+  window?: number;
 }
 
 /** What became of a sequence's tokens; `seen = kept + merged + evicted`. */
@@ -165,7 +169,11 @@ export class KvCache implements Disposable {
 
   /**
    * Opens an empty cache. `rope` is a function that gives the handle of a
-   * rotation whose tables reach a number of positions.
+   * rotation whose tables reach a number of positions, for texts of a length.
+   *
+   * Distances are counted where keys are rotated. With positions in the cache a
+   * sliding window is one of ranks, so a cache that is smaller never meets it;
+   * a larger one, whose steps it would cut, is refused.
    *
    * @throws {RangeError} An option is out of range.
    * @throws {WkvError} Memory is short.
@@ -173,7 +181,7 @@ export class KvCache implements Disposable {
   constructor(
     backend: Backend,
     shape: CacheShape,
-    rope: (positions: number) => number,
+    rope: (positions: number, length: number) => number,
     options: CacheOptions = {},
   ) {
     const { positions = "cache", cacheType = "f16", sequences = 1 } = options;
@@ -221,8 +229,25 @@ export class KvCache implements Disposable {
     }
     this.#backend = backend;
     this.#shape = shape;
-    this.#scale = 1 / Math.sqrt(shape.headDim);
-    const rotation = rope(positions === "cache" ? this.capacity + 1 : 0);
+    this.#scale = shape.scale ?? 1 / Math.sqrt(shape.headDim);
+    const reach = this.budget === null
+      ? this.capacity
+      : positions === "cache"
+      ? this.capacity + 1
+      : Math.max(shape.context, this.capacity + 1);
+    if (shape.window !== undefined && reach > shape.window) {
+      throw new RangeError(
+        `The model's layers look back on ${shape.window} tokens, which no kernel does yet: take a ${
+          this.budget === null
+            ? `capacity of at most ${shape.window}`
+            : `budget below ${shape.window} and positions in the cache`
+        }, current values are ${this.capacity} and ${positions}`,
+      );
+    }
+    const rotation = rope(
+      positions === "cache" ? this.capacity + 1 : 0,
+      reach,
+    );
     try {
       this.#handle = backend.open((out) =>
         backend.call(
@@ -307,6 +332,21 @@ export class KvCache implements Disposable {
       qkv.handle,
       rows,
       this.#scale,
+    );
+  }
+
+  /**
+   * Checks that a pass of `rows` tokens stays within the model's sliding window.
+   *
+   * @throws {RangeError} It does not.
+   */
+  checkPass(sequence: number, rows: number): void {
+    const { window } = this.#shape;
+    if (window === undefined) return;
+    const { kept } = this.stats(sequence);
+    if (kept + rows <= window) return;
+    throw new RangeError(
+      `A pass of ${rows} tokens behind ${kept} cached ones is beyond the ${window} that the model's layers look back on: take smaller chunks`,
     );
   }
 

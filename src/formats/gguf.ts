@@ -1,5 +1,6 @@
 /** An open GGUF model file, its metadata and tensors checked; used by model loading and by the tokenizer. */
 
+import { DataFile } from "./data_file.ts";
 import { FormatError, quote } from "./error.ts";
 import { MAX_HEADER, readGgufHeader } from "./gguf_header.ts";
 import {
@@ -24,15 +25,6 @@ export interface GgufRange {
   /** What to return when the key is absent; without it that is an error. */
   fallback?: number;
 }
-
-/** Closes files whose owner was dropped without `close()`. */
-const dropped = new FinalizationRegistry<Deno.FsFile>((file) => {
-  try {
-    file.close();
-  } catch {
-    // Closed by other means: nothing is left to do.
-  }
-});
 
 /**
  * A GGUF file: header, metadata and tensor table are read and checked by
@@ -60,12 +52,10 @@ export class GgufFile implements Disposable {
   readonly tensors: ReadonlyMap<string, GgufTensor>;
 
   #types: ReadonlyMap<string, GgufValueType>;
-  #file: Deno.FsFile | null;
-  /** The last read; each waits for the one before, as they share a position. */
-  #turn: Promise<void> = Promise.resolve();
+  #file: DataFile;
 
   private constructor(
-    file: Deno.FsFile,
+    file: DataFile,
     fields:
       & Pick<GgufFile, "path" | "version" | "size" | "metadata" | "tensors">
       & { types: ReadonlyMap<string, GgufValueType> },
@@ -77,7 +67,6 @@ export class GgufFile implements Disposable {
     this.tensors = fields.tensors;
     this.#types = fields.types;
     this.#file = file;
-    dropped.register(this, file, this);
   }
 
   /**
@@ -90,15 +79,13 @@ export class GgufFile implements Disposable {
    * `PermissionDenied` and the rest, naming the path.
    */
   static async open(path: string): Promise<GgufFile> {
-    if (typeof path !== "string") {
-      throw new TypeError(
-        `Cannot open a GGUF file: path is ${typeof path}, expected a string`,
-      );
-    }
-    const file = await openFile(path);
+    const file = await DataFile.open(path, "GGUF file");
     try {
-      const { size } = await file.stat();
-      const reader = new HeaderReader(file, { path, size, limit: MAX_HEADER });
+      const { size } = file;
+      const reader = new HeaderReader(
+        { read: (into) => file.next(into) },
+        { path, size, limit: MAX_HEADER },
+      );
       const header = await readGgufHeader(
         reader,
         (metadata) => refuseSplit(path, metadata),
@@ -251,55 +238,17 @@ export class GgufFile implements Disposable {
    * @throws {Deno.errors.BadResource} When the file is closed.
    */
   read(offset: number, into: Uint8Array): Promise<void> {
-    const turn = this.#turn.then(() => this.#read(offset, into));
-    this.#turn = turn.catch(() => {});
-    return turn;
+    return this.#file.read(offset, into);
   }
 
   /** Closes the file; a second call does nothing. */
   close(): void {
-    const file = this.#file;
-    if (!file) return;
-    this.#file = null;
-    dropped.unregister(this);
-    file.close();
+    this.#file.close();
   }
 
   /** Closes the file at the end of a `using` block. */
   [Symbol.dispose](): void {
     this.close();
-  }
-
-  /** The read itself, when its turn has come. */
-  async #read(offset: number, into: Uint8Array): Promise<void> {
-    if (!Number.isSafeInteger(offset) || offset < 0) {
-      throw new RangeError(
-        `Cannot read ${this.path}: offset is ${offset}, expected a whole number of 0 or more`,
-      );
-    }
-    this.#open().seekSync(offset, Deno.SeekMode.Start);
-    let done = 0;
-    while (done < into.length) {
-      const read = await this.#open().read(into.subarray(done));
-      if (!read) {
-        throw new FormatError(
-          this.path,
-          `bytes ${offset} to ${offset + into.length}`,
-          `Data cut short: the file ends at byte ${
-            offset + done
-          }, expected ${this.size} bytes as when it was opened`,
-        );
-      }
-      done += read;
-    }
-  }
-
-  /** The file, unless it is closed. */
-  #open(): Deno.FsFile {
-    if (this.#file) return this.#file;
-    throw new Deno.errors.BadResource(
-      `Cannot read ${this.path}: the file is closed`,
-    );
   }
 
   /** A value that must be there. */
@@ -318,38 +267,4 @@ export class GgufFile implements Disposable {
       `Found ${found}, expected ${expected}`,
     );
   }
-}
-
-/** Opens a regular file; a pipe would block and a folder has no bytes. */
-async function openFile(path: string): Promise<Deno.FsFile> {
-  try {
-    const info = await Deno.stat(path);
-    if (info.isDirectory) {
-      throw new Deno.errors.IsADirectory("Path is a folder");
-    }
-    if (!info.isFile) {
-      throw new FormatError(
-        path,
-        "file",
-        "Path is a pipe or a device, expected a regular file",
-      );
-    }
-    return await Deno.open(path, { read: true });
-  } catch (cause) {
-    throw named(path, cause);
-  }
-}
-
-/** A system error again, its message naming the path and what to give. */
-function named(path: string, cause: unknown): unknown {
-  if (!(cause instanceof Error) || cause instanceof FormatError) return cause;
-  const kind = "code" in cause && cause.code === "ENAMETOOLONG"
-    ? Deno.errors.NotFound
-    : Object.values(Deno.errors).find((kind) => cause.constructor === kind);
-  if (!kind || kind === Deno.errors.NotCapable) return cause;
-  const reason = cause.message.replace(/ \(os error \d+\).*/, "");
-  return new kind(
-    `Cannot open ${quote(path)}: ${reason}, expected a readable GGUF file`,
-    { cause },
-  );
 }

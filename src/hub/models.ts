@@ -284,8 +284,9 @@ async function resolvePath(name: string, models: string): Promise<string> {
   try {
     const { isDirectory } = await Deno.stat(name);
     if (!isDirectory) return name;
+    if (await fileSize(`${name}/config.json`) !== null) return name;
     throw new Deno.errors.IsADirectory(
-      `${name}: This is a folder, a GGUF file is wanted`,
+      `${name}: This is a folder without a config.json, a GGUF file or a Hugging Face folder is wanted`,
     );
   } catch (error) {
     // A path through a file, or a name too long for one, leads nowhere too.

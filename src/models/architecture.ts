@@ -1,10 +1,12 @@
-/** What an architecture gives: its configuration from a file's header, its weights, and its forward pass. */
+/** What an architecture gives: its configuration from a GGUF header or a config.json, its weights, and its forward pass. */
 
 import type { Backend } from "../backend/backend.ts";
 import type { Precision } from "../backend/ops.ts";
 import type { Tensor } from "../backend/tensor.ts";
 import type { KvCache } from "../cache/cache.ts";
+import type { ConfigFile } from "../formats/config.ts";
 import type { GgufFile } from "../formats/gguf.ts";
+import type { Rope } from "./rope.ts";
 import type { WeightSource } from "./weights.ts";
 
 /** The numbers of a model, from its file. */
@@ -29,13 +31,21 @@ export interface ModelConfig {
   context: number;
   /** Epsilon of its norms. */
   epsilon: number;
-  /** Rotation: which dimensions turn together, and by how much a position. */
-  rope: {
-    /** `half` turns (i, i + rotary / 2), `interleaved` (2 i, 2 i + 1). */
-    pairs: "half" | "interleaved";
-    /** Radians a position, of each pair. */
-    frequencies: Float32Array<ArrayBuffer>;
-  };
+  /** Rotation of queries and keys. */
+  rope: Rope;
+  /** What products of queries and keys are multiplied by. @default 1 / sqrt(D) */
+  scale?: number;
+  /**
+   * The fewest tokens that a layer looks back on, the new one counted; absent
+   * where every layer sees all.
+   */
+  window?: number;
+  /** Which projections of attention have biases: those in, or the output too. @default `"none"` */
+  biases?: "none" | "qkv" | "all";
+  /** Whether the head is the embedding. @default where the file has no head */
+  tied?: boolean;
+  /** Ids that end a text, where the configuration names them. */
+  endTokens?: readonly number[];
 }
 
 /** One forward pass over some rows: a decode step or a stretch of a prompt. */
@@ -80,14 +90,32 @@ export interface Network {
 
 /** One architecture; each file in this folder that mod.ts lists holds one. */
 export interface Architecture {
-  /** Its name in `general.architecture`. */
+  /** Its name. */
   readonly name: string;
-  /**
-   * Reads and checks the configuration.
-   *
-   * @throws {FormatError} A key is missing or out of range.
-   */
-  config(file: GgufFile): ModelConfig;
+  /** GGUF files of this `general.architecture`; null where none are taken. */
+  readonly gguf: {
+    /** The name in the file. */
+    readonly name: string;
+    /**
+     * Reads and checks the configuration.
+     *
+     * @throws {FormatError} A key is missing or out of range.
+     */
+    config(file: GgufFile): ModelConfig;
+  } | null;
+  /** Hugging Face folders. */
+  readonly huggingFace: {
+    /** What `architectures` holds in config.json. */
+    readonly classes: readonly string[];
+    /**
+     * Reads and checks the configuration.
+     *
+     * @throws {FormatError} A key is missing or out of range.
+     */
+    config(file: ConfigFile): ModelConfig;
+    /** Names of tensors; see safetensorsWeights in weights.ts. */
+    readonly tensors: Readonly<Record<string, string>>;
+  };
   /** Loads the weights. */
   load(
     backend: Backend,

@@ -4,9 +4,89 @@ import type { Backend } from "../backend/backend.ts";
 import { type Dtype, dtypes, Tensor } from "../backend/tensor.ts";
 import { WkvError } from "../backend/error.ts";
 import { FormatError } from "../formats/error.ts";
-import type { GgufFile, GgufTensor } from "../formats/gguf.ts";
+import type { GgufFile } from "../formats/gguf.ts";
+import type { SafetensorsFile } from "../formats/safetensors.ts";
 
 const PIECE = 1 << 20;
+
+/** One tensor of a file, whatever the file's format. */
+export interface StoredWeight {
+  /** Path of the file, and the tensor's name in it, for messages. */
+  path: string;
+  /** Its name in the file. */
+  name: string;
+  /** Its type, as the file names it. */
+  type: string;
+  /** Length of its data in bytes. */
+  bytes: number;
+  /** Fills `into` with data from byte `at` of the tensor on. */
+  read(at: number, into: Uint8Array): Promise<void>;
+}
+
+/** A file with weights, under the names that GGUF files have for them. */
+export interface WeightFile {
+  /** Whether there is a tensor of this name. */
+  has(name: string): boolean;
+  /**
+   * A tensor.
+   *
+   * @param shape Its dimensions, the row length last.
+   * @throws {FormatError} It is missing, or of another shape.
+   */
+  find(name: string, shape: readonly number[]): StoredWeight;
+}
+
+/** The weights of a GGUF file. */
+export function ggufWeights(file: GgufFile): WeightFile {
+  return {
+    has: (name) => file.tensors.has(name),
+    find: (name, shape) => {
+      const { type, bytes, offset } = file.tensor(name, shape.toReversed());
+      const read = (at: number, into: Uint8Array) =>
+        file.read(offset + at, into);
+      return { path: file.path, name, type, bytes, read };
+    },
+  };
+}
+
+/**
+ * The weights of a safetensors model.
+ *
+ * @param names What the model calls each tensor of a block, and those outside,
+ * by GGUF's name without `blk.N.` and `.weight`.
+ */
+export function safetensorsWeights(
+  file: SafetensorsFile,
+  names: Readonly<Record<string, string>>,
+): WeightFile {
+  const rename = (name: string): string => {
+    const [, block, inner, kind] = /^(?:blk\.(\d+)\.)?(.+)\.(weight|bias)$/
+      .exec(
+        name,
+      )!;
+    const own = Object.hasOwn(names, inner!) ? names[inner!] : inner;
+    return `${
+      block === undefined ? "" : `model.layers.${block}.`
+    }${own}.${kind}`;
+  };
+  return {
+    has: (name) => file.tensors.has(rename(name)),
+    find: (canonical, shape) => {
+      const found = file.tensor(rename(canonical), shape);
+      const { name, type, bytes, offset, file: { path } } = found;
+      const read = (at: number, into: Uint8Array) =>
+        found.file.read(offset + at, into);
+      return { path, name, type, bytes, read };
+    },
+  };
+}
+
+/** Rows of a matrix: all of them, or `rows` of its `of` rows from `from` on. */
+export type Part = readonly [
+  name: string,
+  rows: number,
+  slice?: { from: number; of: number },
+];
 
 /** Where an architecture's weights come from: a file, or in benchmarks chance. */
 export interface WeightSource {
@@ -19,7 +99,7 @@ export interface WeightSource {
    * types differ; every part has `columns` columns.
    */
   matrices(
-    parts: readonly [name: string, rows: number][],
+    parts: readonly Part[],
     columns: number,
   ): Promise<Tensor[]>;
   /** One tensor `[rows, columns]`. */
@@ -33,7 +113,7 @@ export interface WeightSource {
 /** Loads tensors of one file, keeping count of them. */
 export class WeightLoader implements WeightSource {
   readonly #backend: Backend;
-  readonly #file: GgufFile;
+  readonly #file: WeightFile;
   readonly #onBytes: (bytes: number) => void;
   readonly #signal: AbortSignal | undefined;
   readonly #buffer = new Uint8Array(PIECE);
@@ -43,7 +123,7 @@ export class WeightLoader implements WeightSource {
   /** A loader that reports each piece's bytes. */
   constructor(
     backend: Backend,
-    file: GgufFile,
+    file: WeightFile,
     onBytes: (bytes: number) => void,
     signal?: AbortSignal,
   ) {
@@ -55,7 +135,7 @@ export class WeightLoader implements WeightSource {
 
   /** Whether the file has a tensor of this name. */
   has(name: string): boolean {
-    return this.#file.tensors.has(name);
+    return this.#file.has(name);
   }
 
   /**
@@ -67,12 +147,13 @@ export class WeightLoader implements WeightSource {
    * no kernel takes.
    */
   async matrices(
-    parts: readonly [name: string, rows: number][],
+    parts: readonly Part[],
     columns: number,
   ): Promise<Tensor[]> {
-    const found = parts.map(([name, rows]) => {
-      const tensor = this.#file.tensor(name, [columns, rows]);
-      return { tensor, rows, dtype: this.#dtype(tensor) };
+    const found = parts.map(([name, rows, slice]) => {
+      const tensor = this.#file.find(name, [slice?.of ?? rows, columns]);
+      const from = slice?.from ?? 0;
+      return { tensor, rows, from, dtype: this.#dtype(tensor) };
     });
     const first = found[0]!.dtype;
     const groups = found.every(({ dtype }) => dtype === first)
@@ -85,7 +166,7 @@ export class WeightLoader implements WeightSource {
       tensors.push(out);
       let row = 0;
       for (const part of group) {
-        await this.#copy(part.tensor, out, row);
+        await this.#copy(part, out, row);
         row += part.rows;
       }
     }
@@ -107,9 +188,9 @@ export class WeightLoader implements WeightSource {
     name: string,
     columns: number,
   ): Promise<Float32Array<ArrayBuffer>> {
-    const tensor = this.#file.tensor(name, [columns]);
+    const tensor = this.#file.find(name, [columns]);
     const bytes = new Uint8Array(tensor.bytes);
-    await this.#file.read(tensor.offset, bytes);
+    await tensor.read(0, bytes);
     this.#count(tensor.bytes);
     switch (tensor.type) {
       case "F32":
@@ -123,20 +204,20 @@ export class WeightLoader implements WeightSource {
         );
       default:
         throw new FormatError(
-          this.#file.path,
-          name,
+          tensor.path,
+          tensor.name,
           `the type is ${tensor.type}, expected F32, F16 or BF16`,
         );
     }
   }
 
-  #dtype(tensor: GgufTensor): Dtype {
+  #dtype(tensor: StoredWeight): Dtype {
     const found = dtypes.find((dtype) =>
       dtype === tensor.type && dtype !== "I32"
     );
     if (found !== undefined) return found;
     throw new FormatError(
-      this.#file.path,
+      tensor.path,
       tensor.name,
       `the type ${tensor.type} has no kernel yet, expected one of ${
         dtypes.filter((dtype) => dtype !== "I32").join(", ")
@@ -144,21 +225,29 @@ export class WeightLoader implements WeightSource {
     );
   }
 
-  async #copy(tensor: GgufTensor, out: Tensor, row: number): Promise<void> {
+  /** Copies rows of a tensor to `row` of `out` and on. */
+  async #copy(
+    { tensor, from, rows }: {
+      tensor: StoredWeight;
+      from: number;
+      rows: number;
+    },
+    out: Tensor,
+    row: number,
+  ): Promise<void> {
     const { rowBytes } = out;
-    const rows = tensor.bytes / rowBytes;
     const step = Math.max(1, Math.floor(PIECE / rowBytes));
     const buffer = rowBytes <= PIECE ? this.#buffer : new Uint8Array(rowBytes);
     for (let done = 0; done < rows; done += step) {
       this.#signal?.throwIfAborted();
       const n = Math.min(step, rows - done);
       const piece = buffer.subarray(0, n * rowBytes);
-      await this.#file.read(tensor.offset + done * rowBytes, piece);
+      await tensor.read((from + done) * rowBytes, piece);
       try {
         out.write(piece, row + done);
       } catch (error) {
         if (!(error instanceof WkvError)) throw error;
-        throw new FormatError(this.#file.path, tensor.name, error.message, {
+        throw new FormatError(tensor.path, tensor.name, error.message, {
           cause: error,
         });
       }

@@ -1,0 +1,211 @@
+/** The weights of a Llama-like decoder and the pass over them: RMSNorm, rotary attention with grouped heads, SwiGLU; used by the architectures. */
+
+import type { Backend } from "../backend/backend.ts";
+import { embed, gated, linear, type Norm } from "../backend/ops.ts";
+import { Tensor } from "../backend/tensor.ts";
+import type { ModelConfig, Network, Pass } from "./architecture.ts";
+import type { WeightSource } from "./weights.ts";
+
+/** How an architecture's files hold the weights. */
+export interface DecoderOptions {
+  /** Queries, keys and values are one matrix in the file, and gate and up too. @default `false` */
+  fused?: boolean;
+}
+
+// ---- weights ----
+
+interface Projection {
+  weight: Tensor;
+  /** `[1, J]`; undefined for none. */
+  bias: Tensor | undefined;
+}
+
+interface Block {
+  attentionNorm: Norm;
+  /** One matrix `[(H + 2 N) D, C]`, or queries, keys and values apart. */
+  qkv: Projection[];
+  output: Projection;
+  feedForwardNorm: Norm;
+  gate: Tensor;
+  up: Tensor;
+  down: Tensor;
+}
+
+interface Weights {
+  embedding: Tensor;
+  blocks: Block[];
+  norm: Norm;
+  /** `[vocabulary, C]`; the embedding where the file has none of its own. */
+  head: Tensor;
+}
+
+/**
+ * Loads the weights.
+ *
+ * @throws {FormatError} One is missing, of another shape or of an unknown type.
+ */
+export async function loadDecoder(
+  backend: Backend,
+  config: ModelConfig,
+  loader: WeightSource,
+  { fused = false }: DecoderOptions = {},
+): Promise<Network> {
+  const { layers, width, hidden, heads, kvHeads, headDim, vocabulary } = config;
+  const { biases = "none" } = config;
+  const norm = async (name: string): Promise<Norm> => ({
+    weight: await loader.vector(name, width),
+    epsilon: config.epsilon,
+  });
+  if (loader.has("rope_freqs.weight")) {
+    const { frequencies } = config.rope;
+    const factors = await loader.floats(
+      "rope_freqs.weight",
+      frequencies.length,
+    );
+    frequencies.forEach((f, i) => frequencies[i] = f / factors[i]!);
+  }
+  const tied = config.tied ?? !loader.has("output.weight");
+  const vectors = async (parts: readonly (readonly [string, number])[]) => {
+    const all: number[] = [];
+    for (const [name, rows] of parts) {
+      all.push(...await loader.floats(name, rows));
+    }
+    return Tensor.from(backend, Float32Array.from(all));
+  };
+  /** Parts with their biases, as one matrix where their types are the same. */
+  const projections = async (
+    block: number,
+    parts: readonly (readonly [string, number])[],
+    columns: number,
+    biases: boolean,
+  ): Promise<Projection[]> => {
+    const of = (kind: string) =>
+      parts.map(([name, rows]) =>
+        [`blk.${block}.${name}.${kind}`, rows] as const
+      );
+    const weights = await loader.matrices(of("weight"), columns);
+    const bias = of("bias");
+    const all: Projection[] = [];
+    for (const [i, weight] of weights.entries()) {
+      const own = weights.length === 1 ? bias : [bias[i]!];
+      all.push({ weight, bias: biases ? await vectors(own) : undefined });
+    }
+    return all;
+  };
+  const embedding = await loader.matrix("token_embd.weight", vocabulary, width);
+  const gateAndUp = async (block: number) => {
+    const name = `blk.${block}.ffn_up.weight`;
+    if (!fused) {
+      const gate = `blk.${block}.ffn_gate.weight`;
+      return {
+        gate: await loader.matrix(gate, hidden, width),
+        up: await loader.matrix(name, hidden, width),
+      };
+    }
+    const half = async (from: number) =>
+      (await loader.matrices(
+        [[name, hidden, { from, of: 2 * hidden }]],
+        width,
+      ))[0]!;
+    return { gate: await half(0), up: await half(hidden) };
+  };
+  const blocks: Block[] = [];
+  for (let i = 0; i < layers; i++) {
+    const of = (name: string) => `blk.${i}.${name}.weight`;
+    blocks.push({
+      attentionNorm: await norm(of("attn_norm")),
+      qkv: await projections(
+        i,
+        fused ? [["attn_qkv", (heads + 2 * kvHeads) * headDim]] : [
+          ["attn_q", heads * headDim],
+          ["attn_k", kvHeads * headDim],
+          ["attn_v", kvHeads * headDim],
+        ],
+        width,
+        biases !== "none",
+      ),
+      output: (await projections(
+        i,
+        [["attn_output", width]],
+        heads * headDim,
+        biases === "all",
+      ))[0]!,
+      feedForwardNorm: await norm(of("ffn_norm")),
+      ...await gateAndUp(i),
+      down: await loader.matrix(of("ffn_down"), width, hidden),
+    });
+  }
+  const weights: Weights = {
+    embedding,
+    blocks,
+    norm: await norm("output_norm.weight"),
+    head: tied
+      ? embedding
+      : await loader.matrix("output.weight", vocabulary, width),
+  };
+  return {
+    bytes: loader.bytes,
+    // The head is read whole, whether or not it is the embedding.
+    stepBytes: loader.bytes -
+      (weights.head === embedding ? 0 : embedding.rowBytes * vocabulary),
+    forward: (pass) => forward(backend, weights, pass),
+  };
+}
+
+// ---- forward pass ----
+
+function forward(backend: Backend, weights: Weights, pass: Pass): void {
+  const { x } = pass.activations;
+  embed(backend, x, weights.embedding, pass.tokens, pass.rows);
+  weights.blocks.forEach((block, layer) => {
+    attention(backend, block, layer, pass);
+    feedForward(backend, block, pass);
+  });
+  if (pass.logits) head(backend, weights, pass, pass.logits);
+}
+
+/** x += attention(norm(x) [q; k; v]^T) output^T */
+function attention(
+  backend: Backend,
+  block: Block,
+  layer: number,
+  pass: Pass,
+): void {
+  const { cache, rows, sequence, precision } = pass;
+  const { x, qkv, attended } = pass.activations;
+  const norm = block.attentionNorm;
+  let outColumn = 0;
+  for (const { weight, bias } of block.qkv) {
+    linear(backend, qkv, x, weight, { rows, norm, bias, outColumn, precision });
+    outColumn += weight.rows;
+  }
+  if (sequence === null) cache.attend(layer, attended, qkv);
+  else cache.prefill(layer, sequence, attended, qkv, rows);
+  const { weight, bias } = block.output;
+  linear(backend, x, attended, weight, { rows, bias, add: true, precision });
+}
+
+/** x += (silu(norm(x) gate^T) * (norm(x) up^T)) down^T */
+function feedForward(backend: Backend, block: Block, pass: Pass): void {
+  const { rows, precision } = pass;
+  const { x, hidden } = pass.activations;
+  const norm = block.feedForwardNorm;
+  gated(backend, hidden, x, block.gate, block.up, { rows, norm, precision });
+  linear(backend, x, hidden, block.down, { rows, add: true, precision });
+}
+
+/** logits = norm(x) head^T, for the last rows */
+function head(
+  backend: Backend,
+  weights: Weights,
+  pass: Pass,
+  logits: Tensor,
+): void {
+  const { rows, precision } = pass;
+  linear(backend, logits, pass.activations.x, weights.head, {
+    rows: logits.rows,
+    xRow: rows - logits.rows,
+    norm: weights.norm,
+    precision,
+  });
+}

@@ -1,0 +1,122 @@
+/** A model on disk, whatever its format: a GGUF file, or a Hugging Face folder; opened by Model.load and `wkv info`. */
+
+import { ConfigFile } from "../formats/config.ts";
+import { FormatError, quote } from "../formats/error.ts";
+import { GgufFile } from "../formats/gguf.ts";
+import { SafetensorsFile } from "../formats/safetensors.ts";
+import { tokenizerFromGguf } from "../tokenizer/gguf.ts";
+import { noTokenizer } from "../tokenizer/none.ts";
+import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import type { Architecture, ModelConfig } from "./architecture.ts";
+import * as architectures from "./mod.ts";
+import { ggufWeights, safetensorsWeights, type WeightFile } from "./weights.ts";
+
+/** An open model. */
+export interface ModelFile extends Disposable {
+  /** Bytes of its files of weights. */
+  readonly size: number;
+  /** What it is. */
+  readonly architecture: Architecture;
+  /** Its numbers. */
+  readonly config: ModelConfig;
+  /** Every tensor. */
+  readonly tensors: Iterable<
+    { type: string; shape: readonly number[]; bytes: number }
+  >;
+  /** Its weights. */
+  readonly weights: WeightFile;
+  /** Opens its tokenizer. */
+  tokenizer(): Promise<Tokenizer>;
+}
+
+const known: Architecture[] = Object.values(architectures);
+
+/**
+ * Opens a model: a GGUF file, a folder with a config.json and safetensors, or
+ * one of these safetensors files or their index.
+ *
+ * @throws {FormatError} A file is malformed, or of an unknown architecture.
+ */
+export async function openModelFile(path: string): Promise<ModelFile> {
+  const { isDirectory } = await Deno.stat(path);
+  if (isDirectory) return await openFolder(path, await weightsIn(path));
+  if (/\.safetensors(\.index\.json)?$/.test(path)) {
+    return await openFolder(path.replace(/\/?[^/]*$/, "") || ".", path);
+  }
+  return await openGguf(path);
+}
+
+async function openGguf(path: string): Promise<ModelFile> {
+  const file = await GgufFile.open(path);
+  try {
+    const name = file.string("general.architecture");
+    const found = known.find(({ gguf }) => gguf?.name === name);
+    if (!found?.gguf) {
+      const names = known.flatMap(({ gguf }) => gguf ? [gguf.name] : []);
+      throw new FormatError(
+        path,
+        "general.architecture",
+        `the architecture "${name}" is not supported yet, expected ${
+          names.join(", ")
+        }`,
+      );
+    }
+    const config = found.gguf.config(file);
+    return {
+      size: file.size,
+      architecture: found,
+      config,
+      tensors: file.tensors.values(),
+      weights: ggufWeights(file),
+      tokenizer: () => tokenizerFromGguf(file, { rows: config.vocabulary }),
+      [Symbol.dispose]: () => file.close(),
+    };
+  } catch (error) {
+    file.close();
+    throw error;
+  }
+}
+
+/** The weights of a folder: one file, or the index of several. */
+async function weightsIn(folder: string): Promise<string> {
+  for (const name of ["model.safetensors", "model.safetensors.index.json"]) {
+    const path = `${folder}/${name}`;
+    if (await Deno.stat(path).then(() => true, () => false)) return path;
+  }
+  throw new Deno.errors.NotFound(
+    `${folder}: This folder has no weights, expected model.safetensors or model.safetensors.index.json in it`,
+  );
+}
+
+async function openFolder(folder: string, path: string): Promise<ModelFile> {
+  const values = await ConfigFile.open(`${folder}/config.json`);
+  const classes = values.strings("architectures");
+  const architecture = known.find(({ huggingFace }) =>
+    huggingFace.classes.some((name) => classes.includes(name))
+  );
+  if (architecture === undefined) {
+    const names = known.flatMap(({ huggingFace }) => huggingFace.classes);
+    throw new FormatError(
+      values.path,
+      "architectures",
+      `Found ${classes.map(quote).join(", ") || "none"}, expected one of ${
+        names.join(", ")
+      }`,
+    );
+  }
+  const config = architecture.huggingFace.config(values);
+  const file = await SafetensorsFile.open(path);
+  return {
+    size: file.size,
+    architecture,
+    config,
+    tensors: file.tensors.values(),
+    weights: safetensorsWeights(file, architecture.huggingFace.tensors),
+    tokenizer: () =>
+      Promise.resolve(noTokenizer(
+        `${folder}: The tokenizer of a Hugging Face folder is not read yet, give token ids instead of text`,
+        config.endTokens,
+      )),
+    [Symbol.dispose]: () => file.close(),
+  };
+}

@@ -1,0 +1,211 @@
+/** Rotations from config.json: the frequencies of every scaling that transformers knows, computed in f64; used by the architectures. */
+
+import type { ConfigFile } from "../formats/config.ts";
+import { FormatError } from "../formats/error.ts";
+
+/** A rotation of queries and keys. */
+export interface Rope {
+  /** `half` turns (i, i + rotary / 2), `interleaved` (2 i, 2 i + 1). */
+  pairs: "half" | "interleaved";
+  /** Radians a position, of each pair. */
+  frequencies: Float32Array<ArrayBuffer>;
+  /**
+   * Where they depend on the length of the text: those of a cache whose
+   * positions reach `length`, more than `from`. All keys of a cache are rotated
+   * alike, so the cache's room decides, not the text read so far.
+   */
+  longer?: {
+    /** The last length that the frequencies above are for. */
+    from: number;
+    /** Frequencies for one that is longer. */
+    at(length: number): Float32Array<ArrayBuffer>;
+  };
+  /** What cosines and sines are multiplied by. @default `1` */
+  factor?: number;
+}
+
+/** The types, with the keys that each takes beside rope_theta and factor. */
+const TYPES = ["default", "linear", "dynamic", "yarn", "llama3", "longrope"];
+
+/** What a reader knows beside the rotation's own values. */
+export interface RopeShape {
+  /** Dimensions of a head. */
+  headDim: number;
+  /** Tokens that the model was made for. */
+  context: number;
+}
+
+/**
+ * The rotation of a config.json: `rope_parameters`, or `rope_theta` and
+ * `rope_scaling` as older files have them.
+ *
+ * @throws {FormatError} A value is missing, out of range or of an unknown type.
+ */
+export function ropeOf(config: ConfigFile, shape: RopeShape): Rope {
+  const { headDim, context } = shape;
+  const inner = config.object("rope_parameters") ??
+    config.object("rope_scaling");
+  const within = (key: string) => inner?.has(key) ? inner : config;
+  const share = within("partial_rotary_factor").float("partial_rotary_factor", {
+    min: Number.MIN_VALUE,
+    max: 1,
+    fallback: 1,
+  });
+  const base = within("rope_theta").float("rope_theta", {
+    min: 1,
+    max: 1e12,
+    fallback: 10000,
+  });
+  const rotary = Math.floor(headDim * share);
+  if (rotary < 2 || rotary % 2 !== 0) {
+    throw within("partial_rotary_factor").error(
+      "partial_rotary_factor",
+      `an even number of the ${headDim} dimensions of a head`,
+    );
+  }
+  const plain = powers(base, rotary);
+  const typeKey = inner?.has("rope_type") ? "rope_type" : "type";
+  const type = inner?.string(typeKey, "default") ?? "default";
+  const of = (frequencies: ArrayLike<number>): Rope => ({
+    pairs: "half",
+    frequencies: Float32Array.from(frequencies),
+  });
+  if (type === "default" || inner === null) return of(plain);
+  const original = within("original_max_position_embeddings").integer(
+    "original_max_position_embeddings",
+    { min: 2, max: 1 << 24, fallback: context },
+  );
+  const factor = (fallback?: number) =>
+    inner.float("factor", {
+      min: Number.MIN_VALUE,
+      max: 1e6,
+      ...fallback === undefined ? {} : { fallback },
+    });
+  switch (type) {
+    case "linear": {
+      const by = factor();
+      return of(plain.map((f) => f / by));
+    }
+    case "dynamic": {
+      const by = factor();
+      if (rotary < 4) break;
+      const at = (length: number) =>
+        Float32Array.from(
+          powers(
+            base *
+              (by * length / context - (by - 1)) ** (rotary / (rotary - 2)),
+            rotary,
+          ),
+        );
+      return { ...of(plain), longer: { from: context, at } };
+    }
+    case "llama3":
+      return of(llama3(plain, inner, factor(), original));
+    case "yarn": {
+      const by = factor(context / original);
+      return {
+        ...of(yarn(plain, inner, by, { base, rotary, original })),
+        factor: yarnFactor(inner, by),
+      };
+    }
+    // The name that Phi-3 had for it first.
+    case "su":
+    case "longrope": {
+      const by = factor(context / original);
+      const factors = (key: string) => {
+        const list = inner.numbers(key, { min: Number.MIN_VALUE, max: 1e6 });
+        if (list.length === rotary / 2) return list;
+        throw new FormatError(
+          config.path,
+          key,
+          `Found ${list.length} numbers, expected ${rotary / 2}`,
+        );
+      };
+      const [short, long] = [factors("short_factor"), factors("long_factor")];
+      const far = Float32Array.from(plain, (f, i) => f / long[i]!);
+      return {
+        ...of(plain.map((f, i) => f / short[i]!)),
+        longer: { from: original, at: () => far },
+        factor: attentionFactor(
+          inner,
+          by <= 1 ? 1 : Math.sqrt(1 + Math.log(by) / Math.log(original)),
+        ),
+      };
+    }
+  }
+  throw inner.error(typeKey, `one of ${TYPES.join(", ")}`);
+}
+
+/** base^(-2 i / rotary) for each pair i. */
+function powers(base: number, rotary: number): number[] {
+  return Array.from(
+    { length: rotary / 2 },
+    (_, i) => base ** (-2 * i / rotary),
+  );
+}
+
+/** Llama 3.1: low frequencies are divided by the factor, with a smooth step between. */
+function llama3(
+  plain: number[],
+  inner: ConfigFile,
+  factor: number,
+  original: number,
+): number[] {
+  const range = { min: Number.MIN_VALUE, max: 1e6 };
+  const low = inner.float("low_freq_factor", range);
+  const high = inner.float("high_freq_factor", range);
+  if (high <= low) {
+    throw inner.error("high_freq_factor", `more than low_freq_factor, ${low}`);
+  }
+  return plain.map((f) => {
+    const turns = original * f / (2 * Math.PI);
+    if (turns > high) return f;
+    if (turns < low) return f / factor;
+    const smooth = (turns - low) / (high - low);
+    return (1 - smooth) * f / factor + smooth * f;
+  });
+}
+
+/** YaRN (arXiv 2309.00071): pairs that turn less often than beta_slow are divided by the factor, those above beta_fast are not. */
+function yarn(
+  plain: number[],
+  inner: ConfigFile,
+  factor: number,
+  of: { base: number; rotary: number; original: number },
+): number[] {
+  const beta = (key: string, fallback: number) =>
+    inner.float(key, { min: Number.MIN_VALUE, max: 1e6, fallback });
+  const pairOf = (turns: number) =>
+    of.rotary * Math.log(of.original / (turns * 2 * Math.PI)) /
+    (2 * Math.log(of.base));
+  const cut = inner.boolean("truncate", true);
+  const low = pairOf(beta("beta_fast", 32)),
+    high = pairOf(beta("beta_slow", 1));
+  const first = Math.max(cut ? Math.floor(low) : low, 0);
+  const last = Math.min(cut ? Math.ceil(high) : high, of.rotary - 1);
+  const span = first === last ? 0.001 : last - first;
+  return plain.map((f, i) => {
+    const ramp = Math.min(1, Math.max(0, (i - first) / span));
+    return f / factor * ramp + f * (1 - ramp);
+  });
+}
+
+function yarnFactor(inner: ConfigFile, factor: number): number {
+  const scale = (by: number) =>
+    factor <= 1 ? 1 : 0.1 * by * Math.log(factor) + 1;
+  const range = { min: 0, max: 1e6, fallback: 0 };
+  const mscale = inner.float("mscale", range);
+  const all = inner.float("mscale_all_dim", range);
+  return attentionFactor(
+    inner,
+    mscale !== 0 && all !== 0 ? scale(mscale) / scale(all) : scale(1),
+  );
+}
+
+function attentionFactor(inner: ConfigFile, fallback: number): number {
+  return inner.float("attention_factor", {
+    min: Number.MIN_VALUE,
+    max: 1e6,
+    fallback,
+  });
+}
