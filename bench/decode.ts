@@ -9,6 +9,8 @@
  */
 
 import type { CacheOptions, CacheStats, KvCache } from "../src/cache/cache.ts";
+import { choosesByStep } from "../src/cache/policy.ts";
+import { findPolicy } from "../src/cache/registry.ts";
 import type { Model } from "../src/model.ts";
 import { type Prefill, Session } from "../src/session.ts";
 import type { Memory } from "./memory.ts";
@@ -30,8 +32,11 @@ export interface DecodeOptions {
   tokens: number;
   /** Prompts to time, in tokens. */
   prompts: readonly number[];
-  /** How tokens beyond the budget are fed, and depths of one sequence filled. */
-  prefill: Prefill;
+  /**
+   * How tokens beyond the budget are fed, and depths of one sequence filled.
+   * @default `"chunk:256"`, or `"exact"` where the policy takes no chunks
+   */
+  prefill?: Prefill | undefined;
   /** Samples of a prompt. */
   repeats: number;
 }
@@ -152,7 +157,7 @@ async function timeDecode(
     batch: number;
     depth: number;
   },
-  { cache: cacheOptions, tokens, prefill }: DecodeOptions,
+  { cache: cacheOptions, tokens, prefill = feeding(policy) }: DecodeOptions,
 ): Promise<DecodeRow> {
   const run = Math.min(RUN, tokens);
   using cache = model.createCache({
@@ -202,12 +207,16 @@ async function timeDecode(
   };
 }
 
+function feeding(policy: string): Prefill {
+  return choosesByStep(findPolicy(policy)) ? "exact" : "chunk:256";
+}
+
 async function timePrompt(
   model: Model,
   policy: string,
   budget: number,
   tokens: number,
-  { cache: cacheOptions, prefill, repeats }: DecodeOptions,
+  { cache: cacheOptions, prefill = feeding(policy), repeats }: DecodeOptions,
 ): Promise<PromptRow> {
   using cache = model.createCache({
     ...cacheOptions,

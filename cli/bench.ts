@@ -83,7 +83,8 @@ const decodeOptions = {
   prompt: wholes(1, "decode: prompts to time as well, in tokens"),
   prefill: {
     ...cacheOptions.prefill,
-    summary: "decode: how tokens beyond the budget are fed (default chunk:256)",
+    summary:
+      "decode: how tokens beyond the budget are fed (default chunk:256, or exact)",
   },
 };
 
@@ -246,7 +247,7 @@ async function* runDecode(
       depths: values.depth,
       tokens: values.tokens ?? (quick ? 32 : 128),
       prompts: values.prompt ?? [],
-      prefill: values.prefill ?? "chunk:256",
+      prefill: values.prefill,
       repeats: values.repeats ?? (quick ? 1 : 3),
     });
   }

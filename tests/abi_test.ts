@@ -116,7 +116,7 @@ class Things implements Disposable {
 
   /** What wkv_cache_open takes, without `out`. */
   get cacheArguments(): number[] {
-    return [this.context, this.rope, 1, 1, 2, 1, 16, 8, 1, 2, 2, 1, 0, 0];
+    return [this.context, this.rope, 1, 1, 2, 1, 16, 8, 1, 2, 1, 2, 1, 0, 0, 0];
   }
 
   /** Arguments that each function accepts. */
@@ -423,10 +423,11 @@ describe("a function", () => {
       ["wkv_cache_open", 7, [0, -1, 9, HUGE, LOWEST], /slots|positions/],
       ["wkv_cache_open", 8, [-1, 7, HUGE, LOWEST], /sinks/],
       ["wkv_cache_open", 9, [-1, 8, HUGE, LOWEST], /recent/],
-      ["wkv_cache_open", 10, [-1, 5, HUGE, LOWEST], /select/],
-      ["wkv_cache_open", 11, [-1, 2, HUGE, LOWEST], /merge/],
-      ["wkv_cache_open", 12, [-1, 2, HUGE, LOWEST], /positions/],
-      ["wkv_cache_open", 13, [-1, 3, 4, HUGE, LOWEST], /dtype/],
+      ["wkv_cache_open", 10, [0, -1, 6, HUGE, LOWEST], /interval/],
+      ["wkv_cache_open", 11, [-1, 14, HUGE, LOWEST], /select/],
+      ["wkv_cache_open", 12, [-1, 5, HUGE, LOWEST], /merge/],
+      ["wkv_cache_open", 14, [-1, 2, HUGE, LOWEST], /positions/],
+      ["wkv_cache_open", 15, [-1, 3, 4, HUGE, LOWEST], /dtype/],
       ["wkv_cache_reset", 2, [-2, 1, HUGE, LOWEST], /sequence/],
       ["wkv_cache_read", 2, [-1, 8, HUGE, LOWEST], /field|bytes/],
       ["wkv_cache_read", 3, [-1, 1, HUGE, LOWEST], /layer/],
