@@ -24,7 +24,7 @@ import {
 } from "../src/backend/library.ts";
 import { ABI_VERSION, symbols, wkv_status } from "../src/backend/symbols.ts";
 import { execute } from "./cli_process.ts";
-import { runScript } from "./isolated.ts";
+import { LibraryCopy, runScript } from "./isolated.ts";
 
 const functions = Object.keys(symbols);
 const compiler = Deno.env.get("NVCC") || "nvcc";
@@ -212,7 +212,24 @@ give({ ok: backend.device, notes });`,
       { WKV_LIB_CUDA: cpu.path },
     );
     assertEquals(ok, "cpu");
-    assertStringIncludes(notes.join(), "is a library for cpu");
+    assertMatch(notes.join(), /WKV_LIB_CUDA: .* is a library for cpu/);
+  });
+
+  it("that may not be opened is left with a note", async () => {
+    using cpu = await Backend.open({ device: "cpu", threads: 1 });
+    await using copy = await LibraryCopy.make();
+    const { stdout, stderr } = await runScript(
+      `import { Backend } from "src/backend/backend.ts";
+using backend = await Backend.open({ onNote: (note) => console.log(note) });
+console.log(backend.device);`,
+      ["--allow-read", "--allow-env", "--allow-sys", `--allow-ffi=${cpu.path}`],
+      { WKV_LIB_CUDA: copy.path, WKV_LIB_CPU: cpu.path },
+    );
+    assertEquals(
+      stdout,
+      `Using the CPU: ${copy.path} may not be opened without --allow-ffi=${copy.path}\ncpu\n`,
+      stderr,
+    );
   });
 });
 

@@ -151,11 +151,14 @@ export class Backend implements Disposable {
       );
     }
     const ffi = await Deno.permissions.query({ name: "ffi", path });
-    if (ffi.state !== "granted") return null;
+    if (ffi.state !== "granted") {
+      return refuse(`${path} may not be opened without --allow-ffi=${path}`);
+    }
     try {
       return Backend.#load(path, "cuda", options.threads ?? 0);
     } catch (error) {
-      return refuse(error instanceof Error ? error.message : String(error));
+      const reason = error instanceof Error ? error.message : String(error);
+      return refuse(Deno.env.get(variable) ? `${variable}: ${reason}` : reason);
     }
   }
 
