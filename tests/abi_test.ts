@@ -553,7 +553,8 @@ describe("a function", () => {
         1024,
         0,
       );
-      const args = [rope, 1024, 4096, 1024, 1024, 512, slots, 0, 0, 2, 1, 1, 0];
+      const shape = [rope, 1024, 4096, 1024, 1024, 512, slots, 0, 0];
+      const args = [...shape, 1, 2, 1, 0, 1, 0];
       assertEquals(
         raw("wkv_cache_open", context, ...args, out, 4),
         WKV_MEMORY,
