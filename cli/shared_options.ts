@@ -71,6 +71,11 @@ export const cacheOptions = {
     "Newest tokens that never leave (default by policy)",
     MAX_SLOTS,
   ),
+  interval: whole(
+    1,
+    "Tokens that leave at once when the cache overflows (default by policy)",
+    MAX_SLOTS,
+  ),
   positions: choice(
     ["cache", "text"],
     "Where keys are rotated: rank in the cache or place in the text (default cache)",

@@ -74,6 +74,8 @@ export interface CacheReport extends CacheStats {
   sinks: number | null;
   /** Newest tokens that never leave. */
   recent: number | null;
+  /** Tokens that leave at once when the cache overflows; null for `full`. */
+  interval: number | null;
   /** Where keys are rotated. */
   positions: Positions;
   /** How the prompt was fed. */
@@ -229,6 +231,7 @@ export function report(
     budget: cache.budget,
     sinks: cache.sinks,
     recent: cache.recent,
+    interval: cache.budget === null ? null : cache.interval,
     positions: cache.positions,
     prefill,
     activations: model.activations,

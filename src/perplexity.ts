@@ -30,6 +30,8 @@ export interface PerplexityOptions {
   sinks?: number | undefined;
   /** Newest tokens that never leave. @default by policy */
   recent?: number | undefined;
+  /** Tokens that leave at once when a cache overflows. @default by policy */
+  interval?: number | undefined;
   /** Where keys are rotated. @default `"cache"` */
   positions?: Positions | undefined;
   /** Type of keys and values. @default `"f16"` */
@@ -56,6 +58,8 @@ export interface PerplexityRow {
   sinks: number | null;
   /** Newest tokens that never leave. */
   recent: number | null;
+  /** Tokens that leave at once when the cache overflows; null for `full`. */
+  interval: number | null;
   /** Where keys are rotated. */
   positions: Positions;
   /** How windows were fed. */
@@ -170,7 +174,8 @@ interface PlannedRow {
 
 /** The rows in order; every option is checked before the first one is run. */
 function plan(model: Model, options: PerplexityOptions): PlannedRow[] {
-  const { sinks, recent, positions = "cache", cacheType, window } = options;
+  const { sinks, recent, interval, window } = options;
+  const { positions = "cache", cacheType } = options;
   if (options.policies.length === 0) {
     throw new RangeError("Name at least one policy");
   }
@@ -184,7 +189,7 @@ function plan(model: Model, options: PerplexityOptions): PlannedRow[] {
     }
     for (const budget of full ? [undefined] : options.budgets) {
       if (budget !== undefined) {
-        resolveBudget(policy, budget, { sinks, recent });
+        resolveBudget(policy, budget, { sinks, recent, interval });
       }
       const beyond = window > model.config.context &&
         (full || positions === "text");
@@ -194,6 +199,7 @@ function plan(model: Model, options: PerplexityOptions): PlannedRow[] {
           budget,
           sinks,
           recent,
+          interval,
           positions,
           cacheType,
           capacity: window - 1,
@@ -222,6 +228,7 @@ function header(
   | "budget"
   | "sinks"
   | "recent"
+  | "interval"
   | "positions"
   | "prefill"
   | "activations"
@@ -234,6 +241,7 @@ function header(
     budget: cache.budget,
     sinks: cache.sinks,
     recent: cache.recent,
+    interval: cache.budget === null ? null : cache.interval,
     positions: cache.positions,
     prefill,
     activations: model.activations,

@@ -93,6 +93,7 @@ describe("wkv generate", () => {
       budget: 16,
       sinks: 4,
       recent: 4,
+      interval: 1,
       positions: "cache",
       prefill: "exact",
       activations: "int8",
@@ -347,7 +348,8 @@ describe("wkv perplexity", () => {
     ]);
     for (const row of rows) {
       assertEquals(Object.keys(row), [
-        ...["policy", "budget", "sinks", "recent", "positions", "prefill"],
+        ...["policy", "budget", "sinks", "recent", "interval"],
+        ...["positions", "prefill"],
         ...["activations", "cacheType", "window", "stride", "windows"],
         ...["targets", "nll", "perplexity", "stderr", "seconds"],
       ]);

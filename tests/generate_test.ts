@@ -428,6 +428,7 @@ describe("generate()", () => {
           budget: 24,
           sinks: 4,
           recent: policy === "streaming-llm" ? 20 : 8,
+          interval: 1,
           positions: "cache",
           prefill: "exact",
           activations: "int8",

@@ -151,6 +151,7 @@ describe("perplexity()", () => {
         budget,
         sinks,
         recent,
+        interval: policy === "full" ? null : 1,
         ...common,
       })),
     );
