@@ -4,25 +4,35 @@
  *
  *   a[i] += weights[rank[i]];  then one settle a head (settle.cuh)         weights [B, N (M + 1)] in rank order
  *
- * A block owns one KV head of one sequence. Bytes moved: the head's state (12 bytes a slot and its words, read and written), its weights,
- * three rows; all keys or values, once or twice, for rules that measure rows.
+ * A block owns one KV head of one sequence and keeps its state in shared memory where it fits: the steps to a choice are many and short, so
+ * what they wait for is memory. Bytes moved: the head's state (12 bytes a slot and its words, read and written), its weights, three rows; all
+ * keys or values, one to three times, for rules that measure rows.
  */
 #include "settle.cuh"
 
 namespace wkv {
 namespace {
 
+constexpr int32_t kArrays = 6;  // of state and scratch that may lie in shared memory
+
 template <typename T>
-__global__ void __launch_bounds__(256) settle_kernel(CacheView c, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims, Faults faults) {
+__global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims, int32_t near, Faults faults) {
+  extern __shared__ float shared[];  // near: [kArrays, slots + 1]
   __shared__ SettleArea area;
-  __shared__ T key[512], value[512];
+  __shared__ alignas(16) T key[512], value[512];
   wait_for_previous();
   let_next_start();
   const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
   const int64_t head = c.first + unit, b = unit / c.kv_heads;
   Counts& counts = c.counts[head];
   const int32_t kept = counts.kept, step = counts.steps + 1;
-  const Entries e = c.entries(head);
+  const Entries own = c.entries(head);
+  Entries e = own;
+  const int64_t stride = c.slots + 1;
+  if (near) {
+    e.score = shared, e.birth = reinterpret_cast<int32_t*>(shared + stride), e.rank = reinterpret_cast<int32_t*>(shared + 2 * stride);
+    e.by_rank = shared + 3 * stride, e.measure = shared + 4 * stride, e.now = own.now ? shared + 5 * stride : nullptr;
+  }
   const float *k = keys + b * row_floats + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
   for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
     float x = k[c.rope.source(i)];
@@ -35,15 +45,14 @@ __global__ void __launch_bounds__(256) settle_kernel(CacheView c, const float* k
     key[i] = from_float<T>(x);
     value[i] = from_float<T>(v[i]);
   }
-  const int64_t stride = c.slots + 1;
   const float *given = weights + unit * stride, *of_layer = weights + b * c.kv_heads * stride;
   for (int32_t i = threadIdx.x; i <= kept; i += blockDim.x) {
-    if (i == kept) {
-      e.score[i] = 0.0f, e.birth[i] = step, e.rank[i] = kept;
-      for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = 0;
-    }
-    const int32_t rank = e.rank[i];
-    e.score[i] += given[rank];
+    const bool cached = i < kept;
+    const int32_t rank = cached ? own.rank[i] : kept;
+    e.score[i] = (cached ? own.score[i] : 0.0f) + given[rank];
+    e.birth[i] = cached ? own.birth[i] : step;
+    e.rank[i] = rank;
+    for (int32_t w = 0; w < c.width && !cached; w++) e.words[w * e.stride + i] = 0;
     if (!c.later) continue;
     float now = given[rank];
     if (c.select == WKV_SELECT_LOWEST_NOW) {
@@ -62,8 +71,10 @@ __global__ void __launch_bounds__(256) settle_kernel(CacheView c, const float* k
 }  // namespace
 
 void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims) {
+  const size_t shared = size_t(kArrays) * (cache.slots + 1) * 4;
+  const bool near = shared + 32 * 1024 <= static_cast<size_t>(ctx.shared_limit);
   by_cache_type(cache.dtype, [&](auto type) {
-    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 256}, view, keys, row_floats, weights, victims, ctx.faults());
+    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 512, near ? shared : 0}, view, keys, row_floats, weights, victims, near, ctx.faults());
   });
 }
 

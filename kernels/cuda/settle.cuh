@@ -11,7 +11,8 @@ struct SettleArea {
   int32_t around[4];       // entries of the ranks victim - 1 .. victim + 2; -1: none
   int32_t targets[WKV_SPREAD_RANKS];  // entries of the ranks behind the victim; -1: none
   int32_t freed, arrived_left, first_freed, holes, into;
-  float sum[512], part[512];  // a row's worth, and parts of it
+  float sum[512];          // a row's worth; zeros where eights go past it
+  float part[16 * 128];    // each warp's part of some dimensions of it
 };
 
 /** One head while tokens leave it: entries [0, kept) are its slots, [kept, total) the incoming tokens. All threads call everything. */
@@ -55,40 +56,89 @@ struct Settling {
     __syncthreads();
   }
 
+  /** Eight numbers of a row from dimension d on, zeros behind its end. */
+  __device__ void read_eight(const T* row, int32_t d, float (&x)[8]) const {
+    if (dim % 8 == 0) {
+      uint4 words[sizeof(T) / 2];
+#pragma unroll
+      for (int w = 0; w < static_cast<int>(sizeof(T) / 2); w++) words[w] = reinterpret_cast<const uint4*>(row + d)[w];
+#pragma unroll
+      for (int k = 0; k < 8; k++) x[k] = to_float(reinterpret_cast<const T*>(words)[k]);
+    } else {
+      for (int k = 0; k < 8; k++) x[k] = d + k < dim ? to_float(row[d + k]) : 0.0f;
+    }
+  }
+
+  /** Lanes that share a row, eight dimensions each at a time. */
+  __device__ int32_t lanes_of(int32_t most) const { return dim <= 64 ? 8 : dim <= 128 ? 16 : most; }
+
   /** area.sum[d] = sum over tokens of weights[i] * rows[i][d], in a fixed order. */
   template <typename Row>
   __device__ void add_rows(Row row, const float* weights) const {
-    const int32_t groups = max(1, threads / dim);
-    __syncthreads();
-    for (int32_t x = tid; x < groups * dim; x += threads) {
-      float sum = 0.0f;
-      for (int32_t i = x / dim; i < total; i += groups) {
-        if (there(i)) sum = fmaf(weights[i], to_float(row(i)[x % dim]), sum);
+    const int32_t lanes = lanes_of(16), own = 32 / lanes;
+    for (int32_t first = 0; first < dim; first += lanes * 8) {
+      const int32_t d = first + lane % lanes * 8;
+      float sums[8] = {};
+      if (d < dim) {
+#pragma unroll 4
+        for (int32_t i = warp * own + lane / lanes; i < total; i += warps * own) {
+          if (!there(i)) continue;
+          float x[8];
+          read_eight(row(i), d, x);
+#pragma unroll
+          for (int k = 0; k < 8; k++) sums[k] = fmaf(weights[i], x[k], sums[k]);
+        }
       }
-      area.part[x] = sum;
-    }
-    __syncthreads();
-    for (int32_t d = tid; d < dim; d += threads) {
-      float sum = 0.0f;
-      for (int32_t g = 0; g < groups; g++) sum += area.part[g * dim + d];
-      area.sum[d] = sum;
+      for (int o = lanes; o < 32; o *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; k++) sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], o);
+      }
+      __syncthreads();
+      if (lane < lanes) {
+#pragma unroll
+        for (int k = 0; k < 8; k++) area.part[(warp * lanes + lane) * 8 + k] = sums[k];
+      }
+      __syncthreads();
+      for (int32_t x = tid; x < lanes * 8; x += threads) {
+        float sum = 0.0f;
+        for (int32_t w = 0; w < warps; w++) sum += area.part[w * lanes * 8 + x];
+        area.sum[first + x] = sum;
+      }
     }
     __syncthreads();
   }
 
-  /** A warp an entry: measure[i] = body(entry, lane's part of a sum for each of its dimensions), summed and finished. */
+  /** measure[i] = finish(sums over a row's dimensions of part(number, dimension)); some lanes a row, some rows a warp at once. */
   template <typename Row, typename Part, typename Finish>
   __device__ void measure_rows(Row row, Part part, Finish finish) const {
-    for (int32_t i = warp; i < total; i += warps) {
-      if (!there(i)) continue;
-      const T* x = row(i);
-      float2 sums = make_float2(0.0f, 0.0f);
-      for (int32_t d = lane; d < dim; d += 32) {
-        const float2 y = part(to_float(x[d]), d);
-        sums.x += y.x, sums.y += y.y;
+    constexpr int kAtOnce = 4;
+    const int32_t lanes = lanes_of(32), own = 32 / lanes;
+    for (int32_t base = warp * kAtOnce * own; base < total; base += warps * kAtOnce * own) {
+      const int32_t i = base + lane / lanes;
+      float2 sums[kAtOnce] = {};
+      for (int32_t d = lane % lanes * 8; d < dim; d += lanes * 8) {
+        float x[kAtOnce][8] = {};
+#pragma unroll
+        for (int r = 0; r < kAtOnce; r++) {
+          if (i + r * own < total && there(i + r * own)) read_eight(row(i + r * own), d, x[r]);
+        }
+#pragma unroll
+        for (int r = 0; r < kAtOnce; r++) {
+#pragma unroll
+          for (int k = 0; k < 8; k++) {
+            const float2 y = part(x[r][k], d + k);
+            sums[r].x += y.x, sums[r].y += y.y;
+          }
+        }
       }
-      sums = make_float2(warp_sum(sums.x), warp_sum(sums.y));
-      if (lane == 0) e.measure[i] = finish(sums);
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++) {
+        for (int o = lanes / 2; o > 0; o /= 2) {
+          sums[r].x += __shfl_xor_sync(0xffffffffu, sums[r].x, o);
+          sums[r].y += __shfl_xor_sync(0xffffffffu, sums[r].y, o);
+        }
+        if (lane % lanes == 0 && i + r * own < total) e.measure[i + r * own] = finish(sums[r]);
+      }
     }
     __syncthreads();
   }
@@ -324,7 +374,9 @@ struct Settling {
     float squares = 0.0f;
     for (int32_t d = lane; d < dim; d += 32) squares += to_float(own[d]) * to_float(own[d]);
     squares = warp_sum(squares);
-    measure_rows([&](int32_t i) { return key_of(i); }, [&](float x, int32_t d) { return make_float2(x * to_float(own[d]), x * x); }, [&](float2 s) { return wkv_cosine(s.x, s.y, squares); });
+    for (int32_t d = tid; d < (dim + 7) / 8 * 8; d += threads) area.sum[d] = d < dim ? to_float(own[d]) : 0.0f;
+    __syncthreads();
+    measure_rows([&](int32_t i) { return key_of(i); }, [&](float x, int32_t d) { return make_float2(x * area.sum[d], x * x); }, [&](float2 s) { return wkv_cosine(s.x, s.y, squares); });
     find_least([](int32_t) { return true; }, [&](int32_t i, int32_t) { return -e.measure[i]; });
     if (area.rank[0] == INT_MAX) return -1;
     for (int32_t i = tid; i < total; i += threads) {
@@ -350,6 +402,7 @@ struct Settling {
       for (int32_t i = tid; i < kept; i += threads) {
         if (!there(i)) continue;
         own.score[i] = e.score[i], own.birth[i] = e.birth[i], own.rank[i] = e.rank[i];
+        if (own.words == e.words) continue;
         for (int32_t w = 0; w < c.width; w++) own.words[w * own.stride + i] = e.words[w * e.stride + i];
       }
     }
@@ -385,7 +438,7 @@ struct Settling {
 /**
  * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
  * policy's victim (rank `forced` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
- * then goes into free slots. `e` is the head's own state or, when more than one token arrives, a copy, which is written back.
+ * then goes into free slots. `e` is the head's own state or a copy, which is written back.
  */
 template <typename T>
 __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area) {

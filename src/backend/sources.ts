@@ -4232,10 +4232,10 @@ int32_t entry(int32_t handle, Body body) {
   });
 }
 
-/** Lets a kernel use this much shared memory: what it declares itself, 8 KB at most, counts towards the 48 KB that need no leave. */
+/** Lets a kernel use this much shared memory: what it declares itself, 24 KB at most, counts towards the 48 KB that need no leave. */
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes > 40 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
+  if (bytes > 24 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
 }
 
 /** How a kernel is launched; \`cluster\`: blocks along x that share their memory. */
@@ -7323,25 +7323,35 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
  *
  *   a[i] += weights[rank[i]];  then one settle a head (settle.cuh)         weights [B, N (M + 1)] in rank order
  *
- * A block owns one KV head of one sequence. Bytes moved: the head's state (12 bytes a slot and its words, read and written), its weights,
- * three rows; all keys or values, once or twice, for rules that measure rows.
+ * A block owns one KV head of one sequence and keeps its state in shared memory where it fits: the steps to a choice are many and short, so
+ * what they wait for is memory. Bytes moved: the head's state (12 bytes a slot and its words, read and written), its weights, three rows; all
+ * keys or values, one to three times, for rules that measure rows.
  */
 #include "settle.cuh"
 
 namespace wkv {
 namespace {
 
+constexpr int32_t kArrays = 6;  // of state and scratch that may lie in shared memory
+
 template <typename T>
-__global__ void __launch_bounds__(256) settle_kernel(CacheView c, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims, Faults faults) {
+__global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims, int32_t near, Faults faults) {
+  extern __shared__ float shared[];  // near: [kArrays, slots + 1]
   __shared__ SettleArea area;
-  __shared__ T key[512], value[512];
+  __shared__ alignas(16) T key[512], value[512];
   wait_for_previous();
   let_next_start();
   const int32_t unit = blockIdx.x, n = unit % c.kv_heads, dim = c.head_dim;
   const int64_t head = c.first + unit, b = unit / c.kv_heads;
   Counts& counts = c.counts[head];
   const int32_t kept = counts.kept, step = counts.steps + 1;
-  const Entries e = c.entries(head);
+  const Entries own = c.entries(head);
+  Entries e = own;
+  const int64_t stride = c.slots + 1;
+  if (near) {
+    e.score = shared, e.birth = reinterpret_cast<int32_t*>(shared + stride), e.rank = reinterpret_cast<int32_t*>(shared + 2 * stride);
+    e.by_rank = shared + 3 * stride, e.measure = shared + 4 * stride, e.now = own.now ? shared + 5 * stride : nullptr;
+  }
   const float *k = keys + b * row_floats + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
   for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
     float x = k[c.rope.source(i)];
@@ -7354,15 +7364,14 @@ __global__ void __launch_bounds__(256) settle_kernel(CacheView c, const float* k
     key[i] = from_float<T>(x);
     value[i] = from_float<T>(v[i]);
   }
-  const int64_t stride = c.slots + 1;
   const float *given = weights + unit * stride, *of_layer = weights + b * c.kv_heads * stride;
   for (int32_t i = threadIdx.x; i <= kept; i += blockDim.x) {
-    if (i == kept) {
-      e.score[i] = 0.0f, e.birth[i] = step, e.rank[i] = kept;
-      for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = 0;
-    }
-    const int32_t rank = e.rank[i];
-    e.score[i] += given[rank];
+    const bool cached = i < kept;
+    const int32_t rank = cached ? own.rank[i] : kept;
+    e.score[i] = (cached ? own.score[i] : 0.0f) + given[rank];
+    e.birth[i] = cached ? own.birth[i] : step;
+    e.rank[i] = rank;
+    for (int32_t w = 0; w < c.width && !cached; w++) e.words[w * e.stride + i] = 0;
     if (!c.later) continue;
     float now = given[rank];
     if (c.select == WKV_SELECT_LOWEST_NOW) {
@@ -7381,8 +7390,10 @@ __global__ void __launch_bounds__(256) settle_kernel(CacheView c, const float* k
 }  // namespace
 
 void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims) {
+  const size_t shared = size_t(kArrays) * (cache.slots + 1) * 4;
+  const bool near = shared + 32 * 1024 <= static_cast<size_t>(ctx.shared_limit);
   by_cache_type(cache.dtype, [&](auto type) {
-    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 256}, view, keys, row_floats, weights, victims, ctx.faults());
+    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 512, near ? shared : 0}, view, keys, row_floats, weights, victims, near, ctx.faults());
   });
 }
 
@@ -7416,7 +7427,8 @@ struct SettleArea {
   int32_t around[4];       // entries of the ranks victim - 1 .. victim + 2; -1: none
   int32_t targets[WKV_SPREAD_RANKS];  // entries of the ranks behind the victim; -1: none
   int32_t freed, arrived_left, first_freed, holes, into;
-  float sum[512], part[512];  // a row's worth, and parts of it
+  float sum[512];          // a row's worth; zeros where eights go past it
+  float part[16 * 128];    // each warp's part of some dimensions of it
 };
 
 /** One head while tokens leave it: entries [0, kept) are its slots, [kept, total) the incoming tokens. All threads call everything. */
@@ -7460,40 +7472,89 @@ struct Settling {
     __syncthreads();
   }
 
+  /** Eight numbers of a row from dimension d on, zeros behind its end. */
+  __device__ void read_eight(const T* row, int32_t d, float (&x)[8]) const {
+    if (dim % 8 == 0) {
+      uint4 words[sizeof(T) / 2];
+#pragma unroll
+      for (int w = 0; w < static_cast<int>(sizeof(T) / 2); w++) words[w] = reinterpret_cast<const uint4*>(row + d)[w];
+#pragma unroll
+      for (int k = 0; k < 8; k++) x[k] = to_float(reinterpret_cast<const T*>(words)[k]);
+    } else {
+      for (int k = 0; k < 8; k++) x[k] = d + k < dim ? to_float(row[d + k]) : 0.0f;
+    }
+  }
+
+  /** Lanes that share a row, eight dimensions each at a time. */
+  __device__ int32_t lanes_of(int32_t most) const { return dim <= 64 ? 8 : dim <= 128 ? 16 : most; }
+
   /** area.sum[d] = sum over tokens of weights[i] * rows[i][d], in a fixed order. */
   template <typename Row>
   __device__ void add_rows(Row row, const float* weights) const {
-    const int32_t groups = max(1, threads / dim);
-    __syncthreads();
-    for (int32_t x = tid; x < groups * dim; x += threads) {
-      float sum = 0.0f;
-      for (int32_t i = x / dim; i < total; i += groups) {
-        if (there(i)) sum = fmaf(weights[i], to_float(row(i)[x % dim]), sum);
+    const int32_t lanes = lanes_of(16), own = 32 / lanes;
+    for (int32_t first = 0; first < dim; first += lanes * 8) {
+      const int32_t d = first + lane % lanes * 8;
+      float sums[8] = {};
+      if (d < dim) {
+#pragma unroll 4
+        for (int32_t i = warp * own + lane / lanes; i < total; i += warps * own) {
+          if (!there(i)) continue;
+          float x[8];
+          read_eight(row(i), d, x);
+#pragma unroll
+          for (int k = 0; k < 8; k++) sums[k] = fmaf(weights[i], x[k], sums[k]);
+        }
       }
-      area.part[x] = sum;
-    }
-    __syncthreads();
-    for (int32_t d = tid; d < dim; d += threads) {
-      float sum = 0.0f;
-      for (int32_t g = 0; g < groups; g++) sum += area.part[g * dim + d];
-      area.sum[d] = sum;
+      for (int o = lanes; o < 32; o *= 2) {
+#pragma unroll
+        for (int k = 0; k < 8; k++) sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], o);
+      }
+      __syncthreads();
+      if (lane < lanes) {
+#pragma unroll
+        for (int k = 0; k < 8; k++) area.part[(warp * lanes + lane) * 8 + k] = sums[k];
+      }
+      __syncthreads();
+      for (int32_t x = tid; x < lanes * 8; x += threads) {
+        float sum = 0.0f;
+        for (int32_t w = 0; w < warps; w++) sum += area.part[w * lanes * 8 + x];
+        area.sum[first + x] = sum;
+      }
     }
     __syncthreads();
   }
 
-  /** A warp an entry: measure[i] = body(entry, lane's part of a sum for each of its dimensions), summed and finished. */
+  /** measure[i] = finish(sums over a row's dimensions of part(number, dimension)); some lanes a row, some rows a warp at once. */
   template <typename Row, typename Part, typename Finish>
   __device__ void measure_rows(Row row, Part part, Finish finish) const {
-    for (int32_t i = warp; i < total; i += warps) {
-      if (!there(i)) continue;
-      const T* x = row(i);
-      float2 sums = make_float2(0.0f, 0.0f);
-      for (int32_t d = lane; d < dim; d += 32) {
-        const float2 y = part(to_float(x[d]), d);
-        sums.x += y.x, sums.y += y.y;
+    constexpr int kAtOnce = 4;
+    const int32_t lanes = lanes_of(32), own = 32 / lanes;
+    for (int32_t base = warp * kAtOnce * own; base < total; base += warps * kAtOnce * own) {
+      const int32_t i = base + lane / lanes;
+      float2 sums[kAtOnce] = {};
+      for (int32_t d = lane % lanes * 8; d < dim; d += lanes * 8) {
+        float x[kAtOnce][8] = {};
+#pragma unroll
+        for (int r = 0; r < kAtOnce; r++) {
+          if (i + r * own < total && there(i + r * own)) read_eight(row(i + r * own), d, x[r]);
+        }
+#pragma unroll
+        for (int r = 0; r < kAtOnce; r++) {
+#pragma unroll
+          for (int k = 0; k < 8; k++) {
+            const float2 y = part(x[r][k], d + k);
+            sums[r].x += y.x, sums[r].y += y.y;
+          }
+        }
       }
-      sums = make_float2(warp_sum(sums.x), warp_sum(sums.y));
-      if (lane == 0) e.measure[i] = finish(sums);
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++) {
+        for (int o = lanes / 2; o > 0; o /= 2) {
+          sums[r].x += __shfl_xor_sync(0xffffffffu, sums[r].x, o);
+          sums[r].y += __shfl_xor_sync(0xffffffffu, sums[r].y, o);
+        }
+        if (lane % lanes == 0 && i + r * own < total) e.measure[i + r * own] = finish(sums[r]);
+      }
     }
     __syncthreads();
   }
@@ -7729,7 +7790,9 @@ struct Settling {
     float squares = 0.0f;
     for (int32_t d = lane; d < dim; d += 32) squares += to_float(own[d]) * to_float(own[d]);
     squares = warp_sum(squares);
-    measure_rows([&](int32_t i) { return key_of(i); }, [&](float x, int32_t d) { return make_float2(x * to_float(own[d]), x * x); }, [&](float2 s) { return wkv_cosine(s.x, s.y, squares); });
+    for (int32_t d = tid; d < (dim + 7) / 8 * 8; d += threads) area.sum[d] = d < dim ? to_float(own[d]) : 0.0f;
+    __syncthreads();
+    measure_rows([&](int32_t i) { return key_of(i); }, [&](float x, int32_t d) { return make_float2(x * area.sum[d], x * x); }, [&](float2 s) { return wkv_cosine(s.x, s.y, squares); });
     find_least([](int32_t) { return true; }, [&](int32_t i, int32_t) { return -e.measure[i]; });
     if (area.rank[0] == INT_MAX) return -1;
     for (int32_t i = tid; i < total; i += threads) {
@@ -7755,6 +7818,7 @@ struct Settling {
       for (int32_t i = tid; i < kept; i += threads) {
         if (!there(i)) continue;
         own.score[i] = e.score[i], own.birth[i] = e.birth[i], own.rank[i] = e.rank[i];
+        if (own.words == e.words) continue;
         for (int32_t w = 0; w < c.width; w++) own.words[w * own.stride + i] = e.words[w * e.stride + i];
       }
     }
@@ -7790,7 +7854,7 @@ struct Settling {
 /**
  * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
  * policy's victim (rank \`forced\` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
- * then goes into free slots. \`e\` is the head's own state or, when more than one token arrives, a copy, which is written back.
+ * then goes into free slots. \`e\` is the head's own state or a copy, which is written back.
  */
 template <typename T>
 __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area) {
