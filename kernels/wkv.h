@@ -209,4 +209,8 @@ WKV_API int32_t wkv_sample(int32_t context, int32_t tokens /* I32 [1, B] */, int
 /** op: out[i] = natural logarithm of the probability of targets[i] under logits[i]. */
 WKV_API int32_t wkv_log_prob(int32_t context, int32_t out /* [1, >= rows] */, int32_t logits /* [>= rows, vocabulary] */, int32_t targets /* I32 [1, >= rows] */, int32_t rows);
 
+/** op: how far the distributions of `others` are from those of `logits`. out[i] = the Kullback-Leibler divergence of row i in nats,
+ *  sum over j of p (ln p - ln q) with p of `logits` and q of `others`, and 1 where the first of the highest is the same in both, else 0. */
+WKV_API int32_t wkv_divergence(int32_t context, int32_t out /* [>= rows, 2] */, int32_t logits /* [>= rows, vocabulary] */, int32_t others /* [>= rows, vocabulary] */, int32_t rows);
+
 #endif

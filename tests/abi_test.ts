@@ -84,6 +84,8 @@ class Things implements Disposable {
   readonly w = this.#tensor(0, 64, 64);
   /** F32 `[1, 64]`. */
   readonly row = this.#tensor(0, 1, 64);
+  /** F32 `[4, 2]`. */
+  readonly pairs = this.#tensor(0, 4, 2);
   /** Q8_0 `[64, 64]`. */
   readonly packed = this.#tensor(4, 64, 64);
   /** I32 `[1, 4]`. */
@@ -154,6 +156,7 @@ class Things implements Disposable {
       wkv_prefill: [c, this.cache, 0, 0, this.out, this.row, 1, 0.25],
       wkv_sample: [c, this.ids, this.x, this.settings, this.rng],
       wkv_log_prob: [c, this.row, this.x, this.ids, 4],
+      wkv_divergence: [c, this.pairs, this.x, this.y, 4],
     };
   }
 
@@ -320,6 +323,7 @@ describe("a function", () => {
       wkv_prefill: { 1: true, 4: true, 5: true },
       wkv_sample: { 1: true, 2: true, 3: true, 4: true },
       wkv_log_prob: { 1: true, 2: true, 3: true },
+      wkv_divergence: { 1: true, 2: true, 3: true },
     };
     for (const [name, list] of Object.entries(places) as [Name, object][]) {
       for (const [place, kind] of Object.entries(list)) {
@@ -439,6 +443,7 @@ describe("a function", () => {
       ["wkv_prefill", 3, [-1, 1, HUGE, LOWEST], /sequence/],
       ["wkv_prefill", 6, [0, -1, 2, HUGE, LOWEST], /rows/],
       ["wkv_log_prob", 4, [0, -1, 5, HUGE, LOWEST], /rows/],
+      ["wkv_divergence", 4, [0, -1, 5, HUGE, LOWEST], /rows/],
     ];
     for (const [name, place, values, pattern] of wrong) {
       for (const value of values) {
@@ -515,6 +520,9 @@ describe("a function", () => {
       ["wkv_log_prob", 1, [things.ids, tensor(0, 1, 3)]],
       ["wkv_log_prob", 2, [half, flat, whole]],
       ["wkv_log_prob", 3, [things.row, tensor(3, 1, 3)]],
+      ["wkv_divergence", 1, [things.ids, things.row, tensor(0, 3, 2)]],
+      ["wkv_divergence", 2, [half, flat, whole]],
+      ["wkv_divergence", 3, [half, flat, whole]],
     ];
     for (const [name, place, handles] of wrong) {
       for (const handle of handles) {

@@ -1,4 +1,4 @@
-/** sample.cpp: wkv_sample and wkv_log_prob, from logits to tokens and to their probabilities. */
+/** sample.cpp: wkv_sample, wkv_log_prob and wkv_divergence, from logits to tokens and to their probabilities. */
 #include <algorithm>
 #include <cmath>
 
@@ -24,6 +24,9 @@ int32_t argmax(const float* logits, int32_t count) {
   }
   return best;
 }
+
+/** p (x - y); what has no probability adds nothing, however far below the highest its logits are. */
+double weighted(float p, float x, float y) { return p > 0.0f ? double{p} * (double{x} - double{y}) : 0.0; }
 
 int32_t draw(const Loops& loops, const float* logits, int32_t count, const float* settings, int32_t* rng, std::vector<Candidate>& kept, std::vector<float>& weights) {
   const float temperature = settings[0], top_p = settings[2], min_p = settings[3];
@@ -114,6 +117,35 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
             sum += ctx.loops->exponentials(piece, count, most);
           }
           to->f32()[i] = row[id] - most - static_cast<float>(std::log(sum));
+        }
+      });
+    });
+  });
+}
+
+int32_t wkv_divergence(int32_t context, int32_t out, int32_t logits, int32_t others, int32_t rows) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef from = find_tensor(context, logits, "logits", WKV_F32, rows, -1);
+    const TensorRef with = find_tensor(context, others, "others", WKV_F32, rows, from->columns);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, 2);
+    require(rows >= 1, "rows must be at least 1");
+    ctx.submit([=, &ctx] {
+      ctx.threads.loop(rows, 1, [&](int64_t begin, int64_t end, int) {
+        float p[1024], q[1024];
+        for (int64_t i = begin; i < end; i++) {
+          const float *x = from->row(i), *y = with->row(i);
+          const int32_t columns = from->columns, first = argmax(x, columns), second = argmax(y, columns);
+          double sum_p = 0.0, sum_q = 0.0, apart = 0.0;
+          for (int32_t j = 0; j < columns; j += 1024) {
+            const int32_t count = std::min(1024, columns - j);
+            std::copy(x + j, x + j + count, p);
+            std::copy(y + j, y + j + count, q);
+            sum_p += ctx.loops->exponentials(p, count, x[first]);
+            sum_q += ctx.loops->exponentials(q, count, y[second]);
+            for (int32_t k = 0; k < count; k++) apart += weighted(p[k], x[j + k] - x[first], y[j + k] - y[second]);
+          }
+          to->row(i)[0] = static_cast<float>(std::max(0.0, apart / sum_p - std::log(sum_p) + std::log(sum_q)));
+          to->row(i)[1] = first == second ? 1.0f : 0.0f;
         }
       });
     });

@@ -150,3 +150,24 @@ export function logProb(
     rows,
   );
 }
+
+/**
+ * `out[i]` = the Kullback-Leibler divergence in nats of the distribution of
+ * `others[i]` from that of `logits[i]`, and 1 where both have the same likeliest
+ * token. `out` is `[rows, 2]`.
+ */
+export function divergence(
+  backend: Backend,
+  out: Tensor,
+  logits: Tensor,
+  others: Tensor,
+  rows: number,
+): void {
+  backend.call(
+    "wkv_divergence",
+    out.handle,
+    logits.handle,
+    others.handle,
+    rows,
+  );
+}

@@ -1980,7 +1980,7 @@ int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
   });
 }
 `,
-  "cpu/sample.cpp": `/** sample.cpp: wkv_sample and wkv_log_prob, from logits to tokens and to their probabilities. */
+  "cpu/sample.cpp": `/** sample.cpp: wkv_sample, wkv_log_prob and wkv_divergence, from logits to tokens and to their probabilities. */
 #include <algorithm>
 #include <cmath>
 
@@ -2006,6 +2006,9 @@ int32_t argmax(const float* logits, int32_t count) {
   }
   return best;
 }
+
+/** p (x - y); what has no probability adds nothing, however far below the highest its logits are. */
+double weighted(float p, float x, float y) { return p > 0.0f ? double{p} * (double{x} - double{y}) : 0.0; }
 
 int32_t draw(const Loops& loops, const float* logits, int32_t count, const float* settings, int32_t* rng, std::vector<Candidate>& kept, std::vector<float>& weights) {
   const float temperature = settings[0], top_p = settings[2], min_p = settings[3];
@@ -2096,6 +2099,35 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
             sum += ctx.loops->exponentials(piece, count, most);
           }
           to->f32()[i] = row[id] - most - static_cast<float>(std::log(sum));
+        }
+      });
+    });
+  });
+}
+
+int32_t wkv_divergence(int32_t context, int32_t out, int32_t logits, int32_t others, int32_t rows) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef from = find_tensor(context, logits, "logits", WKV_F32, rows, -1);
+    const TensorRef with = find_tensor(context, others, "others", WKV_F32, rows, from->columns);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, 2);
+    require(rows >= 1, "rows must be at least 1");
+    ctx.submit([=, &ctx] {
+      ctx.threads.loop(rows, 1, [&](int64_t begin, int64_t end, int) {
+        float p[1024], q[1024];
+        for (int64_t i = begin; i < end; i++) {
+          const float *x = from->row(i), *y = with->row(i);
+          const int32_t columns = from->columns, first = argmax(x, columns), second = argmax(y, columns);
+          double sum_p = 0.0, sum_q = 0.0, apart = 0.0;
+          for (int32_t j = 0; j < columns; j += 1024) {
+            const int32_t count = std::min(1024, columns - j);
+            std::copy(x + j, x + j + count, p);
+            std::copy(y + j, y + j + count, q);
+            sum_p += ctx.loops->exponentials(p, count, x[first]);
+            sum_q += ctx.loops->exponentials(q, count, y[second]);
+            for (int32_t k = 0; k < count; k++) apart += weighted(p[k], x[j + k] - x[first], y[j + k] - y[second]);
+          }
+          to->row(i)[0] = static_cast<float>(std::max(0.0, apart / sum_p - std::log(sum_p) + std::log(sum_q)));
+          to->row(i)[1] = first == second ? 1.0f : 0.0f;
         }
       });
     });
@@ -6883,10 +6915,11 @@ int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
 }
 `,
   "cuda/sample.cu": `/**
- * sample.cu: wkv_sample and wkv_log_prob, from logits [B, vocabulary] to tokens and to their probabilities.
+ * sample.cu: wkv_sample, wkv_log_prob and wkv_divergence, from logits [B, vocabulary] to tokens and to their probabilities.
  *
  *   tokens[b] = the highest logit (temperature 0), or a draw from those that top-k, top-p and min-p leave
  *   out[i] = logits[i, targets[i]] - max - log(sum_j exp(logits[i, j] - max))
+ *   out[i] = sum_j p (log p - log q), p and q being the softmaxes of row i of logits and of others; and whether their highest are one token
  *
  * Tokens stand in an order: higher logit first, of equals the lower token. Every rule keeps the first so many, up to the place where a
  * running sum, of tokens or of their probabilities, reaches a goal; so does the draw. Nothing is sorted: a histogram over the range of
@@ -7065,7 +7098,7 @@ struct Total {
 struct Board {
   Top tops[kThreads / 32], top;
   uint64_t area[kThreads / 32];
-  double sums[32], sum;
+  double sums[32], sum, parts[3];
   Total total;
   uint32_t tokens[kBins], low[kBins], high[kBins];  // the histogram of the slice: tokens, and the halves of their weights' sums
   uint64_t share;                                   // the weight in the bins that this block adds up
@@ -7281,6 +7314,45 @@ __global__ void __launch_bounds__(kThreads) log_prob_kernel(float* out, const fl
   row_sync();  // no block may end while another reads its memory
 }
 
+__global__ void __launch_bounds__(kThreads) divergence_kernel(float* out, const float* logits, const float* others, int32_t count, Faults faults) {
+  __shared__ Board board;
+  wait_for_previous();
+  let_next_start();
+  const int64_t b = blockIdx.x / row_blocks();
+  const Slice slice(logits + b * count, count);
+  const float* other = others + b * count;
+  const bool writes = row_rank() == 0 && threadIdx.x == 0;
+  const Top top = highest(board, slice);
+  row_sync();
+  const Top other_top = highest(board, Slice(other, count));
+  const int32_t bad = min(top.bad, other_top.bad);
+  if (bad != INT_MAX) {
+    if (writes) faults.report(Fault::NanLogit, bad);
+    row_sync();
+    return;
+  }
+  double p = 0.0, q = 0.0, apart = 0.0;
+  slice.each<1>([&](float x, int32_t token) {
+    const float below = x - top.most, other_below = other[token] - other_top.most, share = expf(below);
+    p += share, q += expf(other_below);
+    // What has no probability adds nothing, however far below the highest its logits are.
+    if (share > 0.0f) apart += static_cast<double>(share) * (static_cast<double>(below) - static_cast<double>(other_below));
+  });
+  p = block_sum(p, board.sums), q = block_sum(q, board.sums), apart = block_sum(apart, board.sums);
+  if (threadIdx.x == 0) board.parts[0] = p, board.parts[1] = q, board.parts[2] = apart;
+  row_sync();
+  if (writes) {
+    p = q = apart = 0.0;
+    for (int32_t r = 0; r < row_blocks(); r++) {
+      const double* parts = peer(&board.parts[0], r);
+      p += parts[0], q += parts[1], apart += parts[2];
+    }
+    out[2 * b] = static_cast<float>(fmax(0.0, apart / p - log(p) + log(q)));
+    out[2 * b + 1] = top.token == other_top.token ? 1.0f : 0.0f;
+  }
+  row_sync();  // no block may end while another reads its memory
+}
+
 /** A cluster for each row. */
 Shape shape_of(const Context& ctx, int32_t rows, int32_t count) {
   const uint32_t blocks = ctx.capability >= 90 && count > kShort ? kBlocks : 1;
@@ -7313,6 +7385,18 @@ int32_t wkv_log_prob(int32_t context, int32_t out, int32_t logits, int32_t targe
     require(rows >= 1 && ids->columns >= rows && to->columns >= rows, "targets and out must have at least \`rows\` columns, and rows be at least 1");
     ctx.hold(from, ids, to);
     launch(ctx, log_prob_kernel, shape_of(ctx, rows, from->columns), to->f32(), from->f32(), from->columns, ids->i32(), ctx.faults());
+    ctx.submitted();
+  });
+}
+
+int32_t wkv_divergence(int32_t context, int32_t out, int32_t logits, int32_t others, int32_t rows) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef from = find_tensor(context, logits, "logits", WKV_F32, rows, -1);
+    const TensorRef with = find_tensor(context, others, "others", WKV_F32, rows, from->columns);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, 2);
+    require(rows >= 1, "rows must be at least 1");
+    ctx.hold(from, with, to);
+    launch(ctx, divergence_kernel, shape_of(ctx, rows, from->columns), to->f32(), from->f32(), with->f32(), from->columns, ctx.faults());
     ctx.submitted();
   });
 }
@@ -8607,6 +8691,10 @@ WKV_API int32_t wkv_sample(int32_t context, int32_t tokens /* I32 [1, B] */, int
 
 /** op: out[i] = natural logarithm of the probability of targets[i] under logits[i]. */
 WKV_API int32_t wkv_log_prob(int32_t context, int32_t out /* [1, >= rows] */, int32_t logits /* [>= rows, vocabulary] */, int32_t targets /* I32 [1, >= rows] */, int32_t rows);
+
+/** op: how far the distributions of \`others\` are from those of \`logits\`. out[i] = the Kullback-Leibler divergence of row i in nats,
+ *  sum over j of p (ln p - ln q) with p of \`logits\` and q of \`others\`, and 1 where the first of the highest is the same in both, else 0. */
+WKV_API int32_t wkv_divergence(int32_t context, int32_t out /* [>= rows, 2] */, int32_t logits /* [>= rows, vocabulary] */, int32_t others /* [>= rows, vocabulary] */, int32_t rows);
 
 #endif
 `,

@@ -105,4 +105,5 @@ export const symbols = {
   wkv_prefill: { parameters: ["i32","i32","i32","i32","i32","i32","i32","f32"], result: "i32" },
   wkv_sample: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },
   wkv_log_prob: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },
+  wkv_divergence: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },
 } as const satisfies Deno.ForeignLibraryInterface;

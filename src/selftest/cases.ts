@@ -119,6 +119,7 @@ function kindOf(row: KernelCase): string | null {
       if (row.vocabulary !== 1000) return null;
       return `${kernel} ${row.temperature > 0}`;
     case "logProb":
+    case "divergence":
       return row.rows > 1 && row.vocabulary === 33 ? kernel : null;
     case "rmsnorm":
       return row.rows > 1 && row.columns === 31 ? kernel : null;

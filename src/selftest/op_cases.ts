@@ -120,6 +120,18 @@ export interface LogProbCase {
   tolerance: number;
 }
 
+/** wkv_divergence: rows of logits against the same with noise. */
+export interface DivergenceCase {
+  /** The kernel. */
+  kernel: "divergence";
+  /** Rows of logits. */
+  rows: number;
+  /** Logits of one. */
+  vocabulary: number;
+  /** Absolute error that is allowed. */
+  tolerance: number;
+}
+
 /** One row of the table. */
 export type OpCase =
   | LinearCase
@@ -127,7 +139,8 @@ export type OpCase =
   | EmbedCase
   | RmsnormCase
   | SampleCase
-  | LogProbCase;
+  | LogProbCase
+  | DivergenceCase;
 
 /** Types of weights. */
 export const weightTypes = [
@@ -337,6 +350,11 @@ const logProb: LogProbCase[] = [1, 3, 20].flatMap((rows) =>
   }))
 );
 
+const divergence: DivergenceCase[] = logProb.map((row) => ({
+  ...row,
+  kernel: "divergence",
+}));
+
 /** The table. */
 export const opCases: OpCase[] = [
   ...linear,
@@ -347,4 +365,5 @@ export const opCases: OpCase[] = [
   ...greedy,
   ...drawn,
   ...logProb,
+  ...divergence,
 ];

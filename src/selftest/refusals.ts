@@ -2,7 +2,14 @@
 
 import type { Backend } from "../backend/backend.ts";
 import { WkvError } from "../backend/error.ts";
-import { embed, gated, linear, logProb, sample } from "../backend/ops.ts";
+import {
+  divergence,
+  embed,
+  gated,
+  linear,
+  logProb,
+  sample,
+} from "../backend/ops.ts";
 import { Tensor } from "../backend/tensor.ts";
 import { type Finding, Findings } from "./findings.ts";
 import { type Layer, openCache, qkvWidth } from "./layer.ts";
@@ -98,6 +105,12 @@ const refusals = {
     using logits = floats(b, 9);
     using targets = Tensor.from(b, Int32Array.of(9));
     logProb(b, out, logits, targets, 1);
+  },
+  "a NaN among other logits": (b: Backend): void => {
+    using out = Tensor.from(b, new Float32Array(2));
+    using logits = floats(b, 9);
+    using others = Tensor.from(b, new Float32Array(9).fill(NaN));
+    divergence(b, out, logits, others, 1);
   },
   "a step of a cache that is full": (b: Backend): void =>
     step(b, "full", 8, nothing),

@@ -2,6 +2,7 @@
 
 import type { Backend } from "../backend/backend.ts";
 import {
+  divergence,
   embed,
   gated,
   linear,
@@ -15,6 +16,7 @@ import { type Finding, Findings, sameBytes } from "./findings.ts";
 import { matrix } from "./matrix.ts";
 import { type Random, relativeError } from "./numbers.ts";
 import type {
+  DivergenceCase,
   EmbedCase,
   GatedCase,
   LinearCase,
@@ -52,6 +54,9 @@ export function runOpCase(
       break;
     case "logProb":
       checkLogProb(backend, row, random, found);
+      break;
+    case "divergence":
+      checkDivergence(backend, row, random, found);
       break;
   }
   return found.list;
@@ -399,6 +404,56 @@ function checkSample(
     });
   }
   if (temperature > 0) found.must("draws", rng.integers()[2] === 3);
+}
+
+function checkDivergence(
+  backend: Backend,
+  row: DivergenceCase,
+  random: Random,
+  found: Findings,
+): void {
+  const { rows, vocabulary } = row;
+  for (const noise of [0, 1e-3, 1, 20]) {
+    const logits = random.normals(rows * vocabulary, 3);
+    const others = random.normals(rows * vocabulary, noise)
+      .map((x, i) => logits[i]! + x);
+    using from = Tensor.from(backend, logits, rows);
+    using with_ = Tensor.from(backend, others, rows);
+    using out = Tensor.from(
+      backend,
+      new Float32Array(2 * (rows + 1)).fill(NaN),
+      rows + 1,
+    );
+    divergence(backend, out, from, with_, rows);
+    const actual = out.floats();
+    const q = split(others, vocabulary);
+    split(logits, vocabulary).forEach((p, i) => {
+      const [logP, logQ] = [logSoftmax(p), logSoftmax(q[i]!)];
+      const expected = logP.reduce(
+        (sum, log, j) => sum + Math.exp(log) * (log - logQ[j]!),
+        0,
+      );
+      found.note(
+        "divergence",
+        Math.abs(actual[2 * i]! - expected) / Math.max(1, expected),
+        row.tolerance,
+      );
+      const same = first(p) === first(q[i]!);
+      found.must("same likeliest token", actual[2 * i + 1] === (same ? 1 : 0));
+    });
+    found.must("rows beyond the last", Number.isNaN(actual[2 * rows]));
+  }
+}
+
+/** The first of the highest. */
+function first(row: Float64Array): number {
+  return row.indexOf(row.reduce((a, b) => Math.max(a, b)));
+}
+
+function logSoftmax(row: Float64Array): Float64Array {
+  const most = row.reduce((a, b) => Math.max(a, b));
+  const sum = row.reduce((a, b) => a + Math.exp(b - most), 0);
+  return Float64Array.from(row, (x) => x - most - Math.log(sum));
 }
 
 function checkLogProb(
