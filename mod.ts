@@ -35,7 +35,9 @@ export {
   perplexity,
   type PerplexityOptions,
   type PerplexityRow,
-} from "./src/perplexity.ts";
+  type ResultStore,
+  type WindowResult,
+} from "./src/evaluate/perplexity.ts";
 export { type Prefill, type SamplerOptions, Session } from "./src/session.ts";
 export {
   type CacheEvent,

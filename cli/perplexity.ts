@@ -4,7 +4,7 @@ import type { KvCache } from "../src/cache/cache.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import type { Model } from "../src/model.ts";
-import { perplexity, type PerplexityRow } from "../src/perplexity.ts";
+import { perplexity, type PerplexityRow } from "../src/evaluate/perplexity.ts";
 import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readTextFile } from "./input.ts";

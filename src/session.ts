@@ -1,7 +1,7 @@
 /** Session: one cache with the graphs that feed it; used by generate and perplexity. */
 
 import type { Graph } from "./backend/backend.ts";
-import { logProb, sample } from "./backend/ops.ts";
+import { divergence, logProb, sample } from "./backend/ops.ts";
 import { Tensor } from "./backend/tensor.ts";
 import type { KvCache } from "./cache/cache.ts";
 import { choosesByStep, type Policy } from "./cache/policy.ts";
@@ -57,7 +57,10 @@ export class Session implements Disposable {
   readonly #rng: Tensor;
   readonly #targets: Tensor;
   readonly #logProbs: Tensor;
+  readonly #apart: Tensor;
   readonly #graphs = new Map<string, Graph>();
+  /** What the recorded divergence is from. */
+  #from: Session | undefined;
 
   /** A session on a cache of this model. */
   constructor(model: Model, cache: KvCache) {
@@ -68,6 +71,7 @@ export class Session implements Disposable {
     this.#tokens = new Tensor(backend, "I32", 1, sequences);
     this.#targets = new Tensor(backend, "I32", 1, sequences);
     this.#logProbs = new Tensor(backend, "F32", 1, sequences);
+    this.#apart = new Tensor(backend, "F32", sequences, 2);
     this.#logits = new Tensor(
       backend,
       "F32",
@@ -177,6 +181,33 @@ export class Session implements Disposable {
   }
 
   /**
+   * How far the logits that each sequence's last token left are from those of
+   * another session, as both stand: its Kullback-Leibler divergence in nats, and
+   * 1 where the likeliest token is the same, `[B, 2]`.
+   */
+  async divergence(from: Session): Promise<Float32Array<ArrayBuffer>> {
+    const { backend } = this.model;
+    const { sequences } = this.cache;
+    let graph = this.#graphs.get("divergence");
+    if (graph === undefined || this.#from !== from) {
+      graph?.close();
+      this.#from = from;
+      graph = backend.record(() =>
+        divergence(
+          backend,
+          this.#apart,
+          from.#logits,
+          this.#logits,
+          sequences,
+        )
+      );
+      this.#graphs.set("divergence", graph);
+    }
+    await graph.run();
+    return this.#apart.floats();
+  }
+
+  /**
    * Feeds tokens to one sequence as one pass; gives the log probability of each
    * one's target. Tokens beyond the cache's room are settled as one chunk.
    */
@@ -220,6 +251,7 @@ export class Session implements Disposable {
         this.#rng,
         this.#targets,
         this.#logProbs,
+        this.#apart,
       ]
     ) tensor.close();
   }

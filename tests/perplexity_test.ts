@@ -18,6 +18,7 @@ import {
   perplexity,
   type PerplexityOptions,
   type PerplexityRow,
+  type WindowResult,
 } from "../mod.ts";
 import type { Precision } from "../src/backend/ops.ts";
 import type { KvCache, Positions } from "../src/cache/cache.ts";
@@ -134,10 +135,12 @@ describe("perplexity()", () => {
       targets: 31,
     } as const;
     assertEquals(
-      rows.map(({ nll, perplexity, stderr, seconds, ...row }) => {
+      rows.map(({ nll, perplexity, stderr, seconds, gap, ...row }) => {
         assertAlmostEquals(Math.exp(nll!), perplexity!);
         assertGreater(stderr!, 0);
         assertGreater(seconds, 0);
+        const base = rows[0]!.perplexity!;
+        assertEquals(gap, row.budget === null ? null : perplexity! - base);
         return row;
       }),
       [
@@ -153,9 +156,161 @@ describe("perplexity()", () => {
         recent,
         interval: policy === "full" ? null : 1,
         ...common,
+        kl: null,
+        klStderr: null,
+        sameTop: null,
+        gapStderr: null,
+        gapWindow: budget === null ? null : 32,
       })),
     );
     assertEquals(new Set(rows.map(({ nll }) => nll)).size, 5);
+  });
+
+  it("measures how far each row is from the full cache", async () => {
+    const options: PerplexityOptions = {
+      ...full,
+      policies: ["weighted-kv", "streaming-llm"],
+      budgets: [12, 40],
+      divergence: true,
+    };
+    const rows = await rowsOf(model, ids, options);
+    assertEquals(rows.length, 4);
+    const softmax = (logits: ArrayLike<number>) => {
+      const all = Array.from(logits);
+      const top = Math.max(...all);
+      const sum = all.reduce((sum, x) => sum + Math.exp(x - top), 0);
+      return all.map((x) => x - top - Math.log(sum));
+    };
+    for (const row of rows) {
+      using cache = model.createCache({
+        policy: row.policy,
+        budget: row.budget!,
+        cacheType: "f32",
+      });
+      const kls: number[] = [];
+      let same = 0;
+      for (let w = 0; w < 4; w++) {
+        const window = ids.slice(16 * w, 16 * w + 32);
+        const right = tiny.logits(window.slice(0, -1)).map(softmax);
+        cache.reset();
+        using session = new Session(model, cache);
+        for (let i = 0; i < 31; i++) {
+          const q = softmax(await session.logits(Int32Array.of(window[i]!)));
+          if (w > 0 && i + 1 < 16) continue;
+          const p = right[i]!;
+          kls.push(
+            p.reduce((s, log, j) => s + Math.exp(log) * (log - q[j]!), 0),
+          );
+          const first = (x: number[]) => x.indexOf(Math.max(...x));
+          same += first(p) === first(q) ? 1 : 0;
+        }
+      }
+      const mean = kls.reduce((a, b) => a + b) / kls.length;
+      const deviation = Math.sqrt(
+        kls.reduce((sum, x) => sum + (x - mean) ** 2, 0) / (kls.length - 1),
+      );
+      const label = `${row.policy} ${row.budget}`;
+      assertAlmostEquals(row.kl!, mean, 1e-5, label);
+      assertAlmostEquals(
+        row.klStderr!,
+        deviation / Math.sqrt(kls.length),
+        1e-4,
+        label,
+      );
+      assertAlmostEquals(row.sameTop!, same / kls.length, 1e-9, label);
+      if (row.budget === 12) assertGreater(row.kl!, 1e-3);
+      else assertLess(row.kl!, 1e-6);
+    }
+    // The same row alone, and beside a full one that was asked for.
+    const [, alone] = await rowsOf(model, ids, {
+      ...options,
+      policies: ["streaming-llm", "full"],
+      budgets: [12],
+    });
+    assertEquals(alone!.kl, rows[2]!.kl);
+    assertEquals(alone!.nll, rows[2]!.nll);
+    await assertRejects(
+      () => rowsOf(model, ids, { ...options, prefill: "chunk:4" }),
+      RangeError,
+      "lock-step",
+    );
+  });
+
+  it("gives the gap the standard error of the windows' differences", async () => {
+    const options = {
+      ...full,
+      policies: ["full", "weighted-kv"],
+      budgets: [12],
+    };
+    const items: WindowResult[] = [];
+    const results = {
+      items,
+      add: (more: readonly WindowResult[]) => {
+        items.push(...more);
+        return Promise.resolve();
+      },
+    };
+    const [base, row] = await rowsOf(model, ids, { ...options, results });
+    const of = (policy: string) =>
+      items.filter((item) => item.policy === policy);
+    const [a, b] = [of("full"), of("weighted-kv")];
+    assertEquals([a.length, b.length], [4, 4]);
+    const targets = a.reduce((sum, item) => sum + item.targets, 0);
+    const sum = a.reduce((sum, item, i) => sum + b[i]!.nll - item.nll, 0);
+    assertAlmostEquals(
+      Math.log(row!.perplexity! / base!.perplexity!),
+      sum / targets,
+      1e-9,
+    );
+    // Cochran's standard error of a ratio of sums, by leaving windows as they are.
+    const rest = a.map((item, i) =>
+      b[i]!.nll - item.nll - sum / targets * item.targets
+    );
+    const variance = rest.reduce((sum, x) => sum + x * x, 0) / 3 * 4;
+    assertAlmostEquals(
+      row!.gapStderr!,
+      row!.perplexity! * Math.sqrt(variance) / targets,
+      1e-6 * row!.perplexity!,
+    );
+  });
+
+  it("goes on where a run was cut off, to the same figures", async () => {
+    const options: PerplexityOptions = {
+      ...full,
+      policies: ["weighted-kv", "eviction"],
+      budgets: [12],
+      batch: 2,
+      divergence: true,
+    };
+    const whole = await rowsOf(model, ids, options);
+    const items: WindowResult[] = [];
+    let calls = 0;
+    const results = {
+      items,
+      add: (more: readonly WindowResult[]) => {
+        if (++calls === 2) throw new Error("cut off");
+        items.push(...more);
+        return Promise.resolve();
+      },
+    };
+    await assertRejects(
+      () => rowsOf(model, ids, { ...options, results }),
+      Error,
+      "cut off",
+    );
+    const known = items.length;
+    assertEquals(known, 6);
+    let fed = 0;
+    const again = await rowsOf(model, ids, {
+      ...options,
+      results,
+      onProgress: (done, total) => fed = done / total,
+    });
+    assertEquals(fed, 1);
+    assertEquals(items.length, 12);
+    const timeless = (rows: PerplexityRow[]) =>
+      rows.map(({ seconds: _, ...row }) => row);
+    assertEquals(timeless(again), timeless(whole));
   });
 
   it("does not depend on how many windows run side by side", async () => {
@@ -208,7 +363,7 @@ describe("perplexity()", () => {
       policies: ["full", "weighted-kv"],
       budgets: [16],
     };
-    const [none, some] = await rowsOf(model, ids, options);
+    const [none, fits, some] = await rowsOf(model, ids, options);
     assertStringIncludes(none!.reason!, "80 tokens exceeds");
     assertEquals(
       [none!.nll, none!.perplexity, none!.stderr, none!.targets],
@@ -216,9 +371,23 @@ describe("perplexity()", () => {
     );
     assertGreater(some!.perplexity!, 1);
     assertEquals(some!.reason, undefined);
+    // The gap is taken from the longest windows that fit.
+    assertEquals([fits!.policy, fits!.window, fits!.stride], ["full", 64, 32]);
+    assertEquals(some!.gapWindow, 64);
+    assertEquals(some!.gap, some!.perplexity! - fits!.perplexity!);
+    assertAlmostEquals(
+      some!.gapStderr!,
+      Math.hypot(some!.stderr!, fits!.stderr!),
+      1e-9,
+    );
+    const diverging = { ...options, divergence: true };
+    const alone = (await rowsOf(model, ids, diverging)).at(-1)!;
+    assertEquals([alone.nll, alone.kl], [some!.nll, null]);
+    assertStringIncludes(alone.reason!, "No divergence");
     const text = await rowsOf(model, ids, { ...options, positions: "text" });
-    assertEquals(text.map(({ nll }) => nll), [null, null]);
-    assertEquals(text[1]!.budget, 16);
+    assertEquals(text.map(({ window }) => window), [80, 64, 80]);
+    assertEquals([text[0]!.nll, text[2]!.nll], [null, null]);
+    assertEquals(text[2]!.budget, 16);
   });
 
   it("refuses options out of range before anything is run", async () => {
