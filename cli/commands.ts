@@ -20,6 +20,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: "Measure policies and budgets on a text",
     load: async () => (await import("./perplexity.ts")).perplexityCommand,
   },
+  verify: {
+    summary: "Repeat a run that was kept, and compare",
+    load: async () => (await import("./verify.ts")).verifyCommand,
+  },
   bench: {
     summary: "Time kernels, or a model's decode steps",
     load: async () => (await import("./bench.ts")).benchCommand,

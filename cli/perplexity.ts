@@ -4,11 +4,22 @@ import type { KvCache } from "../src/cache/cache.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import type { Model } from "../src/model.ts";
-import { perplexity, type PerplexityRow } from "../src/evaluate/perplexity.ts";
+import {
+  perplexity,
+  type PerplexityOptions,
+  type PerplexityRow,
+  type WindowResult,
+} from "../src/evaluate/perplexity.ts";
+import { perplexityChart, perplexityReport } from "../src/evaluate/report.ts";
+import {
+  describeRun,
+  RunFolder,
+  textFingerprint,
+} from "../src/evaluate/run_folder.ts";
 import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readTextFile } from "./input.ts";
-import { text, UsageError, whole, wholes, words } from "./option.ts";
+import { flag, text, UsageError, whole, wholes, words } from "./option.ts";
 import { runFlags } from "./permissions.ts";
 import { Bar } from "./progress.ts";
 import {
@@ -36,6 +47,15 @@ const options = {
   budget: wholes(1, BUDGET.summary, BUDGET.most),
   ...cacheOptions,
   batch: whole(1, "Windows run side by side (default by memory)", 4096),
+  divergence: flag(
+    "Run the full cache beside the others and measure how far they are from it",
+  ),
+  out: text(
+    "FOLDER",
+    "Keep results and a report there; given again, the run goes on",
+    { file: true },
+  ),
+  svg: text("FILE", "Draw perplexity over the budget", { file: true }),
   "dump-cache": text(
     "FILE",
     "Write the cache after the first window's last fed token, as JSON lines",
@@ -55,10 +75,12 @@ export const perplexityCommand = defineCommand({
 ${policyList()}`,
   options,
   permissions: (values) => {
-    const { text, "dump-cache": dump } = values;
+    const { text, "dump-cache": dump, out, svg } = values;
+    const write = [dump, svg, out].flatMap((path) => path ?? []);
+    const read = [text === "-" ? undefined : text, out];
     return runFlags(values.model, {
-      ...(text && text !== "-" ? { read: [text] } : {}),
-      ...(dump ? { write: [dump] } : {}),
+      read: read.flatMap((path) => path ?? []),
+      ...(write.length > 0 ? { write } : {}),
     });
   },
   async run({ values, terminal, signal }) {
@@ -76,6 +98,11 @@ ${policyList()}`,
       if (policy.select === "none") continue;
       for (const budget of budgets) resolveBudget(policy, budget, values);
     }
+    if (values.out !== undefined && values["dump-cache"] !== undefined) {
+      throw new UsageError(
+        "Give --out or --dump-cache: a run that goes on may have no first window",
+      );
+    }
     const input = await readTextFile(path, processInput(), signal);
     using dump = values["dump-cache"] === undefined
       ? null
@@ -87,7 +114,7 @@ ${policyList()}`,
     using model = await load(values, terminal, signal);
     const bar = new Bar(terminal.err);
     const start = performance.now();
-    const rows = perplexity(model, input, {
+    const settings: PerplexityOptions = {
       window,
       stride: values.stride,
       windows: values.windows,
@@ -101,6 +128,24 @@ ${policyList()}`,
       cacheType: values["cache-type"],
       prefill: values.prefill,
       batch: values.batch,
+      divergence: values.divergence,
+    };
+    const folder = values.out === undefined
+      ? null
+      : await RunFolder.open<WindowResult>(values.out, {
+        command: "perplexity",
+        options: { ...settings, activations: model.activations },
+        ...await describeRun(model),
+        text: textFingerprint(path, input),
+      });
+    if (folder !== null && folder.items.length > 0 && !quiet) {
+      await terminal.err.write(
+        `${folder.path}: going on after ${folder.items.length} results\n`,
+      );
+    }
+    const rows = perplexity(model, input, {
+      ...settings,
+      ...(folder === null ? {} : { results: folder }),
       signal,
       onProgress(done, total) {
         if (quiet) return;
@@ -122,6 +167,13 @@ ${policyList()}`,
       bar.clear();
       if (!json && done.length > 0) await terminal.out.write(table(done));
     }
+    if (values.svg !== undefined) {
+      await Deno.writeTextFile(values.svg, perplexityChart(done));
+    }
+    await folder?.write(
+      "report.html",
+      perplexityReport(done, folder.items, folder.manifest),
+    );
     return 0;
   },
 });
@@ -158,26 +210,41 @@ async function dumpCache(
 }
 
 function table(rows: readonly PerplexityRow[]): string {
-  const numbers = ["budget", "sinks", "recent", "targets", "perplexity", "+/-"];
-  const cell = (value: number | null): string => value?.toString() ?? "-";
-  const head = ["policy", ...numbers.slice(0, 3), "positions", "targets"]
-    .concat("perplexity", "+/-", "time");
+  const whole = (value: number | null): string => value?.toString() ?? "-";
+  const fixed = (digits: number) => (value: number | null): string =>
+    value?.toFixed(digits) ?? "-";
+  const columns: [head: string, cell: (row: PerplexityRow) => string][] = [
+    ["policy", ({ policy }) => policy],
+    ["budget", ({ budget }) => whole(budget)],
+    ["sinks", ({ sinks }) => whole(sinks)],
+    ["recent", ({ recent }) => whole(recent)],
+    ["positions", ({ positions }) => positions],
+    ["window", ({ window }) => whole(window)],
+    ["targets", ({ targets }) => whole(targets)],
+    ["perplexity", ({ perplexity }) => fixed(4)(perplexity)],
+    ["+/-", ({ stderr }) => fixed(4)(stderr)],
+  ];
+  if (rows.some(({ gap }) => gap !== null)) {
+    columns.push(
+      ["gap", ({ gap }) => fixed(4)(gap)],
+      ["gap +/-", ({ gapStderr }) => fixed(4)(gapStderr)],
+    );
+  }
+  if (rows.some(({ kl }) => kl !== null)) {
+    columns.push(
+      ["KL", ({ kl }) => fixed(5)(kl)],
+      ["KL +/-", ({ klStderr }) => fixed(5)(klStderr)],
+      ["same top", ({ sameTop }) => fixed(4)(sameTop)],
+    );
+  }
+  columns.push(["time", ({ seconds }) => formatTime(seconds * 1000)]);
   const reasons = rows.flatMap(({ policy, reason }) =>
     reason === undefined ? [] : [`${policy}: ${reason}\n`]
   );
+  const heads = columns.map(([head]) => head);
   return formatTable(
-    head,
-    rows.map((row) => [
-      row.policy,
-      cell(row.budget),
-      cell(row.sinks),
-      cell(row.recent),
-      row.positions,
-      row.targets.toString(),
-      row.perplexity?.toFixed(4) ?? "-",
-      row.stderr?.toFixed(4) ?? "-",
-      formatTime(row.seconds * 1000),
-    ]),
-    numbers,
+    heads,
+    rows.map((row) => columns.map(([, cell]) => cell(row))),
+    heads.filter((head) => !["policy", "positions", "time"].includes(head)),
   ) + [...new Set(reasons)].join("");
 }

@@ -1,0 +1,135 @@
+/** `wkv verify`: repeats a run that a folder holds, and says whether the results are the same. */
+
+import {
+  perplexity,
+  type PerplexityOptions,
+  type WindowResult,
+} from "../src/evaluate/perplexity.ts";
+import {
+  describeRun,
+  type Fingerprint,
+  type Manifest,
+  RunFolder,
+  textFingerprint,
+} from "../src/evaluate/run_folder.ts";
+import { compareResults, TOLERANCE } from "../src/evaluate/verify.ts";
+import type { Model } from "../src/model.ts";
+import { defineCommand } from "./command.ts";
+import { processInput, readTextFile } from "./input.ts";
+import { text, UsageError } from "./option.ts";
+import { runFlags } from "./permissions.ts";
+import { Bar } from "./progress.ts";
+import { load, loadOptions, outputOptions } from "./shared_options.ts";
+import { formatTime } from "./units.ts";
+
+const options = {
+  text: text("FILE", "The text, where it lies elsewhere now", { file: true }),
+  ...loadOptions,
+  ...outputOptions,
+};
+
+/** The command. */
+export const verifyCommand = defineCommand({
+  operands: "FOLDER",
+  most: { count: 1, what: "one folder" },
+  description:
+    `Repeats a run that was kept with --out, and says whether its results are bit-equal, within a tolerance of ${TOLERANCE} relative, or different and where first. Exits 1 when they are different.`,
+  options,
+  permissions: (values) =>
+    // The folder and the text that it names may lie anywhere.
+    runFlags(values.model, { read: [] }),
+  async run({ values, operands: [path], terminal, signal }) {
+    if (path === undefined) throw new UsageError("Name the folder of a run");
+    const folder = await RunFolder.read<WindowResult>(path);
+    const { manifest } = folder;
+    const { activations, ...rest } = manifest.options;
+    using model = await load(
+      {
+        ...values,
+        model: values.model ?? manifest.model.name,
+        activations: values.activations ?? activations as "int8" | "f32",
+      },
+      terminal,
+      signal,
+    );
+    const now = await describeRun(model);
+    same("model", manifest.model, now.model);
+    const bar = new Bar(terminal.err);
+    const start = performance.now();
+    const again: WindowResult[] = [];
+    const onProgress = (done: number, total: number): void => {
+      if (values.quiet) return;
+      const left = (performance.now() - start) * (total - done) / done;
+      bar.draw("Verifying", done / total, `${formatTime(left)} left`);
+    };
+    try {
+      await repeat(model, manifest, rest, values.text, again, {
+        signal,
+        onProgress,
+      });
+    } finally {
+      bar.clear();
+    }
+    const verdict = compareResults(folder.items, again);
+    const differs = [
+      ...(manifest.device === now.device ? [] : [`device: ${now.device}`]),
+      ...(manifest.versions.kernels === now.versions.kernels
+        ? []
+        : ["other kernels"]),
+    ];
+    const words = {
+      equal: "bit-equal",
+      close: `within ${TOLERANCE}, the largest difference is ${
+        verdict.worst.toExponential(1)
+      }`,
+      different: "different",
+    };
+    await terminal.out.write(
+      values.json
+        ? `${
+          JSON.stringify({
+            folder: path,
+            results: again.length,
+            ...verdict,
+            differs,
+          })
+        }\n`
+        : `${path}: ${again.length} results, ${words[verdict.outcome]}\n${
+          verdict.outcome === "equal" ? "" : `first: ${verdict.first}\n`
+        }${differs.length > 0 ? `this run: ${differs.join(", ")}\n` : ""}`,
+    );
+    return verdict.outcome === "different" ? 1 : 0;
+  },
+});
+
+/** Runs what a manifest says once more. */
+async function repeat(
+  model: Model,
+  manifest: Manifest,
+  options: Record<string, unknown>,
+  elsewhere: string | undefined,
+  items: WindowResult[],
+  more: Pick<PerplexityOptions, "signal" | "onProgress">,
+): Promise<void> {
+  const path = elsewhere ?? manifest.text!.name;
+  const input = await readTextFile(path, processInput(), more.signal);
+  same("text", manifest.text!, textFingerprint(path, input));
+  const results = {
+    items,
+    add(more: readonly WindowResult[]) {
+      items.push(...more);
+      return Promise.resolve();
+    },
+  };
+  const settings = options as unknown as PerplexityOptions;
+  for await (
+    const _ of perplexity(model, input, { ...settings, ...more, results })
+  );
+}
+
+function same(what: string, there: Fingerprint, now: Fingerprint): void {
+  if (there.sha256 === now.sha256) return;
+  throw new UsageError(
+    `The ${what} is another: the run had ${there.name} with sha256 ${there.sha256}, ${now.name} has ${now.sha256}`,
+  );
+}

@@ -1,0 +1,200 @@
+/** lineChart(): a line chart as one SVG text, without a dependency; used by reports and `--svg`. */
+
+/** A point; `error` draws a bar of that length up and down. */
+export interface ChartPoint {
+  /** Across. */
+  x: number;
+  /** Up. */
+  y: number;
+  /** Half of the error bar. */
+  error?: number;
+}
+
+/** One line. */
+export interface ChartSeries {
+  /** Its name. */
+  name: string;
+  /** Its points, in any order. */
+  points: readonly ChartPoint[];
+}
+
+/** What is drawn. */
+export interface ChartOptions {
+  /** What the chart shows. */
+  title: string;
+  /** Quantity and unit across. */
+  xLabel: string;
+  /** Quantity and unit up. */
+  yLabel: string;
+  /** How x is spaced. @default `"linear"` */
+  xScale?: "linear" | "log";
+  /** The lines. */
+  series: readonly ChartSeries[];
+}
+
+const WIDTH = 760;
+const HEIGHT = 420;
+const LEFT = 70;
+const RIGHT = 210;
+const TOP = 48;
+const BOTTOM = 56;
+/** Colours that colour-blind people tell apart (Okabe and Ito 2008), without the yellow that white swallows. */
+const COLOURS = [
+  "#0072b2",
+  "#d55e00",
+  "#009e73",
+  "#cc79a7",
+  "#56b4e9",
+  "#e69f00",
+  "#000000",
+];
+const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
+
+/** Escapes text for SVG and HTML. */
+export function escapeText(text: string): string {
+  return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;")
+    .replaceAll(">", "&gt;").replaceAll('"', "&quot;");
+}
+
+/**
+ * Draws lines with markers, error bars, round ticks and a legend.
+ *
+ * @throws {RangeError} A coordinate is not finite, or x is not above 0 where its
+ * scale is logarithmic.
+ */
+export function lineChart(options: ChartOptions): string {
+  const { xScale = "linear", series } = options;
+  const points = series.flatMap(({ points }) => points);
+  for (const { x, y, error = 0 } of points) {
+    if (![x, y, error].every(Number.isFinite) || (xScale === "log" && x <= 0)) {
+      throw new RangeError(
+        `The points of a chart must be finite${
+          xScale === "log" ? ", with x above 0" : ""
+        }: current value is (${x}, ${y})`,
+      );
+    }
+  }
+  const across = (x: number) => xScale === "log" ? Math.log2(x) : x;
+  const xs = points.map(({ x }) => x);
+  const ys = points.flatMap(({ y, error = 0 }) => [y - error, y + error]);
+  const [x0, x1] = widened(xs.map(across));
+  const yTicks = roundTicks(...widened(ys));
+  const [y0, y1] = [yTicks[0]!, yTicks.at(-1)!];
+  const left = (x: number) =>
+    LEFT + (across(x) - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
+  const top = (y: number) =>
+    HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
+  // Few places across are named themselves.
+  const own = [...new Set(xs)].sort((a, b) => a - b);
+  const xTicks = own.length <= 8
+    ? own
+    : roundTicks(Math.min(...xs), Math.max(...xs));
+  const parts = [
+    `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="13">`,
+    `<title>${escapeText(options.title)}</title>`,
+    `<rect width="${WIDTH}" height="${HEIGHT}" fill="#ffffff"/>`,
+    `<text x="${LEFT}" y="24" font-size="16" font-weight="600">${
+      escapeText(options.title)
+    }</text>`,
+  ];
+  for (const y of yTicks) {
+    parts.push(
+      `<line x1="${LEFT}" x2="${WIDTH - RIGHT}" y1="${at(top(y))}" y2="${
+        at(top(y))
+      }" stroke="#dddddd"/>`,
+      `<text x="${LEFT - 8}" y="${at(top(y) + 4)}" text-anchor="end">${
+        label(y)
+      }</text>`,
+    );
+  }
+  for (const x of xTicks) {
+    parts.push(
+      `<line x1="${at(left(x))}" x2="${at(left(x))}" y1="${
+        HEIGHT - BOTTOM
+      }" y2="${HEIGHT - BOTTOM + 5}" stroke="#333333"/>`,
+      `<text x="${at(left(x))}" y="${
+        HEIGHT - BOTTOM + 20
+      }" text-anchor="middle">${label(x)}</text>`,
+    );
+  }
+  parts.push(
+    `<line x1="${LEFT}" x2="${WIDTH - RIGHT}" y1="${HEIGHT - BOTTOM}" y2="${
+      HEIGHT - BOTTOM
+    }" stroke="#333333"/>`,
+    `<text x="${(LEFT + WIDTH - RIGHT) / 2}" y="${
+      HEIGHT - 14
+    }" text-anchor="middle">${escapeText(options.xLabel)}</text>`,
+    `<text transform="translate(18 ${
+      (TOP + HEIGHT - BOTTOM) / 2
+    }) rotate(-90)" text-anchor="middle">${escapeText(options.yLabel)}</text>`,
+  );
+  const step = Math.min(18, (HEIGHT - TOP - 20) / Math.max(1, series.length));
+  series.forEach(({ name, points }, i) => {
+    const colour = COLOURS[i % COLOURS.length]!;
+    const dash = DASHES[Math.floor(i / COLOURS.length) % DASHES.length]!;
+    const style = `stroke="${colour}" stroke-width="2" fill="none"${
+      dash ? ` stroke-dasharray="${dash}"` : ""
+    }`;
+    const sorted = points.toSorted((a, b) => a.x - b.x);
+    if (sorted.length > 1) {
+      const line = sorted.map(({ x, y }) => `${at(left(x))},${at(top(y))}`);
+      parts.push(`<polyline points="${line.join(" ")}" ${style}/>`);
+    }
+    for (const { x, y, error = 0 } of sorted) {
+      if (error > 0) {
+        parts.push(
+          `<line x1="${at(left(x))}" x2="${at(left(x))}" y1="${
+            at(top(y - error))
+          }" y2="${at(top(y + error))}" stroke="${colour}"/>`,
+        );
+      }
+      parts.push(
+        `<circle cx="${at(left(x))}" cy="${
+          at(top(y))
+        }" r="3.5" fill="${colour}"><title>${
+          escapeText(`${name}: ${label(x)}, ${label(y)}`)
+        }</title></circle>`,
+      );
+    }
+    const y = TOP + 6 + i * step;
+    const x = WIDTH - RIGHT + 16;
+    parts.push(
+      `<line x1="${x}" x2="${x + 22}" y1="${at(y)}" y2="${at(y)}" ${style}/>`,
+      `<text x="${x + 28}" y="${at(y + 4)}">${escapeText(name)}</text>`,
+    );
+  });
+  return [...parts, "</svg>"].join("\n") + "\n";
+}
+
+/** The least and the most, apart even where all values are equal. */
+function widened(values: readonly number[]): [number, number] {
+  if (values.length === 0) return [0, 1];
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  if (high > low) return [low, high];
+  const room = Math.abs(low) / 10 || 1;
+  return [low - room, high + room];
+}
+
+/** Multiples of 1, 2 or 5 times a power of ten that enclose a range. */
+function roundTicks(low: number, high: number): number[] {
+  const rough = (high - low) / 5;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find((n) => n * power >= rough)!;
+  const first = Math.floor(low / step + 1e-9);
+  const last = Math.ceil(high / step - 1e-9);
+  return Array.from(
+    { length: last - first + 1 },
+    (_, i) => Number(((first + i) * step).toPrecision(12)),
+  );
+}
+
+function at(place: number): string {
+  return place.toFixed(1);
+}
+
+function label(value: number): string {
+  const short = Number(value.toPrecision(5));
+  return Math.abs(short) >= 1e4 && Math.abs(short) < 1e7
+    ? short.toLocaleString("en-US")
+    : String(short);
+}
