@@ -38,6 +38,12 @@ export {
   type ResultStore,
   type WindowResult,
 } from "./src/evaluate/perplexity.ts";
+export {
+  compare,
+  type ComparedText,
+  type CompareOptions,
+  type Comparison,
+} from "./src/evaluate/compare.ts";
 export { type Prefill, type SamplerOptions, Session } from "./src/session.ts";
 export {
   type CacheEvent,

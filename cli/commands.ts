@@ -20,6 +20,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: "Measure policies and budgets on a text",
     load: async () => (await import("./perplexity.ts")).perplexityCommand,
   },
+  compare: {
+    summary: "Continue one prompt under several policies, side by side",
+    load: async () => (await import("./compare.ts")).compareCommand,
+  },
   verify: {
     summary: "Repeat a run that was kept, and compare",
     load: async () => (await import("./verify.ts")).verifyCommand,

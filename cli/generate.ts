@@ -7,7 +7,7 @@ import { generate } from "../src/generate.ts";
 import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readPrompt } from "./input.ts";
-import { decimal, flag, text, texts, whole } from "./option.ts";
+import { flag, text, texts, whole } from "./option.ts";
 import { runFlags } from "./permissions.ts";
 import {
   BUDGET,
@@ -17,6 +17,7 @@ import {
   outputOptions,
   POLICY_NAMES,
   policyList,
+  samplerOptions,
 } from "./shared_options.ts";
 import { formatBytes, formatTime } from "./units.ts";
 
@@ -35,24 +36,7 @@ const options = {
   }),
   budget: whole(1, BUDGET.summary, BUDGET.most),
   ...cacheOptions,
-  temperature: decimal(
-    0,
-    1000,
-    "0 takes the likeliest token (default 0)",
-  ),
-  "top-k": whole(0, "Draw from the N likeliest tokens; 0 is all", 2 ** 24),
-  "top-p": decimal(
-    0,
-    1,
-    "Draw from the likeliest tokens that reach this share",
-    true,
-  ),
-  "min-p": decimal(
-    0,
-    1,
-    "Leave out tokens less likely than this share of the likeliest",
-  ),
-  seed: whole(0, "Repeat a run (default random)"),
+  ...samplerOptions,
   stop: texts("TEXT", "End before this text; may be given again"),
   "ignore-eos": flag("Go on past the model's end token"),
   special: flag("Read special tokens spelled in the prompt as such"),

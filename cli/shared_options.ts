@@ -7,6 +7,7 @@ import { chunkSize, type Prefill } from "../src/session.ts";
 import type { LoadOptions, Model } from "../mod.ts";
 import {
   choice,
+  decimal,
   flag,
   type Option,
   text,
@@ -85,6 +86,28 @@ export const cacheOptions = {
     "Type of keys and values (default f16)",
   ),
   prefill,
+};
+
+/** How tokens are drawn. */
+export const samplerOptions = {
+  temperature: decimal(
+    0,
+    1000,
+    "0 takes the likeliest token (default 0)",
+  ),
+  "top-k": whole(0, "Draw from the N likeliest tokens; 0 is all", 2 ** 24),
+  "top-p": decimal(
+    0,
+    1,
+    "Draw from the likeliest tokens that reach this share",
+    true,
+  ),
+  "min-p": decimal(
+    0,
+    1,
+    "Leave out tokens less likely than this share of the likeliest",
+  ),
+  seed: whole(0, "Repeat a run (default random)"),
 };
 
 /** `--budget` for one or more budgets. */

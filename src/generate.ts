@@ -246,10 +246,11 @@ function elapsed(from: number, to: number): number | null {
   return Number.isNaN(to) ? null : to - from;
 }
 
-async function promptTokens(
+/** The prompt's ids. */
+export async function promptTokens(
   model: Model,
   prompt: string | readonly number[],
-  options: GenerateOptions,
+  options: Pick<GenerateOptions, "special" | "signal" | "stopOnAbort">,
 ): Promise<readonly number[]> {
   if (typeof prompt !== "string" && !Array.isArray(prompt)) {
     throw new TypeError(
@@ -278,14 +279,19 @@ async function promptTokens(
 }
 
 /** A cache of its own for one call; `full` gets room for what the call needs. */
-function openCache(model: Model, options: CacheOptions, need: number): KvCache {
+export function openCache(
+  model: Model,
+  options: CacheOptions,
+  need: number,
+): KvCache {
   return model.createCache({
     capacity: Math.min(model.config.context, need),
     ...options,
   });
 }
 
-function checkRoom(cache: KvCache, tokens: number): void {
+/** Refuses a prompt that a full cache has no room for. */
+export function checkRoom(cache: KvCache, tokens: number): void {
   if (cache.closed) throw new Error("The cache is closed");
   if (cache.sequences !== 1) {
     throw new RangeError(
@@ -302,7 +308,8 @@ function checkRoom(cache: KvCache, tokens: number): void {
   }
 }
 
-function isFull(cache: KvCache): boolean {
+/** Whether a full cache has no room for another token. */
+export function isFull(cache: KvCache): boolean {
   return cache.policy.select === "none" &&
     cache.stats().kept >= cache.capacity;
 }

@@ -351,7 +351,9 @@ describe("wkv perplexity", () => {
         ...["policy", "budget", "sinks", "recent", "interval"],
         ...["positions", "prefill"],
         ...["activations", "cacheType", "window", "stride", "windows"],
-        ...["targets", "nll", "perplexity", "stderr", "seconds"],
+        ...["targets", "nll", "perplexity", "stderr"],
+        ...["kl", "klStderr", "sameTop", "gap", "gapStderr", "gapWindow"],
+        "seconds",
       ]);
       assertEquals([row.windows, row.targets, row.stride], [2, 31, 8]);
       assertEquals(row.perplexity, Math.exp(row.nll));
@@ -377,7 +379,7 @@ describe("wkv perplexity", () => {
     );
     assertMatch(
       stdout,
-      /^policy +budget .*\nfull +- +- +- +cache +23 +\d+\.\d{4} .*\n$/,
+      /^policy +budget .*\nfull +- +- +- +cache +24 +23 +\d+\.\d{4} .*\n$/,
     );
   });
 
