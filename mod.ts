@@ -35,9 +35,19 @@ export {
   perplexity,
   type PerplexityOptions,
   type PerplexityRow,
-  type ResultStore,
   type WindowResult,
 } from "./src/evaluate/perplexity.ts";
+export {
+  evaluate,
+  type EvaluateOptions,
+  type EvaluateRow,
+  type PromptRegime,
+  type QuestionResult,
+  tasks,
+} from "./src/evaluate/evaluate.ts";
+export type { Question, Task } from "./src/evaluate/tasks/task.ts";
+export { Random } from "./src/evaluate/tasks/random.ts";
+export type { ResultStore } from "./src/evaluate/results.ts";
 export {
   compare,
   type ComparedText,

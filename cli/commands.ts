@@ -20,6 +20,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: "Measure policies and budgets on a text",
     load: async () => (await import("./perplexity.ts")).perplexityCommand,
   },
+  eval: {
+    summary: "Ask questions whose answers lie far back",
+    load: async () => (await import("./eval.ts")).evalCommand,
+  },
   compare: {
     summary: "Continue one prompt under several policies, side by side",
     load: async () => (await import("./compare.ts")).compareCommand,

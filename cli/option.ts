@@ -107,6 +107,21 @@ export function wholes(
   };
 }
 
+/** Decimal numbers separated by commas. */
+export function decimals(
+  least: number,
+  most: number,
+  summary: string,
+): Option<number[]> {
+  const one = decimal(least, most, summary);
+  return {
+    summary,
+    value: "X[,X...]",
+    read: (texts, name) =>
+      texts.at(-1)!.split(",").map((text) => one.read([text], name)),
+  };
+}
+
 /** Words separated by commas. */
 export function words(
   value: string,

@@ -1,10 +1,16 @@
 /** `wkv verify`: repeats a run that a folder holds, and says whether the results are the same. */
 
 import {
+  evaluate,
+  type EvaluateOptions,
+  type QuestionResult,
+} from "../src/evaluate/evaluate.ts";
+import {
   perplexity,
   type PerplexityOptions,
   type WindowResult,
 } from "../src/evaluate/perplexity.ts";
+import { memoryStore } from "../src/evaluate/results.ts";
 import {
   describeRun,
   type Fingerprint,
@@ -40,7 +46,7 @@ export const verifyCommand = defineCommand({
     runFlags(values.model, { read: [] }),
   async run({ values, operands: [path], terminal, signal }) {
     if (path === undefined) throw new UsageError("Name the folder of a run");
-    const folder = await RunFolder.read<WindowResult>(path);
+    const folder = await RunFolder.read<object>(path);
     const { manifest } = folder;
     const { activations, ...rest } = manifest.options;
     using model = await load(
@@ -56,14 +62,14 @@ export const verifyCommand = defineCommand({
     same("model", manifest.model, now.model);
     const bar = new Bar(terminal.err);
     const start = performance.now();
-    const again: WindowResult[] = [];
     const onProgress = (done: number, total: number): void => {
       if (values.quiet) return;
       const left = (performance.now() - start) * (total - done) / done;
       bar.draw("Verifying", done / total, `${formatTime(left)} left`);
     };
+    let again: readonly object[];
     try {
-      await repeat(model, manifest, rest, values.text, again, {
+      again = await repeat(model, manifest, rest, values.text, {
         signal,
         onProgress,
       });
@@ -102,29 +108,29 @@ export const verifyCommand = defineCommand({
   },
 });
 
-/** Runs what a manifest says once more. */
+/** Runs what a manifest says once more; gives the results in their order. */
 async function repeat(
   model: Model,
   manifest: Manifest,
   options: Record<string, unknown>,
   elsewhere: string | undefined,
-  items: WindowResult[],
   more: Pick<PerplexityOptions, "signal" | "onProgress">,
-): Promise<void> {
+): Promise<readonly object[]> {
+  if (manifest.command === "eval") {
+    const results = memoryStore<QuestionResult>();
+    const settings = options as unknown as EvaluateOptions;
+    const rows = evaluate(model, { ...settings, ...more, results });
+    await Array.fromAsync(rows);
+    return results.items;
+  }
   const path = elsewhere ?? manifest.text!.name;
   const input = await readTextFile(path, processInput(), more.signal);
   same("text", manifest.text!, textFingerprint(path, input));
-  const results = {
-    items,
-    add(more: readonly WindowResult[]) {
-      items.push(...more);
-      return Promise.resolve();
-    },
-  };
+  const results = memoryStore<WindowResult>();
   const settings = options as unknown as PerplexityOptions;
-  for await (
-    const _ of perplexity(model, input, { ...settings, ...more, results })
-  );
+  const rows = perplexity(model, input, { ...settings, ...more, results });
+  await Array.fromAsync(rows);
+  return results.items;
 }
 
 function same(what: string, there: Fingerprint, now: Fingerprint): void {

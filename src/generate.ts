@@ -151,6 +151,11 @@ export async function* generate(
     ? options.cache
     : openCache(model, options.cache ?? {}, ids.length + maxTokens);
   try {
+    if (cache.sequences !== 1) {
+      throw new RangeError(
+        `generate feeds one sequence: the cache has ${cache.sequences}`,
+      );
+    }
     checkRoom(cache, ids.length);
     using session = new Session(model, cache);
     session.setSampler(options);
@@ -293,11 +298,6 @@ export function openCache(
 /** Refuses a prompt that a full cache has no room for. */
 export function checkRoom(cache: KvCache, tokens: number): void {
   if (cache.closed) throw new Error("The cache is closed");
-  if (cache.sequences !== 1) {
-    throw new RangeError(
-      `generate feeds one sequence: the cache has ${cache.sequences}`,
-    );
-  }
   const { kept } = cache.stats();
   if (cache.policy.select === "none" && kept + tokens > cache.capacity) {
     throw new RangeError(

@@ -230,6 +230,17 @@ export class Session implements Disposable {
     return logProbs.floats();
   }
 
+  /**
+   * Feeds tokens to one sequence as one pass, however many: those beyond the
+   * cache's room attend to all of the others before the cache is compressed.
+   */
+  async feedPass(
+    sequence: number,
+    tokens: Int32Array<ArrayBuffer>,
+  ): Promise<void> {
+    await this.#pass(sequence, tokens, null, () => {});
+  }
+
   /** Feeds one token a sequence; gives the logits that follow, `[B, vocabulary]`. */
   async logits(
     tokens: Int32Array<ArrayBuffer>,
@@ -310,7 +321,7 @@ export class Session implements Disposable {
         rows: tokens.length,
         sequence,
         logits,
-        activations: model.memory(PASS_ROWS),
+        activations: model.memory(passMemory(tokens.length)),
         precision: model.activations,
       });
       then();
@@ -328,6 +339,11 @@ export class Session implements Disposable {
       this.#rng,
     );
   }
+}
+
+/** Rows of the memory that a pass takes: powers of two, so that there are few. */
+function passMemory(rows: number): number {
+  return Math.max(PASS_ROWS, 2 ** Math.ceil(Math.log2(rows)));
 }
 
 function between(

@@ -37,10 +37,12 @@ describe("help and usage", () => {
       const { stdout, stderr, ms } = await ok(["--help"]);
       best = Math.min(best, ms);
       assertEquals(stderr, "");
-      for (const name of ["generate", "perplexity", "bench", "doctor"]) {
+      for (
+        const name of ["generate", "perplexity", "eval", "compare", "verify"]
+      ) {
         assertStringIncludes(stdout, `\n  ${name} `);
       }
-      for (const name of ["chat", "eval", "compare", "plan"]) {
+      for (const name of ["chat", "plan"]) {
         assert(!stdout.includes(`\n  ${name} `), name);
       }
     }

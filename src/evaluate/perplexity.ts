@@ -11,6 +11,7 @@ import { findPolicy } from "../cache/registry.ts";
 import { resolveBudget } from "../cache/policy.ts";
 import type { Model } from "../model.ts";
 import { chunkSize, type Prefill, Session } from "../session.ts";
+import { memoryStore, type ResultStore } from "./results.ts";
 
 /** What is measured. */
 export interface PerplexityOptions {
@@ -79,14 +80,6 @@ export interface WindowResult {
   same: number | null;
   /** Its share of the seconds that its steps took. */
   seconds: number;
-}
-
-/** Where results of single windows or items are kept; a run folder is one. */
-export interface ResultStore<T> {
-  /** What there is. */
-  readonly items: readonly T[];
-  /** Keeps more, all or none of them. */
-  add(items: readonly T[]): Promise<void>;
 }
 
 /** One row of the table, as `--json` prints it. */
@@ -500,7 +493,7 @@ async function measure(
   const batch = chunk !== null
     ? 1
     : Math.min(run.windows, run.batch ?? defaultBatch(model, options));
-  const store = run.results ?? memoryStore();
+  const store = run.results ?? memoryStore<WindowResult>();
   using opened = new DisposableStack();
   const caches: KvCache[] = [];
   for (let first = 0; first < run.windows; first += batch) {
@@ -543,17 +536,6 @@ async function measure(
       (_, window) => find(store, row, window, diverges)!,
     ),
   }));
-}
-
-function memoryStore(): ResultStore<WindowResult> {
-  const items: WindowResult[] = [];
-  return {
-    items,
-    add: (more) => {
-      items.push(...more);
-      return Promise.resolve();
-    },
-  };
 }
 
 /** A row's result of one window, with its divergence where that is asked for. */

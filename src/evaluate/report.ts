@@ -1,6 +1,7 @@
-/** Pages and curves of perplexity runs; called by `wkv perplexity`. */
+/** Pages and curves of runs; called by `wkv perplexity` and `wkv eval`. */
 
 import { lineChart } from "./chart.ts";
+import type { EvaluateRow, QuestionResult } from "./evaluate.ts";
 import { htmlReport } from "./html.ts";
 import type { PerplexityRow, WindowResult } from "./perplexity.ts";
 import type { Manifest } from "./run_folder.ts";
@@ -38,8 +39,6 @@ export function perplexityReport(
   manifest: Manifest,
 ): string {
   const { model, text, device } = manifest;
-  const round = (x: number | null, digits: number): number | null =>
-    x === null ? null : Number(x.toFixed(digits));
   const reasons = rows.flatMap(({ policy, reason }) =>
     reason === undefined ? [] : [`${policy}: ${reason}.`]
   );
@@ -101,4 +100,94 @@ export function perplexityReport(
     ],
     manifest,
   });
+}
+
+/** The page of a run of questions. */
+export function evaluateReport(
+  rows: readonly EvaluateRow[],
+  questions: readonly QuestionResult[],
+  manifest: Manifest,
+): string {
+  const { model, device } = manifest;
+  const reasons = rows.flatMap(({ policy, reason }) =>
+    reason === undefined ? [] : [`${policy}: ${reason}.`]
+  );
+  const name = ({ policy, budget }: EvaluateRow): string =>
+    budget === null ? policy : `${policy} ${budget}`;
+  const groups = Map.groupBy(
+    rows.filter(({ byDepth }) => byDepth !== null),
+    ({ task, length }) => `${task}, ${length} tokens`,
+  );
+  return htmlReport({
+    title: `Retrieval by ${model.name}`,
+    summary: `Generated questions, seed ${rows[0]?.seed ?? 0}, prompts ${
+      rows[0]?.prompt ?? "streamed"
+    }, on ${device}.`,
+    sections: [
+      {
+        heading: "Tasks, policies and budgets",
+        text: [
+          "Score is the mean share of the references that the output contains, in percent, higher is better; nll is the mean negative log-likelihood of the right answer in nats a token, lower is better; +/- is one standard error over the questions.",
+          ...new Set(reasons),
+        ].join("\n"),
+        table: {
+          columns: [
+            ...["task", "length", "policy", "budget", "questions"],
+            ...["score", "+/-", "nll", "+/-"],
+          ],
+          rows: rows.map((row) => [
+            row.task,
+            row.length,
+            row.policy,
+            row.budget,
+            row.questions,
+            round(row.score, 1),
+            round(row.scoreStderr, 1),
+            round(row.nll, 3),
+            round(row.nllStderr, 3),
+          ]),
+        },
+      },
+      ...[...groups].map(([heading, rows]) => ({
+        heading,
+        chart: lineChart({
+          title: `nll of the answer by its depth: ${heading}`,
+          xLabel: "depth, 0 the beginning",
+          yLabel: "nats a token",
+          series: rows.map((row) => ({
+            name: name(row),
+            points: row.byDepth!.map(({ depth, nll }) => ({
+              x: depth,
+              y: nll,
+            })),
+          })),
+        }),
+      })),
+      {
+        heading: "Questions",
+        table: {
+          columns: [
+            ...["task", "length", "depth", "policy", "budget", "score"],
+            ...["nll", "references", "output"],
+          ],
+          rows: questions.map((one) => [
+            one.task,
+            one.length,
+            one.depth,
+            one.policy,
+            one.budget,
+            round(one.score, 2),
+            round(one.nll, 3),
+            one.references.join(", ").slice(0, 60),
+            one.output.trim().replace(/\s+/g, " ").slice(0, 60),
+          ]),
+        },
+      },
+    ],
+    manifest,
+  });
+}
+
+function round(x: number | null, digits: number): number | null {
+  return x === null ? null : Number(x.toFixed(digits));
 }

@@ -1,0 +1,500 @@
+/** evaluate(): questions whose answers lie far back, asked through bounded caches; called by users and by `wkv eval`. */
+
+import type { CacheOptions, CacheType, Positions } from "../cache/cache.ts";
+import { choosesByStep, resolveBudget } from "../cache/policy.ts";
+import { findPolicy } from "../cache/registry.ts";
+import { checkRoom, openCache } from "../generate.ts";
+import { type Model, PASS_ROWS } from "../model.ts";
+import { Session } from "../session.ts";
+import type { Tokenizer } from "../tokenizer/tokenizer.ts";
+import { memoryStore, type ResultStore } from "./results.ts";
+import * as all from "./tasks/mod.ts";
+import { Random } from "./tasks/random.ts";
+import { matchAll, type Question, type Task } from "./tasks/task.ts";
+
+/** The tasks by name. */
+export const tasks: ReadonlyMap<string, Task> = new Map(
+  Object.values(all).map((task) => [task.name, task]),
+);
+
+/**
+ * How a question reaches a bounded cache: token by token through it, or in one
+ * pass that sees all of it, after which the cache is compressed to its budget.
+ */
+export type PromptRegime = "streamed" | "compressed";
+
+/** What is asked, and of which caches. */
+export interface EvaluateOptions {
+  /** Tasks by name. */
+  tasks: readonly string[];
+  /** The most tokens of a question with those that may be generated. */
+  lengths: readonly number[];
+  /** Where the answer lies, 0 the context's beginning, 1 its end. @default `[0, 0.25, 0.5, 0.75, 1]` */
+  depths?: readonly number[] | undefined;
+  /** Questions for each task, length and depth; tasks without depths get as many as all depths together. @default `4` */
+  samples?: number | undefined;
+  /** The share of the questions that is asked, the same ones for every cache. @default `1` */
+  fraction?: number | undefined;
+  /** Policies by name. */
+  policies: readonly string[];
+  /** Budgets, each used with every policy but `full`. */
+  budgets: readonly number[];
+  /** How questions reach the cache. @default `"streamed"` */
+  prompt?: PromptRegime | undefined;
+  /** Another seed gives other questions. @default `0` */
+  seed?: number | undefined;
+  /** First tokens that never leave. @default by policy */
+  sinks?: number | undefined;
+  /** Newest tokens that never leave. @default by policy */
+  recent?: number | undefined;
+  /** Tokens that leave at once when a cache overflows. @default by policy */
+  interval?: number | undefined;
+  /** Where keys are rotated. @default `"cache"` */
+  positions?: Positions | undefined;
+  /** Type of keys and values. @default `"f16"` */
+  cacheType?: CacheType | undefined;
+  /** Where results of single questions are kept; those it has are not asked again. */
+  results?: ResultStore<QuestionResult> | undefined;
+  /** Ends the run. */
+  signal?: AbortSignal | undefined;
+  /** Called after each question, with those that all rows together have. */
+  onProgress?: ((done: number, total: number) => void) | undefined;
+}
+
+/** One question put to one cache. */
+export interface QuestionResult {
+  /** The task. */
+  task: string;
+  /** The length asked for. */
+  length: number;
+  /** The depth; null where the task has none. */
+  depth: number | null;
+  /** Its index among those of task and length. */
+  index: number;
+  /** The policy. */
+  policy: string;
+  /** Tokens kept a KV head; null for `full`. */
+  budget: number | null;
+  /** Tokens of the question. */
+  promptTokens: number;
+  /** The share of the references that the output contains (RULER's string_match_all). */
+  score: number;
+  /** Mean negative natural log probability of the right answer's tokens. */
+  nll: number;
+  /** What was generated. */
+  output: string;
+  /** What it should contain. */
+  references: string[];
+}
+
+/** A row of the table. */
+export interface EvaluateRow {
+  /** The task. */
+  task: string;
+  /** The length asked for. */
+  length: number;
+  /** The policy. */
+  policy: string;
+  /** Tokens kept a KV head; null for `full`. */
+  budget: number | null;
+  /** First tokens that never leave. */
+  sinks: number | null;
+  /** Newest tokens that never leave. */
+  recent: number | null;
+  /** How questions reached the cache. */
+  prompt: PromptRegime;
+  /** Where keys were rotated. */
+  positions: Positions;
+  /** Type of keys and values. */
+  cacheType: CacheType;
+  /** The seed of the questions. */
+  seed: number;
+  /** Questions asked. */
+  questions: number;
+  /** Mean score in percent; null when there is none. */
+  score: number | null;
+  /** Standard error of that mean. */
+  scoreStderr: number | null;
+  /** Mean of the questions' nll. */
+  nll: number | null;
+  /** Standard error of that mean. */
+  nllStderr: number | null;
+  /** Mean score in percent by depth; null where the task has none. */
+  byDepth: { depth: number; score: number; nll: number }[] | null;
+  /** Why there is no figure; absent when there is one. */
+  reason?: string;
+}
+
+/** A question with its ids. */
+interface Asked {
+  task: Task;
+  length: number;
+  depth: number | null;
+  index: number;
+  question: Question;
+  prompt: number[];
+  answer: number[];
+}
+
+/**
+ * Asks questions of several caches and scores the answers: by the strings that
+ * a greedy continuation contains, and by the log-likelihood of the right one.
+ *
+ * @returns A row for each task, length, policy and budget.
+ * @throws {RangeError} An option is out of range, or a length leaves no room for
+ * a question.
+ */
+export async function* evaluate(
+  model: Model,
+  options: EvaluateOptions,
+): AsyncGenerator<EvaluateRow, void> {
+  const { prompt = "streamed", seed = 0, signal } = options;
+  const { positions = "cache", cacheType = "f16" } = options;
+  const plans = check(options);
+  const caches = cachesOf(options);
+  const store = options.results ?? memoryStore<QuestionResult>();
+  const counts = plans.map(({ places }) => places.length);
+  const total = counts.reduce((a, b) => a + b, 0) * caches.length;
+  let done = 0;
+  for (const { task, length, places } of plans) {
+    const asked = [];
+    for (const { depth, index } of places) {
+      signal?.throwIfAborted();
+      asked.push(await ask(model.tokenizer, task, length, depth, index, seed));
+    }
+    for (const cacheOptions of caches) {
+      const policy = findPolicy(cacheOptions.policy!);
+      const reason = missing(model, cacheOptions, prompt, length);
+      const results: QuestionResult[] = [];
+      for (const one of asked) {
+        if (reason === undefined) {
+          let result = find(store, one, cacheOptions);
+          if (result === undefined) {
+            result = await answer(model, one, cacheOptions, prompt, signal);
+            await store.add([result]);
+          }
+          results.push(result);
+        }
+        options.onProgress?.(++done, total);
+      }
+      const { budget = null } = cacheOptions;
+      const resolved = budget === null
+        ? { sinks: null, recent: null }
+        : resolveBudget(policy, budget, options);
+      yield {
+        task: task.name,
+        length,
+        policy: policy.name,
+        budget,
+        sinks: resolved.sinks,
+        recent: resolved.recent,
+        prompt,
+        positions,
+        cacheType,
+        seed,
+        questions: results.length,
+        ...summary(results, task),
+        ...(reason === undefined ? {} : { reason }),
+      };
+    }
+  }
+}
+
+/** What is asked of every cache: depths and indices by task and length. */
+interface Plan {
+  task: Task;
+  length: number;
+  places: { depth: number | null; index: number }[];
+}
+
+/**
+ * Checks options before a model is loaded.
+ *
+ * @throws {RangeError} One is out of range or unknown.
+ */
+export function checkOptions(options: EvaluateOptions): void {
+  check(options);
+  cachesOf(options);
+}
+
+function check(options: EvaluateOptions): Plan[] {
+  const { depths = [0, 0.25, 0.5, 0.75, 1], samples = 4 } = options;
+  const { fraction = 1, seed = 0, prompt = "streamed" } = options;
+  const range = (name: string, value: number, least: number, most: number) => {
+    if (value >= least && value <= most) return;
+    throw new RangeError(
+      `The ${name} must be between ${least} and ${most}: current value is ${value}`,
+    );
+  };
+  const whole = (name: string, value: number, least: number, most: number) => {
+    range(name, value, least, most);
+    if (Number.isInteger(value)) return;
+    throw new RangeError(
+      `The ${name} must be a whole number: current value is ${value}`,
+    );
+  };
+  whole("samples", samples, 1, 1e6);
+  whole("seed", seed, 0, Number.MAX_SAFE_INTEGER);
+  range("fraction", fraction, Number.MIN_VALUE, 1);
+  for (const depth of depths) range("depth", depth, 0, 1);
+  for (const length of options.lengths) whole("length", length, 64, 2 ** 20);
+  if (prompt !== "streamed" && prompt !== "compressed") {
+    throw new RangeError(
+      `The prompt must be streamed or compressed: current value is "${prompt}"`,
+    );
+  }
+  for (
+    const [name, list] of Object.entries({
+      task: options.tasks,
+      length: options.lengths,
+      depth: depths,
+      policy: options.policies,
+    })
+  ) {
+    if (list.length === 0) throw new RangeError(`Name at least one ${name}`);
+  }
+  return options.tasks.flatMap((name) => {
+    const task = tasks.get(name);
+    if (task === undefined) {
+      throw new RangeError(
+        `Unknown task "${name}": known are ${[...tasks.keys()].join(", ")}`,
+      );
+    }
+    return options.lengths.map((length) => {
+      const every = Array.from({ length: samples * depths.length }, (_, i) => ({
+        depth: task.hasDepth ? depths[i % depths.length]! : null,
+        index: i,
+      }));
+      // Evenly spread, so that every depth keeps its share.
+      const count = Math.max(1, Math.round(every.length * fraction));
+      const places = Array.from(
+        { length: count },
+        (_, i) => every[Math.floor(i * every.length / count)]!,
+      );
+      return { task, length, places };
+    });
+  });
+}
+
+/** A cache for each policy and budget, `full` once. */
+function cachesOf(options: EvaluateOptions): CacheOptions[] {
+  const { sinks, recent, interval, positions, cacheType } = options;
+  const common = { sinks, recent, interval, positions, cacheType };
+  return options.policies.flatMap((name) => {
+    const policy = findPolicy(name);
+    const full = policy.select === "none";
+    if (!full && options.budgets.length === 0) {
+      throw new RangeError(`Name at least one budget for the policy ${name}`);
+    }
+    return (full ? [undefined] : options.budgets).map((budget) => {
+      if (budget !== undefined) resolveBudget(policy, budget, common);
+      return { ...common, policy: policy.name, budget };
+    });
+  });
+}
+
+/** Why a row cannot be had. */
+function missing(
+  model: Model,
+  { policy: name, budget, positions }: CacheOptions,
+  prompt: PromptRegime,
+  length: number,
+): string | undefined {
+  const policy = findPolicy(name!);
+  const { context } = model.config;
+  if (length > context && (budget === undefined || positions === "text")) {
+    return `The length of ${length} tokens exceeds the model's context of ${context}`;
+  }
+  if (prompt === "compressed" && choosesByStep(policy)) {
+    return `${policy.name} chooses by each step's own weights, which a prompt that is compressed afterwards does not have`;
+  }
+  return undefined;
+}
+
+/** Makes a question as long as fits its length. */
+async function ask(
+  tokenizer: Tokenizer,
+  task: Task,
+  length: number,
+  depth: number | null,
+  index: number,
+  seed: number,
+): Promise<Asked> {
+  const random = () => new Random(seed, `${task.name} ${length} ${index}`);
+  const make = async (units: number) => {
+    const question = task.make(random, units, depth ?? 0);
+    return { question, prompt: await tokenizer.encode(question.prompt) };
+  };
+  const room = length - task.tokens;
+  let best = await make(0);
+  if (best.prompt.length > room) {
+    throw new RangeError(
+      `The length of ${task.name} must be at least ${
+        best.prompt.length + task.tokens
+      } tokens: current value is ${length}`,
+    );
+  }
+  // A unit has a token at least.
+  for (let low = 0, high = room; high - low > 1;) {
+    // At first the units that so many tokens should hold.
+    const guess = low === 0 ? Math.ceil(high / 16) : (low + high) >> 1;
+    const units = Math.min(high - 1, Math.max(low + 1, guess));
+    const made = await make(units);
+    if (made.prompt.length <= room) [low, best] = [units, made];
+    else high = units;
+  }
+  const answer = await tokenizer.encode(best.question.answer);
+  return { task, length, depth, index, ...best, answer };
+}
+
+/** Puts a question to two sequences of a cache: one goes on greedily, the other is given the right answer. */
+async function answer(
+  model: Model,
+  asked: Asked,
+  cacheOptions: CacheOptions,
+  prompt: PromptRegime,
+  signal: AbortSignal | undefined,
+): Promise<QuestionResult> {
+  const { task, length, depth, index, question } = asked;
+  const steps = Math.max(task.tokens, asked.answer.length);
+  using cache = openCache(
+    model,
+    { ...cacheOptions, sequences: 2 },
+    asked.prompt.length + steps,
+  );
+  checkRoom(cache, asked.prompt.length);
+  using session = new Session(model, cache);
+  const before = Int32Array.from(asked.prompt.slice(0, -1));
+  if (prompt === "compressed") {
+    for (const sequence of [0, 1]) await session.feedPass(sequence, before);
+  } else {
+    await stream(session, before, signal);
+  }
+  const output: number[] = [];
+  let nll = 0;
+  let next = [asked.prompt.at(-1)!, asked.prompt.at(-1)!] as const;
+  let ended = false;
+  for (let i = 0; i < steps; i++) {
+    signal?.throwIfAborted();
+    const logits = await session.logits(Int32Array.of(...next));
+    const { vocabulary } = model.config;
+    const drawn = likeliest(logits.subarray(0, vocabulary));
+    ended ||= i >= task.tokens || model.tokenizer.endTokens.has(drawn);
+    if (!ended && drawn < model.tokenizer.size) output.push(drawn);
+    const right = asked.answer[i];
+    if (right !== undefined) {
+      nll -= logProbOf(logits.subarray(vocabulary), right);
+    }
+    if (ended && i + 1 >= asked.answer.length) break;
+    next = [drawn, right ?? drawn];
+  }
+  const text = model.tokenizer.decode(output);
+  return {
+    task: task.name,
+    length,
+    depth,
+    index,
+    policy: cacheOptions.policy!,
+    budget: cacheOptions.budget ?? null,
+    promptTokens: asked.prompt.length,
+    score: matchAll(text, question.references),
+    nll: nll / asked.answer.length,
+    output: text,
+    references: question.references,
+  };
+}
+
+/** Feeds the same tokens to both sequences: what fits at once, the rest one by one. */
+async function stream(
+  session: Session,
+  tokens: Int32Array<ArrayBuffer>,
+  signal: AbortSignal | undefined,
+): Promise<void> {
+  for (let at = 0; at < tokens.length;) {
+    signal?.throwIfAborted();
+    const rows = Math.min(
+      tokens.length - at,
+      PASS_ROWS,
+      session.passRows(null),
+    );
+    if (rows > 1) {
+      const part = tokens.slice(at, at + rows);
+      for (const sequence of [0, 1]) await session.feedPass(sequence, part);
+    } else {
+      await session.feed(Int32Array.of(tokens[at]!, tokens[at]!));
+    }
+    at += rows;
+  }
+}
+
+function likeliest(logits: Float32Array): number {
+  let best = 0;
+  for (let i = 1; i < logits.length; i++) {
+    if (logits[i]! > logits[best]!) best = i;
+  }
+  return best;
+}
+
+function logProbOf(logits: Float32Array, id: number): number {
+  const most = logits[likeliest(logits)]!;
+  let sum = 0;
+  for (const x of logits) sum += Math.exp(x - most);
+  return logits[id]! - most - Math.log(sum);
+}
+
+function find(
+  { items }: ResultStore<QuestionResult>,
+  { task, length, index }: Asked,
+  cacheOptions: CacheOptions,
+): QuestionResult | undefined {
+  const { policy } = cacheOptions;
+  const budget = cacheOptions.budget ?? null;
+  return items.find((item) =>
+    item.task === task.name && item.length === length &&
+    item.index === index && item.policy === policy && item.budget === budget
+  );
+}
+
+function summary(
+  results: readonly QuestionResult[],
+  task: Task,
+): Pick<
+  EvaluateRow,
+  "score" | "scoreStderr" | "nll" | "nllStderr" | "byDepth"
+> {
+  if (results.length === 0) {
+    return {
+      score: null,
+      scoreStderr: null,
+      nll: null,
+      nllStderr: null,
+      byDepth: null,
+    };
+  }
+  const [score, scoreStderr] = meanOf(results.map(({ score }) => 100 * score));
+  const [nll, nllStderr] = meanOf(results.map(({ nll }) => nll));
+  const depths = [...new Set(results.map(({ depth }) => depth))];
+  return {
+    score,
+    scoreStderr,
+    nll,
+    nllStderr,
+    byDepth: !task.hasDepth ? null : depths.map((depth) => {
+      const own = results.filter((result) => result.depth === depth);
+      return {
+        depth: depth!,
+        score: meanOf(own.map(({ score }) => 100 * score))[0],
+        nll: meanOf(own.map(({ nll }) => nll))[0],
+      };
+    }),
+  };
+}
+
+/** A mean with its standard error, null below two values. */
+function meanOf(values: readonly number[]): [number, number | null] {
+  const n = values.length;
+  const mean = values.reduce((a, b) => a + b, 0) / n;
+  if (n < 2) return [mean, null];
+  const squares = values.reduce((sum, x) => sum + (x - mean) ** 2, 0);
+  return [mean, Math.sqrt(squares / (n - 1) / n)];
+}

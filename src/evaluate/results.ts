@@ -1,0 +1,21 @@
+/** ResultStore: where results of single windows and questions are kept; a run folder is one. */
+
+/** Keeps results as they come. */
+export interface ResultStore<T> {
+  /** What there is. */
+  readonly items: readonly T[];
+  /** Keeps more, all or none of them. */
+  add(items: readonly T[]): Promise<void>;
+}
+
+/** A store that lasts as long as its owner. */
+export function memoryStore<T>(): ResultStore<T> {
+  const items: T[] = [];
+  return {
+    items,
+    add(more) {
+      items.push(...more);
+      return Promise.resolve();
+    },
+  };
+}
