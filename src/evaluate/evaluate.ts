@@ -265,13 +265,8 @@ function check(options: EvaluateOptions): Plan[] {
         depth: task.hasDepth ? depths[i % depths.length]! : null,
         index: i,
       }));
-      // Evenly spread, so that every depth keeps its share.
       const count = Math.max(1, Math.round(every.length * fraction));
-      const places = Array.from(
-        { length: count },
-        (_, i) => every[Math.floor(i * every.length / count)]!,
-      );
-      return { task, length, places };
+      return { task, length, places: every.slice(0, count) };
     });
   });
 }
