@@ -120,7 +120,11 @@ ${policyList()}`,
       ? null
       : await RunFolder.open<QuestionResult>(values.out, {
         command: "eval",
-        options: { ...settings, activations: model.activations },
+        options: {
+          ...settings,
+          activations: model.activations,
+          kvHeads: values["kv-heads"] ?? "model",
+        },
         ...await describeRun(model),
         text: null,
       });

@@ -134,7 +134,11 @@ ${policyList()}`,
       ? null
       : await RunFolder.open<WindowResult>(values.out, {
         command: "perplexity",
-        options: { ...settings, activations: model.activations },
+        options: {
+          ...settings,
+          activations: model.activations,
+          kvHeads: values["kv-heads"] ?? "model",
+        },
         ...await describeRun(model),
         text: textFingerprint(path, input),
       });

@@ -41,6 +41,10 @@ export const loadOptions = {
     ["int8", "f32"],
     "How activations meet quantised weights (default int8)",
   ),
+  "kv-heads": choice(
+    ["model", "query"],
+    "One cache a KV head, or one a query head as in the paper (default model)",
+  ),
   threads: whole(0, "Threads of the CPU; 0 is one a core (default 0)", 1024),
   offline: flag("Take a model that is here and ask nobody"),
 };
@@ -143,6 +147,7 @@ export async function load(
   const options: LoadOptions = {
     device: values.device,
     activations: values.activations,
+    kvHeads: values["kv-heads"],
     threads: values.threads,
     offline: values.offline,
     onProgress: view.report,

@@ -48,12 +48,13 @@ export const verifyCommand = defineCommand({
     if (path === undefined) throw new UsageError("Name the folder of a run");
     const folder = await RunFolder.read<object>(path);
     const { manifest } = folder;
-    const { activations, ...rest } = manifest.options;
+    const { activations, kvHeads, ...rest } = manifest.options;
     using model = await load(
       {
         ...values,
         model: values.model ?? manifest.model.name,
         activations: values.activations ?? activations as "int8" | "f32",
+        "kv-heads": values["kv-heads"] ?? kvHeads as "model" | "query",
       },
       terminal,
       signal,

@@ -76,6 +76,8 @@ export interface CacheReport extends CacheStats {
   recent: number | null;
   /** Tokens that leave at once when the cache overflows; null for `full`. */
   interval: number | null;
+  /** KV heads of a layer, each with a cache of its own. */
+  kvHeads: number;
   /** Where keys are rotated. */
   positions: Positions;
   /** How the prompt was fed. */
@@ -237,6 +239,7 @@ export function report(
     sinks: cache.sinks,
     recent: cache.recent,
     interval: cache.budget === null ? null : cache.interval,
+    kvHeads: model.config.kvHeads,
     positions: cache.positions,
     prefill,
     activations: model.activations,

@@ -21,6 +21,14 @@ export interface LoadOptions {
   device?: Device | undefined;
   /** How activations meet quantised weights. @default `"int8"` */
   activations?: Precision | undefined;
+  /**
+   * Whose keys a cache holds: the model's own KV heads, or one a query head, as
+   * in the paper. The latter repeats the KV heads of a model with fewer: the
+   * same function, more memory, and every query head chooses for itself.
+   *
+   * @default `"model"`
+   */
+  kvHeads?: "model" | "query" | undefined;
   /** Threads of the CPU; 0 is one a core. @default `0` */
   threads?: number | undefined;
   /** Called while a model is pulled, a library built, weights loaded. */
@@ -97,9 +105,20 @@ export class Model implements Disposable {
         `The activations must be int8 or f32: current value is "${activations}"`,
       );
     }
+    const { kvHeads = "model" } = options;
+    if (kvHeads !== "model" && kvHeads !== "query") {
+      throw new RangeError(
+        `The kvHeads must be model or query: current value is "${kvHeads}"`,
+      );
+    }
     const path = await resolveModel(name, options);
     using file = await openModelFile(path);
-    const { architecture, config } = file;
+    const { architecture } = file;
+    const config = kvHeads === "model" ? file.config : {
+      ...file.config,
+      kvHeads: file.config.heads,
+      storedKvHeads: file.config.kvHeads,
+    };
     const note = (stage: Progress["stage"]) => (line: string) =>
       onProgress?.({
         stage,

@@ -94,6 +94,7 @@ describe("wkv generate", () => {
       sinks: 4,
       recent: 4,
       interval: 1,
+      kvHeads: 3,
       positions: "cache",
       prefill: "exact",
       activations: "int8",
@@ -349,7 +350,7 @@ describe("wkv perplexity", () => {
     for (const row of rows) {
       assertEquals(Object.keys(row), [
         ...["policy", "budget", "sinks", "recent", "interval"],
-        ...["positions", "prefill"],
+        ...["kvHeads", "positions", "prefill"],
         ...["activations", "cacheType", "window", "stride", "windows"],
         ...["targets", "nll", "perplexity", "stderr"],
         ...["kl", "klStderr", "sameTop", "gap", "gapStderr", "gapWindow"],
@@ -390,5 +391,82 @@ describe("wkv perplexity", () => {
     );
     assertEquals(code, 2);
     assertStringIncludes(stderr, "No window of 64 tokens fits");
+  });
+});
+
+describe("wkv eval, compare and verify", () => {
+  const text = `${ROOT}/tests/golden/text.txt`;
+
+  it("keep a run, go on with it, and repeat it", async () => {
+    const out = `${temporary}/run`;
+    const args = ["perplexity", ...here, "--text", text, "--window", "24"]
+      .concat("--windows", "2", "--policy", "weighted-kv,eviction", "--quiet")
+      .concat("--budget", "12", "--divergence", "--out", out, "--json");
+    const first = await ok(args);
+    const rows = first.stdout.trim().split("\n").map((line) =>
+      JSON.parse(line)
+    );
+    assertEquals(rows.map(({ policy }) => policy), ["weighted-kv", "eviction"]);
+    for (const { kl, sameTop } of rows) {
+      assertGreater(kl, 0);
+      assertGreater(sameTop, 0);
+    }
+    const page = await Deno.readTextFile(`${out}/report.html`);
+    assertMatch(page, /weighted-kv/);
+    assertEquals((await ok(args)).stdout, first.stdout);
+    const verify = ["verify", out, "--quiet"];
+    const { stdout } = await ok(verify);
+    assertEquals(stdout, `${out}: 6 results, bit-equal\n`);
+    // A number that somebody changed is found.
+    const file = `${out}/results.jsonl`;
+    const lines = (await Deno.readTextFile(file)).split("\n");
+    lines[1] = lines[1]!.replace(/"nll":\d+/, (found) => `${found}9`);
+    await Deno.writeTextFile(file, lines.join("\n"));
+    const changed = await wkv(verify);
+    assertEquals(changed.code, 1);
+    assertMatch(changed.stdout, /different\nfirst: result 2 .*nll is/);
+    const other = await wkv([...args, "--sinks", "1"]);
+    assertEquals(other.code, 2);
+    assertMatch(other.stderr, /options\.sinks is undefined there and 1 now/);
+    const missing = await wkv(["verify", `${temporary}/nothing`]);
+    assertEquals(missing.code, 2);
+    assertMatch(missing.stderr, /no manifest\.json/);
+  });
+
+  it("ask questions", async () => {
+    const out = `${temporary}/questions`;
+    const { stdout } = await ok(
+      ["eval", ...here, "--tasks", "passkey", "--lengths", "160", "--quiet"]
+        .concat("--depths", "0.5", "--samples", "1", "--json", "--out", out)
+        .concat("--policy", "full,streaming-llm", "--budget", "32"),
+    );
+    const [full, cut] = stdout.trim().split("\n").map((line) =>
+      JSON.parse(line)
+    );
+    assertEquals([full.task, full.score, full.questions], ["passkey", 100, 1]);
+    assertEquals([cut.budget, cut.score], [32, 0]);
+    assertGreater(cut.nll, full.nll);
+    const verified = await ok(["verify", out, "--quiet"]);
+    assertMatch(verified.stdout, /: 2 results, bit-equal\n$/);
+    const wrong = await wkv(["eval", "--tasks", "nope"]);
+    assertEquals(wrong.code, 2);
+    assertMatch(wrong.stderr, /Unknown task "nope": known are/);
+    assertEquals((await wkv(["eval", "--depths", "0,2"])).code, 2);
+  });
+
+  it("compare columns", async () => {
+    const html = `${temporary}/columns.html`;
+    const args = ["compare", ...here, "The sea was calm and the", "--quiet"]
+      .concat("--policy", "full,eviction", "--budget", "16,32")
+      .concat("--max-tokens", "24");
+    const { stdout } = await ok([...args, "--html", html]);
+    const [title] = stdout.split("\n");
+    assertMatch(title!, /^full +\| eviction 16 +\| eviction 32$/);
+    assertMatch(stdout, /\neviction 16 +24 +\d+ +0\.\d{4} /);
+    assertMatch(await Deno.readTextFile(html), /eviction 32/);
+    const json = await ok([...args, "--json"]);
+    const columns = json.stdout.trim().split("\n").map((l) => JSON.parse(l));
+    assertEquals(columns.map(({ cache }) => cache.budget), [null, 16, 32]);
+    assertEquals([columns[0].kl, columns[0].differsAt], [0, null]);
   });
 });

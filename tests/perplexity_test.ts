@@ -125,6 +125,7 @@ describe("perplexity()", () => {
       windows: 1,
     });
     const common = {
+      kvHeads: 2,
       positions: "cache",
       prefill: "exact",
       activations: "int8",

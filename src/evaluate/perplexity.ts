@@ -94,6 +94,8 @@ export interface PerplexityRow {
   recent: number | null;
   /** Tokens that leave at once when the cache overflows; null for `full`. */
   interval: number | null;
+  /** KV heads of a layer, each with a cache of its own. */
+  kvHeads: number;
   /** Where keys are rotated. */
   positions: Positions;
   /** How windows were fed. */
@@ -439,6 +441,7 @@ function header(
   | "sinks"
   | "recent"
   | "interval"
+  | "kvHeads"
   | "positions"
   | "prefill"
   | "activations"
@@ -452,6 +455,7 @@ function header(
     sinks: cache.sinks,
     recent: cache.recent,
     interval: cache.budget === null ? null : cache.interval,
+    kvHeads: model.config.kvHeads,
     positions: cache.positions,
     prefill,
     activations: model.activations,

@@ -23,6 +23,8 @@ export interface ModelConfig {
   heads: number;
   /** Key and value heads, N. */
   kvHeads: number;
+  /** Those that the file has, where each is repeated. @default kvHeads */
+  storedKvHeads?: number;
   /** Dimensions of a head, D. */
   headDim: number;
   /** Rows of the embedding: token ids are below it. */

@@ -4,7 +4,7 @@ import type { Backend } from "../backend/backend.ts";
 import { embed, gated, linear, type Norm } from "../backend/ops.ts";
 import { Tensor } from "../backend/tensor.ts";
 import type { ModelConfig, Network, Pass } from "./architecture.ts";
-import type { WeightSource } from "./weights.ts";
+import type { Part, WeightSource } from "./weights.ts";
 
 /** How an architecture's files hold the weights. */
 export interface DecoderOptions {
@@ -50,7 +50,7 @@ export async function loadDecoder(
   loader: WeightSource,
   { fused = false }: DecoderOptions = {},
 ): Promise<Network> {
-  const { layers, width, hidden, heads, kvHeads, headDim, vocabulary } = config;
+  const { layers, width, hidden, heads, headDim, vocabulary } = config;
   const { biases = "none" } = config;
   const norm = async (name: string): Promise<Norm> => ({
     weight: await loader.vector(name, width),
@@ -65,24 +65,26 @@ export async function loadDecoder(
     frequencies.forEach((f, i) => frequencies[i] = f / factors[i]!);
   }
   const tied = config.tied ?? !loader.has("output.weight");
-  const vectors = async (parts: readonly (readonly [string, number])[]) => {
+  const vectors = async (parts: readonly Part[]) => {
     const all: number[] = [];
-    for (const [name, rows] of parts) {
-      all.push(...await loader.floats(name, rows));
+    for (const [name, rows, { from, of } = { from: 0, of: rows }] of parts) {
+      const whole = await loader.floats(name, of);
+      all.push(...whole.subarray(from, from + rows));
     }
     return Tensor.from(backend, Float32Array.from(all));
   };
   /** Parts with their biases, as one matrix where their types are the same. */
   const projections = async (
     block: number,
-    parts: readonly (readonly [string, number])[],
+    parts: readonly Part[],
     columns: number,
     biases: boolean,
   ): Promise<Projection[]> => {
     const of = (kind: string) =>
-      parts.map(([name, rows]) =>
-        [`blk.${block}.${name}.${kind}`, rows] as const
-      );
+      parts.map(([name, ...rest]): Part => [
+        `blk.${block}.${name}.${kind}`,
+        ...rest,
+      ]);
     const weights = await loader.matrices(of("weight"), columns);
     const bias = of("bias");
     const all: Projection[] = [];
@@ -116,11 +118,7 @@ export async function loadDecoder(
       attentionNorm: await norm(of("attn_norm")),
       qkv: await projections(
         i,
-        fused ? [["attn_qkv", (heads + 2 * kvHeads) * headDim]] : [
-          ["attn_q", heads * headDim],
-          ["attn_k", kvHeads * headDim],
-          ["attn_v", kvHeads * headDim],
-        ],
+        attentionParts(config, fused),
         width,
         biases !== "none",
       ),
@@ -150,6 +148,35 @@ export async function loadDecoder(
       (weights.head === embedding ? 0 : embedding.rowBytes * vocabulary),
     forward: (pass) => forward(backend, weights, pass),
   };
+}
+
+/** The rows of queries, keys and values; KV heads that the file has fewer of are repeated. */
+function attentionParts(config: ModelConfig, fused: boolean): Part[] {
+  const { heads, kvHeads, headDim } = config;
+  const stored = config.storedKvHeads ?? kvHeads;
+  if (stored === kvHeads) {
+    return fused ? [["attn_qkv", (heads + 2 * kvHeads) * headDim]] : [
+      ["attn_q", heads * headDim],
+      ["attn_k", kvHeads * headDim],
+      ["attn_v", kvHeads * headDim],
+    ];
+  }
+  const of = (heads + 2 * stored) * headDim;
+  const repeated = (name: string, first: number): Part[] =>
+    Array.from({ length: kvHeads }, (_, head) => {
+      const from = Math.floor(head * stored / kvHeads) * headDim;
+      return fused
+        ? ["attn_qkv", headDim, { from: first * headDim + from, of }]
+        : [name, headDim, { from, of: stored * headDim }];
+    });
+  const queries: Part = fused
+    ? ["attn_qkv", heads * headDim, { from: 0, of }]
+    : ["attn_q", heads * headDim];
+  return [
+    queries,
+    ...repeated("attn_k", heads),
+    ...repeated("attn_v", heads + stored),
+  ];
 }
 
 // ---- forward pass ----
