@@ -65,6 +65,7 @@ export {
   type KvCache,
   type Positions,
 } from "./src/cache/cache.ts";
+export { budgetPresets, type BudgetSize } from "./src/cache/budget.ts";
 export {
   type Budget,
   type Merge,

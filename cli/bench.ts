@@ -11,6 +11,7 @@ import { Backend } from "../src/backend/backend.ts";
 import { dtypes } from "../src/backend/tensor.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import type { Model } from "../src/model.ts";
+import { MAX_SLOTS } from "../src/cache/policy.ts";
 import { defineCommand } from "./command.ts";
 import {
   choice,
@@ -26,7 +27,6 @@ import {
 import { runFlags } from "./permissions.ts";
 import { ProgressView } from "./progress.ts";
 import {
-  BUDGET,
   cacheOptions,
   load,
   loadOptions,
@@ -47,7 +47,7 @@ const shared = {
     "Whose shapes, with random weights (kernels: default llama-3-8b)",
   ),
   dtype: words("T[,T...]", "Types of random weights", weightTypes),
-  budget: wholes(1, "Tokens kept a KV head (default 1024)", BUDGET.most),
+  budget: wholes(1, "Tokens kept a KV head (default 1024)", MAX_SLOTS),
   batch: wholes(1, "Sequences side by side (default 1)", 4096),
   policy: words("P[,P...]", "Policies (default weighted-kv)", POLICY_NAMES),
   positions: cacheOptions.positions,

@@ -15,11 +15,11 @@ import { chunkSize } from "../src/session.ts";
 import { sideBySide } from "./columns.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readPrompt } from "./input.ts";
-import { flag, text, type Values, whole, wholes, words } from "./option.ts";
+import { flag, text, type Values, whole, words } from "./option.ts";
 import { runFlags } from "./permissions.ts";
 import { Bar } from "./progress.ts";
 import {
-  BUDGET,
+  budgetsOption,
   cacheOptions,
   load,
   loadOptions,
@@ -48,7 +48,7 @@ const options = {
     `The caches' policies (default ${DEFAULT_POLICIES.join(",")})`,
     POLICY_NAMES,
   ),
-  budget: wholes(1, BUDGET.summary, BUDGET.most),
+  budget: budgetsOption,
   ...cacheOptions,
   ...samplerOptions,
   "ignore-eos": flag("Go on past the model's end token"),
@@ -140,7 +140,7 @@ function columnsOf(values: Values<typeof options>): CacheOptions[] {
     chunkSize(values.prefill ?? "exact", policy);
     const full = policy.select === "none";
     return (full ? [undefined] : values.budget ?? [256]).map((budget) => {
-      if (budget !== undefined) resolveBudget(policy, budget, common);
+      if (typeof budget === "number") resolveBudget(policy, budget, common);
       const cacheType = values["cache-type"];
       return { ...common, policy: policy.name, budget, cacheType };
     });

@@ -23,7 +23,7 @@ import {
 import { runFlags } from "./permissions.ts";
 import { Bar } from "./progress.ts";
 import {
-  BUDGET,
+  budgetsOption,
   cacheOptions,
   load,
   loadOptions,
@@ -57,7 +57,7 @@ const options = {
     "The cache's policies (default full,weighted-kv)",
     POLICY_NAMES,
   ),
-  budget: wholes(1, BUDGET.summary, BUDGET.most),
+  budget: budgetsOption,
   prompt: choice(
     ["streamed", "compressed"],
     "Token by token through the cache, or compressed after one pass (default streamed)",

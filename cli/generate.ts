@@ -10,7 +10,7 @@ import { processInput, readPrompt } from "./input.ts";
 import { flag, text, texts, whole } from "./option.ts";
 import { runFlags } from "./permissions.ts";
 import {
-  BUDGET,
+  budgetOption,
   cacheOptions,
   load,
   loadOptions,
@@ -34,7 +34,7 @@ const options = {
   policy: text("NAME", "The cache's policy (default weighted-kv)", {
     choices: POLICY_NAMES,
   }),
-  budget: whole(1, BUDGET.summary, BUDGET.most),
+  budget: budgetOption,
   ...cacheOptions,
   ...samplerOptions,
   stop: texts("TEXT", "End before this text; may be given again"),
@@ -63,8 +63,9 @@ ${policyList()}`,
   async run({ values, operands, terminal, signal }) {
     const { json = false, quiet = false } = values;
     const policy = findPolicy(values.policy ?? "weighted-kv");
-    if (policy.select !== "none") {
-      resolveBudget(policy, values.budget ?? 256, values);
+    const { budget = 256 } = values;
+    if (policy.select !== "none" && typeof budget === "number") {
+      resolveBudget(policy, budget, values);
     }
     chunkSize(values.prefill ?? "exact", policy);
     const prompt = await readPrompt(

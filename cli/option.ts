@@ -107,6 +107,31 @@ export function wholes(
   };
 }
 
+/** Sizes of a cache separated by commas; plain ones become numbers. */
+export function sizes(
+  summary: string,
+  check: (text: string) => void,
+  most: number,
+): Option<(number | string)[]> {
+  const one = whole(1, summary, most);
+  return {
+    summary,
+    value: "N|N%|BYTES[,...]",
+    read: (texts, name) =>
+      texts.at(-1)!.split(",").map((typed) => {
+        if (/^\d*$/.test(typed)) return one.read([typed], name);
+        try {
+          check(typed);
+        } catch (cause) {
+          throw new UsageError(`--${name}: ${(cause as Error).message}`, {
+            cause,
+          });
+        }
+        return typed;
+      }),
+  };
+}
+
 /** Decimal numbers separated by commas. */
 export function decimals(
   least: number,

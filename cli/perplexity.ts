@@ -19,11 +19,11 @@ import {
 import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readTextFile } from "./input.ts";
-import { flag, text, UsageError, whole, wholes, words } from "./option.ts";
+import { flag, text, UsageError, whole, words } from "./option.ts";
 import { runFlags } from "./permissions.ts";
 import { Bar } from "./progress.ts";
 import {
-  BUDGET,
+  budgetsOption,
   cacheOptions,
   load,
   loadOptions,
@@ -44,7 +44,7 @@ const options = {
     "The cache's policies (default weighted-kv)",
     POLICY_NAMES,
   ),
-  budget: wholes(1, BUDGET.summary, BUDGET.most),
+  budget: budgetsOption,
   ...cacheOptions,
   batch: whole(1, "Windows run side by side (default by memory)", 4096),
   divergence: flag(
@@ -96,7 +96,9 @@ ${policyList()}`,
     for (const policy of policies.map(findPolicy)) {
       chunkSize(values.prefill ?? "exact", policy);
       if (policy.select === "none") continue;
-      for (const budget of budgets) resolveBudget(policy, budget, values);
+      for (const budget of budgets) {
+        if (typeof budget === "number") resolveBudget(policy, budget, values);
+      }
     }
     if (values.out !== undefined && values["dump-cache"] !== undefined) {
       throw new UsageError(

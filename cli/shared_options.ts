@@ -1,6 +1,7 @@
 /** The options that several commands share, and what they mean to the library. */
 
 import { policies, policyNames } from "../src/cache/registry.ts";
+import { parseBudget } from "../src/cache/budget.ts";
 import { MAX_SLOTS } from "../src/cache/policy.ts";
 import { DEFAULT_MODEL } from "../src/hub/registry.ts";
 import { chunkSize, type Prefill } from "../src/session.ts";
@@ -10,6 +11,7 @@ import {
   decimal,
   flag,
   type Option,
+  sizes,
   text,
   UsageError,
   type Values,
@@ -114,10 +116,25 @@ export const samplerOptions = {
   seed: whole(0, "Repeat a run (default random)"),
 };
 
-/** `--budget` for one or more budgets. */
-export const BUDGET = {
-  most: MAX_SLOTS,
-  summary: "Tokens kept a KV head (default 256)",
+const BUDGET =
+  "Tokens kept a KV head, a share or bytes: 256, 25%, 64MiB, paper-1024 (default 256)";
+
+/** `--budget` for several caches. */
+export const budgetsOption = sizes(BUDGET, parseBudget, MAX_SLOTS);
+
+/** `--budget` for one. */
+export const budgetOption: Option<number | string> = {
+  ...budgetsOption,
+  value: "N|N%|BYTES",
+  read(texts, name) {
+    const [size, ...more] = budgetsOption.read(texts, name);
+    if (more.length === 0) return size!;
+    throw new UsageError(
+      `The value of --${name} must be one budget: current value is ${
+        JSON.stringify(texts.at(-1))
+      }`,
+    );
+  },
 };
 
 /** Names of policies, for help and completions. */

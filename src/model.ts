@@ -4,7 +4,10 @@ import { Backend, type Device } from "./backend/backend.ts";
 import type { Precision } from "./backend/ops.ts";
 import { wkv_pairs } from "./backend/symbols.ts";
 import { Tensor } from "./backend/tensor.ts";
+import { parseBudget } from "./cache/budget.ts";
 import { type CacheOptions, KvCache } from "./cache/cache.ts";
+import { MAX_SLOTS } from "./cache/policy.ts";
+import { findPolicy } from "./cache/registry.ts";
 import { type Progress, resolveModel } from "./hub/models.ts";
 import type {
   Activations,
@@ -160,11 +163,50 @@ export class Model implements Disposable {
   }
 
   /**
-   * Makes an empty cache for this model.
+   * Makes an empty cache for this model. Of a budget in bytes it has as many
+   * tokens as keys, values and state of one sequence have room for.
    *
    * @throws {RangeError} An option is out of range.
    */
   createCache(options: CacheOptions = {}): KvCache {
+    const { budget = 256, policy = "weighted-kv", sequences = 1 } = options;
+    const full = findPolicy(policy).select === "none";
+    if (full || typeof budget === "number") return this.#openCache(options);
+    const parsed = parseBudget(budget);
+    if (parsed.kind !== "bytes") return this.#openCache(options);
+    const most = parsed.bytes * sequences;
+    const { layers, kvHeads, headDim } = this.config;
+    const size = options.cacheType === "f32" ? 4 : 2;
+    let tokens = Math.floor(
+      parsed.bytes / (2 * layers * kvHeads * headDim * size),
+    );
+    // State comes on top, of a size that the policy knows.
+    while (tokens >= 1) {
+      const cache = this.#openCache({
+        ...options,
+        budget: Math.min(tokens, MAX_SLOTS),
+      });
+      if (cache.bytes <= most) return cache;
+      cache.close();
+      tokens = Math.min(
+        tokens - 1,
+        Math.floor(tokens * most / cache.bytes),
+      );
+    }
+    throw new RangeError(
+      `The budget of ${budget} has no room for a token: ask for more`,
+    );
+  }
+
+  /** What a budget is in tokens. */
+  budgetTokens(options: CacheOptions): number {
+    const { budget = 256 } = options;
+    if (typeof budget === "number") return budget;
+    using cache = this.createCache({ ...options, sequences: 1 });
+    return cache.budget ?? cache.capacity;
+  }
+
+  #openCache(options: CacheOptions): KvCache {
     return new KvCache(
       this.backend,
       this.config,

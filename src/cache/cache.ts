@@ -18,6 +18,7 @@ import {
   resolveBudget,
   type Select,
 } from "./policy.ts";
+import { type BudgetSize, parseBudget } from "./budget.ts";
 import { findPolicy } from "./registry.ts";
 
 /** Element types of cached keys and values. */
@@ -30,8 +31,8 @@ export type Positions = "cache" | "text";
 export interface CacheOptions {
   /** The policy's name. @default `"weighted-kv"` */
   policy?: string | undefined;
-  /** Tokens kept a KV head; no meaning for `full`. @default `256` */
-  budget?: number | undefined;
+  /** How much is kept a KV head; no meaning for `full`. @default `256` tokens */
+  budget?: BudgetSize | undefined;
   /** First tokens that never leave. @default by policy */
   sinks?: number | undefined;
   /** Newest tokens that never leave. @default by policy */
@@ -219,7 +220,7 @@ export class KvCache implements Disposable {
     } else {
       const resolved = resolveBudget(
         this.policy,
-        options.budget ?? 256,
+        tokensOf(options.budget ?? 256, options.capacity ?? shape.context),
         options,
       );
       this.budget = this.capacity = resolved.budget;
@@ -489,4 +490,18 @@ export class KvCache implements Disposable {
       out.byteLength,
     );
   }
+}
+
+/** A budget in tokens, a share being one of what a full cache would hold. */
+function tokensOf(size: BudgetSize, capacity: number): number {
+  // A number's own message says most.
+  if (typeof size === "number") return size;
+  const parsed = parseBudget(size);
+  if (parsed.kind === "tokens") return parsed.tokens;
+  if (parsed.kind === "share") {
+    return Math.max(1, Math.floor(parsed.share * capacity));
+  }
+  throw new RangeError(
+    `A budget in bytes is resolved by a model's createCache: current value is "${size}"`,
+  );
 }

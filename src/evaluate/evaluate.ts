@@ -2,12 +2,13 @@
 
 import type { CacheOptions, CacheType, Positions } from "../cache/cache.ts";
 import { choosesByStep, resolveBudget } from "../cache/policy.ts";
+import { type BudgetSize, parseBudget } from "../cache/budget.ts";
 import { findPolicy } from "../cache/registry.ts";
 import { checkRoom, openCache } from "../generate.ts";
 import { type Model, PASS_ROWS } from "../model.ts";
 import { Session } from "../session.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
-import { memoryStore, type ResultStore } from "./results.ts";
+import { memoryStore, type ResultStore, type SizedCache } from "./results.ts";
 import * as all from "./tasks/mod.ts";
 import { Random } from "./tasks/random.ts";
 import { matchAll, type Question, type Task } from "./tasks/task.ts";
@@ -38,7 +39,7 @@ export interface EvaluateOptions {
   /** Policies by name. */
   policies: readonly string[];
   /** Budgets, each used with every policy but `full`. */
-  budgets: readonly number[];
+  budgets: readonly BudgetSize[];
   /** How questions reach the cache. @default `"streamed"` */
   prompt?: PromptRegime | undefined;
   /** Another seed gives other questions. @default `0` */
@@ -162,7 +163,11 @@ export async function* evaluate(
       signal?.throwIfAborted();
       asked.push(await ask(model.tokenizer, task, length, depth, index, seed));
     }
-    for (const cacheOptions of caches) {
+    for (const typed of caches) {
+      const budget = typed.budget === undefined
+        ? null
+        : model.budgetTokens({ ...typed, capacity: length });
+      const cacheOptions = { ...typed, budget: budget ?? undefined };
       const policy = findPolicy(cacheOptions.policy!);
       const reason = missing(model, cacheOptions, prompt, length);
       const results: QuestionResult[] = [];
@@ -177,7 +182,6 @@ export async function* evaluate(
         }
         options.onProgress?.(++done, total);
       }
-      const { budget = null } = cacheOptions;
       const resolved = budget === null
         ? { sinks: null, recent: null }
         : resolveBudget(policy, budget, options);
@@ -282,7 +286,8 @@ function cachesOf(options: EvaluateOptions): CacheOptions[] {
       throw new RangeError(`Name at least one budget for the policy ${name}`);
     }
     return (full ? [undefined] : options.budgets).map((budget) => {
-      if (budget !== undefined) resolveBudget(policy, budget, common);
+      if (typeof budget === "number") resolveBudget(policy, budget, common);
+      else if (budget !== undefined) parseBudget(budget);
       return { ...common, policy: policy.name, budget };
     });
   });
@@ -346,7 +351,7 @@ async function ask(
 async function answer(
   model: Model,
   asked: Asked,
-  cacheOptions: CacheOptions,
+  cacheOptions: SizedCache,
   prompt: PromptRegime,
   signal: AbortSignal | undefined,
 ): Promise<QuestionResult> {
@@ -440,7 +445,7 @@ function logProbOf(logits: Float32Array, id: number): number {
 function find(
   { items }: ResultStore<QuestionResult>,
   { task, length, index }: Asked,
-  cacheOptions: CacheOptions,
+  cacheOptions: SizedCache,
 ): QuestionResult | undefined {
   const { policy } = cacheOptions;
   const budget = cacheOptions.budget ?? null;

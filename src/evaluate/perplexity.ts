@@ -7,11 +7,12 @@ import type {
   KvCache,
   Positions,
 } from "../cache/cache.ts";
+import type { BudgetSize } from "../cache/budget.ts";
 import { findPolicy } from "../cache/registry.ts";
 import { resolveBudget } from "../cache/policy.ts";
 import type { Model } from "../model.ts";
 import { chunkSize, type Prefill, Session } from "../session.ts";
-import { memoryStore, type ResultStore } from "./results.ts";
+import { memoryStore, type ResultStore, type SizedCache } from "./results.ts";
 
 /** What is measured. */
 export interface PerplexityOptions {
@@ -26,7 +27,7 @@ export interface PerplexityOptions {
   /** Policies by name. */
   policies: readonly string[];
   /** Budgets, each used with every policy but `full`. */
-  budgets: readonly number[];
+  budgets: readonly BudgetSize[];
   /** First tokens that never leave. @default by policy */
   sinks?: number | undefined;
   /** Newest tokens that never leave. @default by policy */
@@ -216,7 +217,7 @@ export async function* perplexity(
 
 /** One row to measure. */
 interface PlannedRow {
-  cacheOptions: CacheOptions;
+  cacheOptions: SizedCache;
   window: number;
   stride: number;
   /** Why it cannot be measured. */
@@ -265,7 +266,18 @@ function plan(
     if (!full && options.budgets.length === 0) {
       throw new RangeError(`Name at least one budget for the policy ${name}`);
     }
-    for (const budget of full ? [undefined] : options.budgets) {
+    for (const size of full ? [undefined] : options.budgets) {
+      // Shares are those of a window.
+      const budget = size === undefined ? undefined : model.budgetTokens({
+        policy: name,
+        budget: size,
+        capacity: window,
+        cacheType,
+        positions,
+        sinks,
+        recent,
+        interval,
+      });
       if (budget !== undefined) {
         resolveBudget(policy, budget, { sinks, recent, interval });
       }

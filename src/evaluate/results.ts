@@ -1,5 +1,10 @@
 /** ResultStore: where results of single windows and questions are kept; a run folder is one. */
 
+import type { CacheOptions } from "../cache/cache.ts";
+
+/** A cache whose budget is in tokens. */
+export type SizedCache = CacheOptions & { budget?: number | undefined };
+
 /** Keeps results as they come. */
 export interface ResultStore<T> {
   /** What there is. */

@@ -1,0 +1,69 @@
+/** How large a cache may be, as people say it: tokens, a share, bytes, or a preset; resolved to tokens by Model. */
+
+import { MAX_SLOTS } from "./policy.ts";
+
+/**
+ * A budget: tokens kept a KV head, a share of the tokens that a full cache would
+ * hold (`"25%"`), the bytes of one sequence's cache (`"64MiB"`, `"64MB"`), or a
+ * preset (`"paper-256"`).
+ */
+export type BudgetSize = number | string;
+
+/** What a budget says. */
+export type ParsedBudget =
+  | { readonly kind: "tokens"; readonly tokens: number }
+  | { readonly kind: "share"; readonly share: number }
+  | { readonly kind: "bytes"; readonly bytes: number };
+
+/**
+ * The paper's two cache sizes (arXiv 2503.01330, section 4); the first 4 tokens
+ * and 124 or 508 recent ones are what its policies protect by default.
+ */
+export const budgetPresets: Readonly<Record<string, number>> = {
+  "paper-256": 256,
+  "paper-1024": 1024,
+};
+
+const units: Readonly<Record<string, number>> = {
+  B: 1,
+  KB: 1e3,
+  MB: 1e6,
+  GB: 1e9,
+  KIB: 2 ** 10,
+  MIB: 2 ** 20,
+  GIB: 2 ** 30,
+};
+
+/**
+ * Reads a budget.
+ *
+ * @throws {RangeError} It is no budget, or out of range.
+ */
+export function parseBudget(size: BudgetSize): ParsedBudget {
+  const text = String(size);
+  const preset = Object.hasOwn(budgetPresets, text)
+    ? budgetPresets[text]
+    : undefined;
+  if (preset !== undefined) return { kind: "tokens", tokens: preset };
+  const [, digits, unit] = /^(\d+(?:\.\d+)?)\s*(%|[KMG]?i?B)?$/i.exec(text) ??
+    [];
+  const value = Number(digits);
+  if (unit === "%" && value > 0 && value <= 100) {
+    return { kind: "share", share: value / 100 };
+  }
+  const factor = unit === undefined ? undefined : units[unit.toUpperCase()];
+  if (factor !== undefined && value > 0) {
+    return { kind: "bytes", bytes: Math.floor(value * factor) };
+  }
+  if (
+    unit === undefined && Number.isInteger(value) && value >= 1 &&
+    value <= MAX_SLOTS
+  ) {
+    return { kind: "tokens", tokens: value };
+  }
+  throw new RangeError(
+    `The budget must be a whole number of tokens between 1 and ${MAX_SLOTS}, a share such as 25%, bytes such as 64MiB, or one of ${
+      Object.keys(budgetPresets).join(", ")
+    }: current value is ${JSON.stringify(size)}`,
+  );
+}
