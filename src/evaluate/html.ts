@@ -36,7 +36,7 @@ export interface ReportOptions {
 
 const style = `
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #ffffff; }
+body { font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #ffffff; }
 h1 { font-size: 1.6rem; line-height: 1.2; }
 h2 { font-size: 1.2rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; }
