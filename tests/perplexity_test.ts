@@ -22,6 +22,8 @@ import {
 } from "../mod.ts";
 import type { Precision } from "../src/backend/ops.ts";
 import type { KvCache, Positions } from "../src/cache/cache.ts";
+import { memoryStore } from "../src/evaluate/results.ts";
+import { compareResults } from "../src/evaluate/verify.ts";
 import { Session } from "../src/session.ts";
 import { LibraryCopy } from "./isolated.ts";
 import { testModel } from "./model.ts";
@@ -312,6 +314,23 @@ describe("perplexity()", () => {
     const timeless = (rows: PerplexityRow[]) =>
       rows.map(({ seconds: _, ...row }) => row);
     assertEquals(timeless(again), timeless(whole));
+  });
+
+  it("keeps each result once where a run was cut off among those of one batch", async () => {
+    const options: PerplexityOptions = {
+      ...full,
+      policies: ["weighted-kv", "eviction"],
+      budgets: [12],
+      batch: 2,
+      divergence: true,
+    };
+    const whole = memoryStore<WindowResult>();
+    await rowsOf(model, ids, { ...options, results: whole });
+    const cut = memoryStore<WindowResult>();
+    await cut.add(whole.items.slice(0, 8));
+    await rowsOf(model, ids, { ...options, results: cut });
+    const { outcome, first } = compareResults(whole.items, cut.items);
+    assertEquals([outcome, first], ["equal", null]);
   });
 
   it("does not depend on how many windows run side by side", async () => {

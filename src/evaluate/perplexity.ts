@@ -543,7 +543,12 @@ async function measure(
         if (!row.hidden) await run.onFirstWindow?.(session.cache);
       }
     }
-    await store.add(lanes.flatMap(({ sums }) => sums));
+    // A run that was cut off while it wrote may have left some of them.
+    await store.add(
+      lanes.flatMap(({ row, sums }) =>
+        sums.filter(({ window }) => !find(store, row, window, diverges))
+      ),
+    );
   }
   return rows.map((row) => ({
     row,

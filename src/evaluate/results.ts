@@ -9,7 +9,7 @@ export type SizedCache = CacheOptions & { budget?: number | undefined };
 export interface ResultStore<T> {
   /** What there is. */
   readonly items: readonly T[];
-  /** Keeps more, all or none of them. */
+  /** Keeps more; when it is cut off, the first of them at most. */
   add(items: readonly T[]): Promise<void>;
 }
 
