@@ -153,17 +153,36 @@ function libraryFinding({ path, reason, tried }: Search): Finding {
   return { ok: path !== null, text: [path ?? reason, ...tried].join("\n") };
 }
 
-/** What the kernel says about its NVIDIA driver. */
+/** What the kernel says about its NVIDIA driver; under Windows or on a Jetson there is a device alone, which tells no version. */
 async function findDriver(): Promise<Finding> {
   try {
-    const [line = ""] = (await Deno.readTextFile(DRIVER_FILES[0])).split("\n");
-    return { ok: true, text: line.replace(/^NVRM version:\s*/, "") };
-  } catch (error) {
-    if (error instanceof Deno.errors.NotCapable) {
-      return { ok: false, text: "not to be seen without --allow-all" };
+    const [version, ...devices] = DRIVER_FILES;
+    const text = await readIfThere(version);
+    if (text !== null) {
+      const [line = ""] = text.split("\n");
+      return { ok: true, text: line.replace(/^NVRM version:\s*/, "") };
     }
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
-    return { ok: false, text: "No NVIDIA driver is loaded" };
+    for (const path of devices) {
+      try {
+        await Deno.stat(path);
+        return { ok: true, text: `found by its device, ${path}` };
+      } catch (error) {
+        if (!(error instanceof Deno.errors.NotFound)) throw error;
+      }
+    }
+  } catch (error) {
+    if (!(error instanceof Deno.errors.NotCapable)) throw error;
+    return { ok: false, text: "not to be seen without --allow-all" };
+  }
+  return { ok: false, text: "No NVIDIA driver is loaded" };
+}
+
+async function readIfThere(path: string): Promise<string | null> {
+  try {
+    return await Deno.readTextFile(path);
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return null;
+    throw error;
   }
 }
 

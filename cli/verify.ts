@@ -77,7 +77,9 @@ export const verifyCommand = defineCommand({
     } finally {
       bar.clear();
     }
-    const verdict = compareResults(folder.items, again);
+    // A run that was cut off has the first results, in the same order.
+    const count = folder.items.length;
+    const verdict = compareResults(folder.items, again.slice(0, count));
     const differs = [
       ...(manifest.device === now.device ? [] : [`device: ${now.device}`]),
       ...(manifest.versions.kernels === now.versions.kernels
@@ -96,12 +98,17 @@ export const verifyCommand = defineCommand({
         ? `${
           JSON.stringify({
             folder: path,
-            results: again.length,
+            results: count,
+            of: again.length,
             ...verdict,
             differs,
           })
         }\n`
-        : `${path}: ${again.length} results, ${words[verdict.outcome]}\n${
+        : `${path}: ${
+          count < again.length
+            ? `unfinished, ${count} of ${again.length}`
+            : count
+        } results, ${words[verdict.outcome]}\n${
           verdict.outcome === "equal" ? "" : `first: ${verdict.first}\n`
         }${differs.length > 0 ? `this run: ${differs.join(", ")}\n` : ""}`,
     );

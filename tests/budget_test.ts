@@ -31,7 +31,7 @@ describe("parseBudget()", () => {
     for (
       const size of [
         ...["", "x", "0", "-1", "1.5", "0%", "101%", "64M", "0B", "1e3"],
-        ...["paper-512", "constructor", 2 ** 21, NaN],
+        ...["0.4B", "paper-512", "constructor", 2 ** 21, NaN],
       ]
     ) {
       assertThrows(() => parseBudget(size), RangeError, "such as 64MiB");

@@ -52,9 +52,8 @@ export function parseBudget(size: BudgetSize): ParsedBudget {
     return { kind: "share", share: value / 100 };
   }
   const factor = unit === undefined ? undefined : units[unit.toUpperCase()];
-  if (factor !== undefined && value > 0) {
-    return { kind: "bytes", bytes: Math.floor(value * factor) };
-  }
+  const bytes = Math.floor(value * (factor ?? 0));
+  if (bytes >= 1) return { kind: "bytes", bytes };
   if (
     unit === undefined && Number.isInteger(value) && value >= 1 &&
     value <= MAX_SLOTS

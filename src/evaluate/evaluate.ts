@@ -155,7 +155,7 @@ export async function* evaluate(
   const caches = cachesOf(options);
   const store = options.results ?? memoryStore<QuestionResult>();
   const counts = plans.map(({ places }) => places.length);
-  const total = counts.reduce((a, b) => a + b, 0) * caches.length;
+  let total = counts.reduce((a, b) => a + b, 0) * caches.length;
   let done = 0;
   for (const { task, length, places } of plans) {
     const asked = [];
@@ -171,16 +171,19 @@ export async function* evaluate(
       const policy = findPolicy(cacheOptions.policy!);
       const reason = missing(model, cacheOptions, prompt, length);
       const results: QuestionResult[] = [];
-      for (const one of asked) {
-        if (reason === undefined) {
-          let result = find(store, one, cacheOptions);
-          if (result === undefined) {
-            result = await answer(model, one, cacheOptions, prompt, signal);
-            await store.add([result]);
-          }
-          results.push(result);
+      // What need not be asked again says nothing about the time that is left.
+      const known = asked.map((one) => find(store, one, cacheOptions));
+      total -= reason === undefined
+        ? known.filter((result) => result !== undefined).length
+        : known.length;
+      for (const [i, one] of reason === undefined ? asked.entries() : []) {
+        let result = known[i];
+        if (result === undefined) {
+          result = await answer(model, one, cacheOptions, prompt, signal);
+          await store.add([result]);
+          options.onProgress?.(++done, total);
         }
-        options.onProgress?.(++done, total);
+        results.push(result);
       }
       const resolved = budget === null
         ? { sinks: null, recent: null }

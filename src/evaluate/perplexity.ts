@@ -185,7 +185,7 @@ export async function* perplexity(
     rows.splice(1, 0, ...plan(model, options, context, half).filter(isFull));
   }
   const groups = grouped(rows, options.divergence ?? false);
-  const total = groups.flat().reduce(
+  let total = groups.flat().reduce(
     (sum, { reason, window, stride }) =>
       sum + (reason ? 0 : count(window, stride) * (window - 1)),
     0,
@@ -206,6 +206,8 @@ export async function* perplexity(
       offset,
       windows: count(window, stride),
       onFed,
+      // What need not be done again says nothing about the time that is left.
+      onKnown: (tokens) => total -= tokens,
     };
     for (const measured of await measure(model, run, group)) {
       if (isFull(measured.row) && measured.windows.length > 0) full = measured;
@@ -484,6 +486,7 @@ interface Run extends PerplexityOptions {
   offset: number;
   windows: number;
   onFed: (tokens: number) => void;
+  onKnown: (tokens: number) => void;
 }
 
 /** A row while some windows run side by side. */
@@ -519,7 +522,7 @@ async function measure(
       windows.every((window) => find(store, row, window, diverges))
     );
     if (known) {
-      run.onFed(sequences * rows.length * (run.window - 1));
+      run.onKnown(sequences * rows.length * (run.window - 1));
       continue;
     }
     using sessions = new DisposableStack();
