@@ -220,8 +220,8 @@ describe("wkv doctor", () => {
     }
     assertEquals(found.model, { ok: true, text: model });
     assertEquals(
-      Object.keys(found.permissions).slice(0, 3),
-      ["generate", "perplexity", "bench"],
+      Object.keys(found.permissions).slice(0, 6),
+      ["generate", "perplexity", "eval", "compare", "verify", "bench"],
     );
     const text = (await ok(["doctor"])).stdout;
     assertStringIncludes(text, found.library);
