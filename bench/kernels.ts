@@ -604,7 +604,8 @@ async function* embedCases(bench: Bench): AsyncGenerator<Case> {
         fields: { dtype, batch },
         bytes: () => batch * (table.rowBytes + 4 * width),
         copies: rows,
-        record: (copy) => embed(backend, out, table, tokens[copy]!, batch),
+        record: (copy) =>
+          embed(backend, out, table, tokens[copy]!, { rows: batch }),
       };
     }
   }
@@ -623,7 +624,8 @@ async function* normCases(bench: Bench): AsyncGenerator<Case> {
       fields: { batch },
       bytes: () => bytes,
       copies: x.length,
-      record: (copy) => rmsnorm(bench.backend, x[copy]!, x[copy]!, norm, batch),
+      record: (copy) =>
+        rmsnorm(bench.backend, x[copy]!, x[copy]!, norm, { rows: batch }),
     };
   }
 }

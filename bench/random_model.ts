@@ -146,10 +146,6 @@ class RandomWeights implements WeightSource {
     return Promise.resolve(tensor);
   }
 
-  async vector(name: string, columns: number): Promise<Tensor> {
-    return Tensor.from(this.#backend, await this.floats(name, columns));
-  }
-
   floats(_name: string, columns: number): Promise<Float32Array<ArrayBuffer>> {
     this.bytes += 4 * columns;
     return Promise.resolve(

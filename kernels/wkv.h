@@ -16,7 +16,7 @@
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 2
+#define WKV_ABI_VERSION 3
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -98,7 +98,11 @@ enum wkv_cache_field {
   WKV_CACHE_EVENT = 7,     /* float [4]: the last step's victim and right neighbour (places in the text, -1: none), both averages */
 };
 
-enum wkv_activation { WKV_SILU = 0 };
+/** What the gate of a feed-forward part goes through. */
+enum wkv_activation {
+  WKV_SILU = 0,      /* x / (1 + e^-x) */
+  WKV_GELU_TANH = 1, /* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
+};
 
 /** How a linear op holds its input: as it is, or rounded to 8 bits in blocks of 32 (quantised weights only). */
 enum wkv_precision { WKV_PRECISION_F32 = 0, WKV_PRECISION_INT8 = 1 };
@@ -154,11 +158,18 @@ WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times
 
 /* ---- ops on activations ---- */
 
-/** op: out[i] = table[tokens[i]]. An id outside the table is WKV_DATA. */
-WKV_API int32_t wkv_embed(int32_t context, int32_t out /* [>= rows, C] */, int32_t table /* [vocabulary, C] */, int32_t tokens /* I32 [1, >= rows] */, int32_t rows);
+/** op: out[i] = scale * table[tokens[i]]. An id outside the table is WKV_DATA. */
+WKV_API int32_t wkv_embed(int32_t context, int32_t out /* [>= rows, C] */, int32_t table /* [vocabulary, C] */, int32_t tokens /* I32 [1, >= rows] */, int32_t rows, float scale);
 
-/** op: out[i] = x[i] / sqrt(mean(x[i]^2) + epsilon) * weight; out may be x. */
-WKV_API int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight /* [1, C] */, float epsilon);
+/** op: out[i] = x[i] / sqrt(mean(x[i]^2) + epsilon) * weight (+ what out held, when add is 1); out may be x. */
+WKV_API int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight /* [1, C] */, float epsilon, int32_t add);
+
+/** op: wkv_rmsnorm of queries and keys where they lie, before they are rotated. The weights tell what is normed: every head on its own
+ *  ([1, D]), or all query heads and all key heads together ([1, H * D] and [1, N * D]). */
+WKV_API int32_t wkv_qk_norm(int32_t context, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_weight, int32_t k_weight, float epsilon);
+
+/** op: x[i] = cap tanh(x[i] / cap) where it lies; cap above 0. */
+WKV_API int32_t wkv_softcap(int32_t context, int32_t x /* [>= rows, C] */, int32_t rows, float cap);
 
 /** op: out[i, out_column + j] = norm(x[x_row + i]) . w[j] + bias[j] (+ what out held, when add is 1), for rows i and all rows j of w.
  *  norm and bias are 0 or tensors [1, C]; norm is wkv_rmsnorm's. out must not be x unless norm, x and out are of one width and add is 1. */
@@ -188,8 +199,9 @@ WKV_API int32_t wkv_cache_read(int32_t context, int32_t cache, int32_t field, in
 /** op: one decode step of one layer for every sequence (the paper's Algorithm 1). The new token attends over cache and itself at
  *  rank `kept`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks
  *  `interval` victims, merges or drops them, and the new token takes a freed slot. k and v are rounded to the cache's type first.
+ *  softcap: 0, or the scores s = scale q . k become softcap tanh(s / softcap) before the softmax.
  *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice). */
-WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, int32_t victims);
+WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, float softcap, int32_t victims);
 
 /** op: steps 3 to 6 of wkv_attend with attention weights that the caller computed: kv[b] holds N keys, then N values. */
 WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_t kv /* [B, 2 N * D] */, int32_t weights /* [B, N * (M + 1)], rank order */, int32_t victims);
@@ -197,8 +209,9 @@ WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_
 /** op: `rows` tokens of one sequence at once: causal attention over cache and tokens, each column's sum of weights added to its score
  *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
  *  left. Refused for policies that keep a record of each step's weights, and to let tokens leave for those that choose by one
- *  step's weights (wkv_by_step, wkv_uses_now in policy.h). */
-WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale);
+ *  step's weights (wkv_by_step, wkv_uses_now in policy.h).
+ *  window: 0, or how many ranks a token looks back on, itself counted: those before weigh nothing. softcap is wkv_attend's. */
+WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale, float softcap, int32_t window);
 
 /* ---- from logits to tokens ---- */
 

@@ -1,7 +1,7 @@
 /** Every architecture beside transformers, on the tiny models of golden/models: logits at every position, fed at once and token by token. */
 
-import { assert, assertEquals, assertRejects } from "@std/assert";
-import { generate, loadModel } from "../mod.ts";
+import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
+import { type CacheOptions, generate, loadModel } from "../mod.ts";
 import { Tensor } from "../src/backend/tensor.ts";
 import { PASS_ROWS } from "../src/model.ts";
 import * as architectures from "../src/models/mod.ts";
@@ -114,30 +114,82 @@ describe("a Hugging Face folder", () => {
       "give token ids instead of text",
     );
   });
+});
 
-  it("a cache beyond the sliding window is refused", async () => {
-    using model = await loadModel(`${folder}mistral`, { device: testDevice });
-    model.createCache({ budget: 31 }).close();
-    for (
-      const options of [
-        { budget: 32 },
-        { budget: 16, positions: "text" },
-        { policy: "full" },
-      ] as const
-    ) {
-      await assertRejects(
-        async () => await model.createCache(options),
-        RangeError,
-        "look back on 32 tokens",
-      );
-    }
-    using cache = model.createCache({ budget: 30 });
-    using session = new Session(model, cache);
-    await session.prompt(Array.from({ length: 30 }, (_, i) => i));
-    await assertRejects(
-      () => session.prompt([1, 2, 3, 4], { prefill: "chunk:4" }),
+describe("layers with a sliding window", () => {
+  it("follow the policy below it, and keep it whole from there on", async () => {
+    using model = await loadModel(`${folder}gemma2`, { device: testDevice });
+    const slots = (options: CacheOptions) => {
+      using cache = model.createCache(options);
+      return cache.layerSlots;
+    };
+    // Of 8 tokens, the new one counted, in layers 0 and 2.
+    assertEquals(slots({ budget: 7 }), [7, 7, 7]);
+    assertEquals(slots({ budget: 8 }), [7, 8, 7]);
+    assertEquals(slots({ budget: 40 }), [7, 40, 7]);
+    assertEquals(slots({ policy: "full", capacity: 8 }), [8, 8, 8]);
+    assertEquals(slots({ policy: "full" }), [7, 64, 7]);
+    assertEquals(slots({ budget: 40, positions: "text" }), [7, 40, 7]);
+    assertThrows(
+      () => model.createCache({ budget: 7, positions: "text" }),
       RangeError,
-      "take smaller chunks",
+      "layer 0 looks back on 8 tokens of the text",
     );
+    using cache = model.createCache({ policy: "full", cacheType: "f32" });
+    const { kvHeads, headDim } = model.config;
+    assertEquals(cache.fullBytes(20), (7 + 20 + 7) * 2 * kvHeads * headDim * 4);
+  });
+
+  it("hold the last tokens, whatever the policy keeps elsewhere", async () => {
+    using model = await loadModel(`${folder}gemma3`, { device: testDevice });
+    const { tokens } = await golden("gemma3");
+    for (const prefill of ["exact", "chunk:5"] as const) {
+      using cache = model.createCache({ budget: 12, sinks: 2, recent: 4 });
+      using session = new Session(model, cache);
+      await session.prompt(tokens, { prefill });
+      assertEquals(cache.layerSlots, [7, 7, 7, 7, 7, 12, 7]);
+      for (const layer of [0, 4, 6]) {
+        assertEquals(
+          cache.rows(layer, 0).kept,
+          [17, 18, 19, 20, 21, 22, 23],
+          `layer ${layer}, ${prefill}`,
+        );
+        assertEquals(cache.stats(0, layer).evicted, 17);
+      }
+      assertEquals(cache.rows(5, 0).kept.slice(0, 2), [0, 1]);
+      assertEquals(cache.stats(), {
+        seen: 24,
+        kept: 12,
+        merged: 12,
+        evicted: 0,
+      });
+      assertEquals(cache.room(), 0);
+      cache.reset();
+      assertEquals(cache.stats(0, 0).kept, 0);
+      assertEquals(cache.room(), 12);
+    }
+  });
+
+  it("see no further in a chunk than one by one", async () => {
+    using model = await loadModel(`${folder}mistral-window`, {
+      device: testDevice,
+      activations: "f32",
+    });
+    const { tokens, logits } = await golden("mistral-window");
+    const { vocabulary } = model.config;
+    for (const chunks of [[24], [3, 1, 20], [10, 7, 7]]) {
+      using cache = model.createCache({ budget: 20, cacheType: "f32" });
+      using session = new Session(model, cache);
+      let at = 0;
+      for (const rows of chunks) {
+        const last = at + rows === tokens.length ? 1 : 0;
+        const ids = Int32Array.from(tokens.slice(at, at + rows - last));
+        if (ids.length > 0) await session.feedPass(0, ids);
+        at += rows;
+      }
+      const found = await session.logits(Int32Array.of(tokens.at(-1)!));
+      const error = furthest(found, logits.slice(-vocabulary), vocabulary);
+      assert(error <= 1e-3, `${chunks}: ${error}`);
+    }
   });
 });

@@ -894,7 +894,8 @@ describe("generate()", () => {
     it("may record while a graph of the other runs", async () => {
       const { backend } = model;
       using x = new Tensor(backend, "F32", 1, 32);
-      const op = () => rmsnorm(backend, x, x, { weight: x, epsilon: 1 }, 1);
+      const op = () =>
+        rmsnorm(backend, x, x, { weight: x, epsilon: 1 }, { rows: 1 });
       using graph = backend.record(op);
       for (let i = 0; i < 10; i++) {
         const run = graph.run();
@@ -911,7 +912,9 @@ describe("generate()", () => {
       // A failing run is no failure of what is being recorded.
       using bad = Tensor.from(backend, Int32Array.of(99));
       using table = new Tensor(backend, "F32", 4, 32);
-      using failing = backend.record(() => embed(backend, x, table, bad, 1));
+      using failing = backend.record(() =>
+        embed(backend, x, table, bad, { rows: 1 })
+      );
       const failed = assertRejects(() => failing.run(), WkvError, "99");
       using other = backend.record(() => {
         const end = performance.now() + 10;

@@ -220,7 +220,7 @@ describe("ops on numbers that are none", () => {
     for (const id of [-1, 5, 2 ** 31 - 1, -(2 ** 31)]) {
       using tokens = Tensor.from(backend, Int32Array.of(0, id));
       assertThrows(
-        () => embed(backend, out, table, tokens, 2),
+        () => embed(backend, out, table, tokens, { rows: 2 }),
         WkvError,
         "bad data",
       );

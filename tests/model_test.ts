@@ -311,7 +311,7 @@ describe("a file that is refused", () => {
   it("an unknown architecture, naming those there are", async () => {
     const metadata = { "general.architecture": "mamba" };
     const error = await refused({ metadata }, '"mamba"');
-    assertStringIncludes(error.message, "expected llama");
+    assertStringIncludes(error.message, "expected gemma2, gemma3, llama");
     await refused({
       metadata: { "general.architecture": "__proto__" },
     }, '"__proto__"');

@@ -393,13 +393,23 @@ void rmsnorm(const float* x, const float* weight, int32_t columns, float epsilon
   for (int32_t c = 0; c < columns; c++) out[c] = x[c] * scale * weight[c];
 }
 
-void silu_times(float* gate, const float* up, int64_t count) {
+/** gate / (1 + e^-s) * up, s being the gate or, as (1 + tanh(u)) / 2 = 1 / (1 + e^-2u), twice GELU's argument. */
+void activate(int32_t activation, float* gate, const float* up, int64_t count) {
+  const bool gelu = activation == WKV_GELU_TANH;
+  constexpr float kLinear = 1.5957691216f, kCubic = 0.0713548162726f;  // 2 sqrt(2 / pi), and 0.044715 times it
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    const f8 g = load(gate + i);
-    store(gate + i, g / (spread(1.0f) + exponential(-g)) * load(up + i));
+    const f8 g = load(gate + i), s = gelu ? g * (spread(kLinear) + spread(kCubic) * g * g) : g;
+    store(gate + i, g / (spread(1.0f) + exponential(-s)) * load(up + i));
   }
-  for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+  for (; i < count; i++) {
+    const float g = gate[i], s = gelu ? g * (kLinear + kCubic * g * g) : g;
+    gate[i] = g / (1.0f + std::exp(-s)) * up[i];
+  }
+}
+
+void softcap(float* x, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; i++) x[i] = cap * std::tanh(x[i] / cap);
 }
 
 // ---- attention ----
@@ -642,7 +652,7 @@ void block_values(const float* weights, int64_t stride, int32_t rows, int32_t co
 }  // namespace
 
 const Loops loops = {
-    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, silu_times, read_row, write_row, scores, weighted_values,
+    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, activate, softcap, read_row, write_row, scores, weighted_values,
     highest, exponentials, add_scaled, merge, gap, block_scores, block_values,
 };
 

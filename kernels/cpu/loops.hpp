@@ -38,8 +38,10 @@ struct Loops {
   void (*group_f32)(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, const float* x, int32_t count, float* tile);
   /** The same from 8-bit rows; scales and sums are [count, columns / 32]. */
   void (*group_int8)(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile);
-  /** gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. */
-  void (*silu_times)(float* gate, const float* up, int64_t count);
+  /** gate[i] = activation(gate[i]) * up[i], a wkv_activation. */
+  void (*activate)(int32_t activation, float* gate, const float* up, int64_t count);
+  /** x = cap * tanh(x / cap). */
+  void (*softcap)(float* x, int64_t count, float cap);
 
   void (*read_row)(int32_t dtype, const uint8_t* row, int32_t count, float* out);
   void (*write_row)(int32_t dtype, const float* values, int32_t count, uint8_t* row);

@@ -14,12 +14,19 @@ struct InputView {
   float epsilon;
 };
 
+/** activation(gate) * up, a wkv_activation; (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). */
+__device__ inline float activate(int32_t activation, float gate, float up) {
+  const float s = activation == WKV_GELU_TANH ? gate * (1.5957691216f + 0.0713548162726f * gate * gate) : gate;
+  return gate / (1.0f + expf(-s)) * up;
+}
+
 /** Where results go: row t at out + t * stride. */
 struct OutputView {
   float* out;
   int64_t stride;
   const float* bias;
   int32_t add;
+  int32_t activation;  // of gated ones
   __device__ void put(int32_t t, int32_t j, float value) const {
     float* to = out + t * stride + j;
     if (bias) value += bias[j];
@@ -27,7 +34,7 @@ struct OutputView {
   }
 };
 
-/** out = norm(in) . w^T, or silu(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
+/** out = norm(in) . w^T, or activation(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
  *  reads in as it is. False, and nothing launched, when the shape needs matmul. */
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
 
@@ -72,8 +79,6 @@ auto by_type(int32_t dtype, Body body) {
     default: return body(std::integral_constant<int, WKV_Q4_1>());
   }
 }
-
-__device__ inline float silu_times(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 
 /** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32
  *  lanes take part. Gives the four as a word, and the block's scale and sum in every lane. */

@@ -2,7 +2,7 @@
  * matvec.cu: wkv_linear and wkv_gated for few rows of x, in one launch.
  *
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])          x [rows, C], w [J, C]
- *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
+ *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
  * A block holds all of kRows rows of x in shared memory and owns a run of pairs of weight rows: rows 2 p and 2 p + 1 of w, or row p of gate
  * and of up. `ways` warps share a pair, each lane with every (32 * ways)th chunk of 16 bytes of both rows; so that small matrices, too, keep
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   const int32_t wide = share.gated ? pairs : 2 * pairs;
   for (int32_t o = threadIdx.x; o < wide * rows; o += blockDim.x) {
     const int32_t t = o / wide, local = o % wide;
-    if (share.gated) to.put(t0 + t, first_pair + local, silu_times(sum(2 * local, t), sum(2 * local + 1, t)));
+    if (share.gated) to.put(t0 + t, first_pair + local, activate(to.activation, sum(2 * local, t), sum(2 * local + 1, t)));
     else if (first_pair * 2 + local < w.rows) to.put(t0 + t, first_pair * 2 + local, sum(local, t));
   }
 }

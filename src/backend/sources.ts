@@ -3,7 +3,7 @@ export const sources: Record<string, string> = {
   "cpu/attend.cpp": `/**
  * attend.cpp: wkv_attend, one decode step of one layer: attend, accumulate scores, select, merge, insert.
  *
- *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], i)     i = 0..len, the new token being i = len
+ *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], i)     i = 0..len, the new token being i = len; capped where asked
  *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (settle.cpp)
  *
  * A task owns one KV head and a stretch of ranks, for all its query heads, so K and V are read once; the stretches depend on the number
@@ -77,7 +77,7 @@ void prepare(const Loops& loops, const Cache& cache, const float* qkv, int32_t n
 }
 
 /** Ranks [first, last) of one head: weights, their highest score and sum, and the weighted values. */
-void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, int32_t s, float scale) {
+void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, int32_t s, float scale, float softcap) {
   const Ranked r = cache.ranked(head);
   const int32_t first = s * plan.stretch, total = r.count + 1;
   const int32_t last = first + plan.stretch < total ? first + plan.stretch : total;
@@ -92,6 +92,7 @@ void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& 
   std::memset(out, 0, size_t(plan.group) * plan.head_dim * 4);
   for (int32_t g = 0; g < plan.group; g++) {
     float* weights = w.weights + g * plan.stride + first;
+    if (softcap > 0.0f) loops.softcap(weights, last - first, softcap);
     const float most = loops.highest(weights, last - first);
     w.highest[s * plan.group + g] = most;
     w.sums[s * plan.group + g] = loops.exponentials(weights, last - first, most);
@@ -134,12 +135,13 @@ void accumulate(const Loops& loops, Cache& cache, int64_t head, const Plan& plan
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
     const TensorRef forced = find_victims(context, victims, *cache);
+    check_softcap(softcap);
     const Plan plan(*cache);
     const int64_t units = int64_t{cache->sequences} * cache->kv_heads;
     ctx.scratch.reserve(size_t(units * plan.bytes));
@@ -157,7 +159,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       });
       // Heads turn fastest, so that a stretch's part of the rotation's tables stays in the cache.
       ctx.threads.loop(units * used, 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; i++) attend_stretch(loops, *cache, first + i % units, plan, work(i % units), static_cast<int32_t>(i / units), scale);
+        for (int64_t i = begin; i < end; i++) attend_stretch(loops, *cache, first + i % units, plan, work(i % units), static_cast<int32_t>(i / units), scale, softcap);
       });
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
@@ -648,14 +650,15 @@ int32_t entry(int32_t handle, Body body) {
 
 }  // namespace wkv
 `,
-  "cpu/embed.cpp": `/** embed.cpp: wkv_embed and wkv_rmsnorm, the ops at both ends of a forward pass. */
+  "cpu/embed.cpp": `/** embed.cpp: the ops that touch each activation once: wkv_embed, wkv_rmsnorm, wkv_qk_norm, wkv_softcap. */
+#include <cmath>
 #include <cstring>
 
 #include "common.hpp"
 
 using namespace wkv;
 
-int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows) {
+int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows, float scale) {
   return entry(context, [&](Context& ctx) {
     const TensorRef from = find_tensor(context, table, "table");
     require(from->dtype != WKV_I32, "table is of dtype I32");
@@ -668,18 +671,55 @@ int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, i
         if (id < 0 || id >= from->rows) fail(WKV_DATA, "Token " + std::to_string(id) + " is outside the table of " + std::to_string(from->rows));
         if (from->dtype == WKV_F32) std::memcpy(to->row(i), from->row(id), size_t(from->columns) * 4);
         else loops->weight_row(from->dtype, from->memory.data(), from->columns, id, to->row(i));
+        if (scale == 1.0f) continue;
+        for (int32_t c = 0; c < from->columns; c++) to->row(i)[c] *= scale;
       }
     });
   });
 }
 
-int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon) {
+int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon, int32_t add) {
   return entry(context, [&](Context& ctx) {
+    require(add == 0 || add == 1, "add must be 0 or 1: " + std::to_string(add));
     const TensorRef w = find_tensor(context, weight, "weight", WKV_F32, 1, -1);
     const TensorRef from = find_tensor(context, x, "x", WKV_F32, rows, w->columns);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w->columns);
+    if (add && rows > 0) ctx.normed.reserve(w->columns);
+    ctx.submit([=, &ctx] {
+      for (int32_t i = 0; i < rows; i++) {
+        float* out = add ? ctx.normed.data() : to->row(i);
+        ctx.loops->rmsnorm(from->row(i), w->f32(), w->columns, epsilon, out);
+        if (add) ctx.loops->add_scaled(to->row(i), out, 1.0f, w->columns);
+      }
+    });
+  });
+}
+
+int32_t wkv_qk_norm(int32_t context, int32_t qkv, int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_weight, int32_t k_weight, float epsilon) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef q = find_tensor(context, q_weight, "q_weight", WKV_F32, 1, -1), k = find_tensor(context, k_weight, "k_weight", WKV_F32, 1, -1);
+    check_qk_norm(heads, kv_heads, head_dim, q->columns, k->columns);
+    const TensorRef x = find_tensor(context, qkv, "qkv", WKV_F32, rows, (heads + 2 * kv_heads) * head_dim);
     ctx.submit([=, loops = ctx.loops] {
-      for (int32_t i = 0; i < rows; i++) loops->rmsnorm(from->row(i), w->f32(), w->columns, epsilon, to->row(i));
+      for (int32_t i = 0; i < rows; i++) {
+        float *at = x->row(i), *const keys = at + heads * head_dim, *const values = keys + kv_heads * head_dim;
+        for (; at < keys; at += q->columns) loops->rmsnorm(at, q->f32(), q->columns, epsilon, at);
+        for (; at < values; at += k->columns) loops->rmsnorm(at, k->f32(), k->columns, epsilon, at);
+      }
+    });
+  });
+}
+
+int32_t wkv_softcap(int32_t context, int32_t x, int32_t rows, float cap) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef at = find_tensor(context, x, "x", WKV_F32, rows, -1);
+    require(std::isfinite(cap) && cap > 0.0f, "cap must be a number above 0");
+    ctx.submit([=, &ctx] {
+      for (int32_t i = 0; i < rows; i++) {
+        ctx.threads.loop((at->columns + 1023) / 1024, 1, [&](int64_t begin, int64_t end, int) {
+          ctx.loops->softcap(at->row(i) + begin * 1024, std::min<int64_t>(end * 1024, at->columns) - begin * 1024, cap);
+        });
+      }
     });
   });
 }
@@ -806,7 +846,7 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
   return entry(context, [&](Context& ctx) {
     const TensorRef w_gate = find_weight(context, gate, "gate"), w_up = find_weight(context, up, "up");
     require(w_gate->rows == w_up->rows && w_gate->columns == w_up->columns, "gate and up are of different shapes");
-    require(activation == WKV_SILU, "activation " + std::to_string(activation) + " is unknown");
+    require(activation == WKV_SILU || activation == WKV_GELU_TANH, "activation " + std::to_string(activation) + " is unknown");
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w_gate->rows);
     const bool both = is_quantised(w_gate->dtype) && is_quantised(w_up->dtype);
     const Input input(ctx, context, x, 0, rows, norm, epsilon, w_gate->columns, both, precision);
@@ -821,7 +861,7 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
           for (int64_t g = begin; g < end; g++) {
             input.group(ctx, *w_gate, g, t0, count, gates);
             input.group(ctx, *w_up, g, t0, count, ups);
-            ctx.loops->silu_times(gates, ups, int64_t{count} * 8);
+            ctx.loops->activate(activation, gates, ups, int64_t{count} * 8);
             const int32_t lanes = w_gate->rows - g * 8 < 8 ? static_cast<int32_t>(w_gate->rows - g * 8) : 8;
             for (int32_t t = 0; t < count; t++) {
               for (int32_t j = 0; j < lanes; j++) to->row(t0 + t)[g * 8 + j] = gates[t * 8 + j];
@@ -1228,13 +1268,23 @@ void rmsnorm(const float* x, const float* weight, int32_t columns, float epsilon
   for (int32_t c = 0; c < columns; c++) out[c] = x[c] * scale * weight[c];
 }
 
-void silu_times(float* gate, const float* up, int64_t count) {
+/** gate / (1 + e^-s) * up, s being the gate or, as (1 + tanh(u)) / 2 = 1 / (1 + e^-2u), twice GELU's argument. */
+void activate(int32_t activation, float* gate, const float* up, int64_t count) {
+  const bool gelu = activation == WKV_GELU_TANH;
+  constexpr float kLinear = 1.5957691216f, kCubic = 0.0713548162726f;  // 2 sqrt(2 / pi), and 0.044715 times it
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    const f8 g = load(gate + i);
-    store(gate + i, g / (spread(1.0f) + exponential(-g)) * load(up + i));
+    const f8 g = load(gate + i), s = gelu ? g * (spread(kLinear) + spread(kCubic) * g * g) : g;
+    store(gate + i, g / (spread(1.0f) + exponential(-s)) * load(up + i));
   }
-  for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+  for (; i < count; i++) {
+    const float g = gate[i], s = gelu ? g * (kLinear + kCubic * g * g) : g;
+    gate[i] = g / (1.0f + std::exp(-s)) * up[i];
+  }
+}
+
+void softcap(float* x, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; i++) x[i] = cap * std::tanh(x[i] / cap);
 }
 
 // ---- attention ----
@@ -1477,7 +1527,7 @@ void block_values(const float* weights, int64_t stride, int32_t rows, int32_t co
 }  // namespace
 
 const Loops loops = {
-    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, silu_times, read_row, write_row, scores, weighted_values,
+    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, activate, softcap, read_row, write_row, scores, weighted_values,
     highest, exponentials, add_scaled, merge, gap, block_scores, block_values,
 };
 
@@ -1524,8 +1574,10 @@ struct Loops {
   void (*group_f32)(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, const float* x, int32_t count, float* tile);
   /** The same from 8-bit rows; scales and sums are [count, columns / 32]. */
   void (*group_int8)(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile);
-  /** gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. */
-  void (*silu_times)(float* gate, const float* up, int64_t count);
+  /** gate[i] = activation(gate[i]) * up[i], a wkv_activation. */
+  void (*activate)(int32_t activation, float* gate, const float* up, int64_t count);
+  /** x = cap * tanh(x / cap). */
+  void (*softcap)(float* x, int64_t count, float cap);
 
   void (*read_row)(int32_t dtype, const uint8_t* row, int32_t count, float* out);
   void (*write_row)(int32_t dtype, const float* values, int32_t count, uint8_t* row);
@@ -1576,6 +1628,7 @@ inline const Loops* pick_loops() {
  * prefill.cpp: wkv_prefill, many tokens of one sequence at once: causal attention whose columns are also summed into the scores.
  *
  *   p[t, i] = softmax_i(scale * rotate(q[t], len + t) . rotate(k[i], i)),  i <= len + t;  out[t] = sum_i p[t, i] v[i]
+ *   (scores capped, and i > len + t - window, where asked)
  *   a[i] += mean_g sum_t p[t, i]
  *
  * One KV head at a time: its keys are rotated and transposed once, then a task takes blocks of 16 query rows of one query head; the
@@ -1643,7 +1696,8 @@ struct Job {
   Tensor& out;
   int32_t rows, layer, kv_head;
   int64_t head;
-  float scale;
+  float scale, softcap;
+  int32_t window;
   const Work& w;
 
   /** Where row t's query and key are rotated. */
@@ -1706,9 +1760,12 @@ struct Job {
     for (int32_t t = 0; t < n; t++) {
       float* row = weights + t * w.stride;
       const int32_t count = static_cast<int32_t>(kept) + t0 + t + 1;
-      const float sum = loops.exponentials(row, count, loops.highest(row, count));
+      const int32_t first = window > 0 ? std::max(0, count - window) : 0;
+      if (softcap > 0.0f) loops.softcap(row + first, count - first, softcap);
+      const float sum = loops.exponentials(row + first, count - first, loops.highest(row + first, count - first));
       check_sum(sum, layer);
-      for (int32_t i = 0; i < count; i++) row[i] /= sum;
+      for (int32_t i = first; i < count; i++) row[i] /= sum;
+      std::fill(row, row + first, 0.0f);
       std::fill(row + count, row + padded, 0.0f);
       loops.add_scaled(columns, row, 1.0f, count);
     }
@@ -1756,11 +1813,13 @@ struct Job {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    check_softcap(softcap);
+    require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
@@ -1771,7 +1830,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       for (int32_t n = 0; n < cache->kv_heads; n++) {
         const int64_t head = cache->head(layer, sequence, n);
         const Work w = cut(ctx.scratch.data(), *cache, ctx.threads.count(), cache->counts[head].kept, rows, nullptr);
-        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, w};
+        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, softcap, window, w};
         job.gather();
         job.attend();
         job.settle_rows();
@@ -2592,7 +2651,7 @@ class Threads {
   "cuda/attend.cu": `/**
  * attend.cu: wkv_attend, one decode step of one layer in one launch: attend, accumulate scores, select, merge, insert.
  *
- *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len
+ *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len; capped where asked
  *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 of the step (wkv.h, policy.h)
  * or, where the policy must see the whole step's weights, those weights for a second launch (settle.cu).
  *
@@ -2638,8 +2697,10 @@ struct AttendView {
   const float* qkv;
   float* out;
   float scale;
+  float softcap;                     // in units of ln 2, as scores are; 0: none
   int32_t layer;
   const int32_t* victims;
+  __device__ float capped(float s) const { return softcap > 0.0f ? softcap * tanhf(s / softcap) : s; }
 };
 
 constexpr int power_up(int x) { return x <= 1 ? 1 : 2 * power_up((x + 1) / 2); }
@@ -2988,7 +3049,7 @@ struct Attend {
     if (g >= kGroup) return sum;
 #pragma unroll
     for (int i = 0; i < kHalf / 32; i++) sum += area.dots[g * (kHalf / 32) + i];
-    return sum;
+    return a.capped(sum);
   }
 
   // ---- items ----
@@ -3160,7 +3221,7 @@ struct Attend {
         if (slot < kept) {
 #pragma unroll
           for (int k = 0; k < kMine; k++) {
-            const float s = sums[r][k], higher = fmaxf(most[k], s);
+            const float s = a.capped(sums[r][k]), higher = fmaxf(most[k], s);
             total[k] = fmaf(total[k], power(most[k] - higher), power(s - higher));
             most[k] = higher;
             if (lane % kSame == 0) scores[int64_t{entry} * kPad + mine + k] = s;
@@ -3704,18 +3765,20 @@ void by_group(Context& ctx, const Cache& cache, const AttendView& a) {
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
     const TensorRef forced = find_victims(context, victims, *cache);
+    check_softcap(softcap);
     ctx.hold(cache, from, to, forced);
     AttendView a{};
     a.cache = cache->view(layer);
     a.qkv = from->f32();
     a.out = to->f32();
     a.scale = scale;
+    a.softcap = softcap * 1.4426950408889634f;
     a.layer = layer;
     a.victims = forced ? forced->i32() : nullptr;
     by_cache_type(cache->dtype, [&](auto type) { by_group<decltype(type)>(ctx, *cache, a); });
@@ -4531,7 +4594,7 @@ __global__ void __launch_bounds__(256) finish_kernel(const float* product, const
   const float factor = factors ? factors[t] : 1.0f;
   for (int32_t j = blockIdx.y * 256 + threadIdx.x; j < columns; j += gridDim.y * 256) {
     const float first = product[from + j] * factor;
-    to.put(t, j, second ? silu_times(first, second[from + j] * factor) : first);
+    to.put(t, j, second ? activate(to.activation, first, second[from + j] * factor) : first);
   }
 }
 
@@ -4598,38 +4661,72 @@ bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* fa
 }  // namespace wkv
 `,
   "cuda/embed.cu": `/**
- * embed.cu: wkv_embed and wkv_rmsnorm, the ops at both ends of a forward pass.
+ * embed.cu: the ops that touch each activation once: wkv_embed, wkv_rmsnorm, wkv_qk_norm, wkv_softcap.
  *
- *   out[i, c] = table[tokens[i], c]                                  out [rows, C]
- *   out[i, c] = x[i, c] / sqrt(mean_c(x[i, c]^2) + epsilon) * w[c]   x, out [rows, C]
+ *   out[i, c] = scale * table[tokens[i], c]                          out [rows, C]
+ *   out[i, c] = x[i, c] / sqrt(mean_c(x[i, c]^2) + epsilon) * w[c]   x, out [rows, C], or parts of a row of queries and keys
+ *   x[i, c] = cap tanh(x[i, c] / cap)                                x [rows, C]
  *
- * A block owns one row. Bytes moved: embed one row of the table and of out, rmsnorm x twice (the second time from cache) and out once.
+ * A block owns one row, or one normed part of it. Bytes moved: embed one row of the table and of out, the norms x twice (the second time
+ * from cache) and out once, softcap x twice.
  */
+#include <algorithm>
+#include <cmath>
+
 #include "common.cuh"
 
 namespace wkv {
 namespace {
 
-__global__ void __launch_bounds__(256) embed_kernel(float* out, WeightView table, const int32_t* tokens, Faults faults) {
+__global__ void __launch_bounds__(256) embed_kernel(float* out, WeightView table, const int32_t* tokens, float scale, Faults faults) {
   wait_for_previous();
   let_next_start();
   const int32_t id = tokens[blockIdx.x];
   const bool inside = id >= 0 && id < table.rows;
   if (!inside && threadIdx.x == 0) faults.report(Fault::Token, id, table.rows);
   float* row = out + int64_t{blockIdx.x} * table.columns;
-  for (int32_t c = threadIdx.x; c < table.columns; c += blockDim.x) row[c] = inside ? weight_at(table, id, c) : 0.0f;
+  for (int32_t c = threadIdx.x; c < table.columns; c += blockDim.x) row[c] = inside ? scale * weight_at(table, id, c) : 0.0f;
 }
 
-__global__ void __launch_bounds__(256) rmsnorm_kernel(float* out, const float* x, const float* weight, int32_t columns, float epsilon) {
+/** By a block; \`to\` may be \`from\`. */
+__device__ void norm_part(float* to, const float* from, const float* weight, int32_t columns, float epsilon, bool add) {
   __shared__ double area[32];
-  wait_for_previous();
-  let_next_start();
-  const float* from = x + int64_t{blockIdx.x} * columns;
-  float* to = out + int64_t{blockIdx.x} * columns;
   double squares = 0.0;
   for (int32_t c = threadIdx.x; c < columns; c += blockDim.x) squares += static_cast<double>(from[c]) * from[c];
   const float scale = 1.0f / sqrtf(static_cast<float>(block_sum(squares, area) / columns) + epsilon);
-  for (int32_t c = threadIdx.x; c < columns; c += blockDim.x) to[c] = from[c] * scale * weight[c];
+  for (int32_t c = threadIdx.x; c < columns; c += blockDim.x) {
+    const float normed = from[c] * scale * weight[c];
+    to[c] = add ? to[c] + normed : normed;
+  }
+}
+
+__global__ void __launch_bounds__(256) rmsnorm_kernel(float* out, const float* x, const float* weight, int32_t columns, float epsilon, bool add) {
+  wait_for_previous();
+  let_next_start();
+  const int64_t at = int64_t{blockIdx.x} * columns;
+  norm_part(out + at, x + at, weight, columns, epsilon, add);
+}
+
+/** Parts [0, q_parts) are of queries, the others of keys. */
+__global__ void __launch_bounds__(256) qk_norm_kernel(float* qkv, int32_t columns, const float* q_weight, int32_t q_columns, int32_t q_parts, const float* k_weight, int32_t k_columns, float epsilon) {
+  wait_for_previous();
+  let_next_start();
+  const int32_t part = blockIdx.x;
+  float* row = qkv + int64_t{blockIdx.y} * columns;
+  if (part < q_parts) {
+    float* at = row + part * q_columns;
+    norm_part(at, at, q_weight, q_columns, epsilon, false);
+  } else {
+    float* at = row + q_parts * q_columns + (part - q_parts) * k_columns;
+    norm_part(at, at, k_weight, k_columns, epsilon, false);
+  }
+}
+
+__global__ void __launch_bounds__(256) softcap_kernel(float* x, int32_t columns, float cap) {
+  wait_for_previous();
+  let_next_start();
+  float* row = x + int64_t{blockIdx.y} * columns;
+  for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) row[c] = cap * tanhf(row[c] / cap);
 }
 
 }  // namespace
@@ -4637,7 +4734,7 @@ __global__ void __launch_bounds__(256) rmsnorm_kernel(float* out, const float* x
 
 using namespace wkv;
 
-int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows) {
+int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows, float scale) {
   return entry(context, [&](Context& ctx) {
     const TensorRef from = find_tensor(context, table, "table");
     require(from->dtype != WKV_I32, "table is of dtype I32");
@@ -4645,18 +4742,41 @@ int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, i
     const TensorRef ids = find_tensor(context, tokens, "tokens", WKV_I32, 1, -1);
     require(ids->columns >= rows, "tokens has fewer columns than rows");
     ctx.hold(from, to, ids);
-    if (rows > 0) launch(ctx, embed_kernel, {rows, 256}, to->f32(), from->view(), ids->i32(), ctx.faults());
+    if (rows > 0) launch(ctx, embed_kernel, {rows, 256}, to->f32(), from->view(), ids->i32(), scale, ctx.faults());
     ctx.submitted();
   });
 }
 
-int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon) {
+int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon, int32_t add) {
   return entry(context, [&](Context& ctx) {
+    require(add == 0 || add == 1, "add must be 0 or 1: " + std::to_string(add));
     const TensorRef w = find_tensor(context, weight, "weight", WKV_F32, 1, -1);
     const TensorRef from = find_tensor(context, x, "x", WKV_F32, rows, w->columns);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w->columns);
     ctx.hold(w, from, to);
-    if (rows > 0) launch(ctx, rmsnorm_kernel, {rows, 256}, to->f32(), from->f32(), w->f32(), w->columns, epsilon);
+    if (rows > 0) launch(ctx, rmsnorm_kernel, {rows, 256}, to->f32(), from->f32(), w->f32(), w->columns, epsilon, add == 1);
+    ctx.submitted();
+  });
+}
+
+int32_t wkv_qk_norm(int32_t context, int32_t qkv, int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_weight, int32_t k_weight, float epsilon) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef q = find_tensor(context, q_weight, "q_weight", WKV_F32, 1, -1), k = find_tensor(context, k_weight, "k_weight", WKV_F32, 1, -1);
+    check_qk_norm(heads, kv_heads, head_dim, q->columns, k->columns);
+    const TensorRef x = find_tensor(context, qkv, "qkv", WKV_F32, rows, (heads + 2 * kv_heads) * head_dim);
+    ctx.hold(q, k, x);
+    const int32_t q_parts = heads * head_dim / q->columns, k_parts = kv_heads * head_dim / k->columns;
+    if (rows > 0) launch(ctx, qk_norm_kernel, {dim3(q_parts + k_parts, rows), 256}, x->f32(), x->columns, q->f32(), q->columns, q_parts, k->f32(), k->columns, epsilon);
+    ctx.submitted();
+  });
+}
+
+int32_t wkv_softcap(int32_t context, int32_t x, int32_t rows, float cap) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef at = find_tensor(context, x, "x", WKV_F32, rows, -1);
+    require(std::isfinite(cap) && cap > 0.0f, "cap must be a number above 0");
+    ctx.hold(at);
+    if (rows > 0) launch(ctx, softcap_kernel, {dim3(std::min(1024, divide_up(at->columns, 256)), rows), 256}, at->f32(), at->columns, cap);
     ctx.submitted();
   });
 }
@@ -4665,7 +4785,7 @@ int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32
  * linear.cu: wkv_linear and wkv_gated, the projections of prefill and decode.
  *
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
- *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
+ *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
  * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: on the tensor
  * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops'
@@ -4678,13 +4798,13 @@ int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32
 namespace wkv {
 namespace {
 
-/** out[t, j] = silu(gate[t, j]) * up[t, j]; out may be gate. */
-__global__ void __launch_bounds__(256) silu_kernel(float* gate, int64_t stride, const float* up, int32_t columns) {
+/** out[t, j] = activation(out[t, j]) * up[t, j]. */
+__global__ void __launch_bounds__(256) activate_kernel(OutputView to, const float* up, int32_t columns) {
   wait_for_previous();
   let_next_start();
-  float* g = gate + blockIdx.y * stride;
+  float* g = to.out + blockIdx.y * to.stride;
   const float* u = up + int64_t{blockIdx.y} * columns;
-  for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) g[c] = silu_times(g[c], u[c]);
+  for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) g[c] = activate(to.activation, g[c], u[c]);
 }
 
 /** x, when out is x too: blocks that write must not change what others read. */
@@ -4711,8 +4831,8 @@ size_t product_bytes(const InputView& in, const WeightView& w, bool gated, bool 
   return in.rows >= kLibraryRows && !is_quantised(w.dtype) ? std::max(ups, cublaslt_bytes(in.rows, w, gated)) : ups;
 }
 
-void silu(Context& ctx, const OutputView& to, const float* ups, int32_t rows, int32_t columns) {
-  launch(ctx, silu_kernel, {dim3(divide_up(columns, 256), rows), dim3(256)}, to.out, to.stride, ups, columns);
+void activate_rows(Context& ctx, const OutputView& to, const float* ups, int32_t rows, int32_t columns) {
+  launch(ctx, activate_kernel, {dim3(divide_up(columns, 256), rows), dim3(256)}, to, ups, columns);
 }
 
 /** out = in . w^T, or gated with \`up\` (data null: not), by kernels for many rows. */
@@ -4730,8 +4850,8 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
   matmul_f32(ctx, x, in.rows, w, to);
   if (!up.data) return;
   float* ups = reinterpret_cast<float*>(products);
-  matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0});
-  silu(ctx, to, ups, in.rows, w.rows);
+  matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0, 0});
+  activate_rows(ctx, to, ups, in.rows, w.rows);
 }
 
 /** Scratch: x prepared, products, then x copied, or up's product where each weight goes its own way. */
@@ -4742,8 +4862,8 @@ void project(Context& ctx, const InputView& in, const WeightView& w, const Weigh
     uint8_t* scratch = ctx.reserve(own + products + size_t(in.rows) * w.rows * 4);
     float* ups = reinterpret_cast<float*>(scratch + own + products);
     project_many(ctx, in, w, WeightView{}, int8, to, scratch);
-    project_many(ctx, in, up, WeightView{}, int8, {ups, w.rows, nullptr, 0}, scratch);
-    silu(ctx, to, ups, in.rows, w.rows);
+    project_many(ctx, in, up, WeightView{}, int8, {ups, w.rows, nullptr, 0, 0}, scratch);
+    activate_rows(ctx, to, ups, in.rows, w.rows);
     return;
   }
   const size_t products = product_bytes(in, w, up.data != nullptr, int8);
@@ -4796,7 +4916,7 @@ int32_t wkv_linear(int32_t context, int32_t out, int32_t out_column, int32_t x, 
     const bool int8 = is_quantised(weight->dtype) && precision == WKV_PRECISION_INT8;
     require(to != from || norm || int8, "out must not be x unless x is normed or rounded first");
     ctx.hold(weight, to, plus);
-    project(ctx, in, weight->view(), WeightView{}, int8, {to->f32() + out_column, to->columns, plus ? plus->f32() : nullptr, add}, to == from);
+    project(ctx, in, weight->view(), WeightView{}, int8, {to->f32() + out_column, to->columns, plus ? plus->f32() : nullptr, add, 0}, to == from);
     ctx.submitted();
   });
 }
@@ -4805,14 +4925,14 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
   return entry(context, [&](Context& ctx) {
     const TensorRef w_gate = find_weight(context, gate, "gate"), w_up = find_weight(context, up, "up");
     require(w_gate->rows == w_up->rows && w_gate->columns == w_up->columns, "gate and up are of different shapes");
-    require(activation == WKV_SILU, "activation " + std::to_string(activation) + " is unknown");
+    require(activation == WKV_SILU || activation == WKV_GELU_TANH, "activation " + std::to_string(activation) + " is unknown");
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w_gate->rows);
     TensorRef from;
     const InputView in = find_input(ctx, context, x, 0, rows, norm, epsilon, w_gate->columns, precision, &from);
     const bool int8 = is_quantised(w_gate->dtype) && is_quantised(w_up->dtype) && precision == WKV_PRECISION_INT8;
     require(to != from, "out must not be x");
     ctx.hold(w_gate, w_up, to);
-    project(ctx, in, w_gate->view(), w_up->view(), int8, {to->f32(), to->columns, nullptr, 0}, false);
+    project(ctx, in, w_gate->view(), w_up->view(), int8, {to->f32(), to->columns, nullptr, 0, activation}, false);
     ctx.submitted();
   });
 }
@@ -4833,12 +4953,19 @@ struct InputView {
   float epsilon;
 };
 
+/** activation(gate) * up, a wkv_activation; (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). */
+__device__ inline float activate(int32_t activation, float gate, float up) {
+  const float s = activation == WKV_GELU_TANH ? gate * (1.5957691216f + 0.0713548162726f * gate * gate) : gate;
+  return gate / (1.0f + expf(-s)) * up;
+}
+
 /** Where results go: row t at out + t * stride. */
 struct OutputView {
   float* out;
   int64_t stride;
   const float* bias;
   int32_t add;
+  int32_t activation;  // of gated ones
   __device__ void put(int32_t t, int32_t j, float value) const {
     float* to = out + t * stride + j;
     if (bias) value += bias[j];
@@ -4846,7 +4973,7 @@ struct OutputView {
   }
 };
 
-/** out = norm(in) . w^T, or silu(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
+/** out = norm(in) . w^T, or activation(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
  *  reads in as it is. False, and nothing launched, when the shape needs matmul. */
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
 
@@ -4891,8 +5018,6 @@ auto by_type(int32_t dtype, Body body) {
     default: return body(std::integral_constant<int, WKV_Q4_1>());
   }
 }
-
-__device__ inline float silu_times(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 
 /** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32
  *  lanes take part. Gives the four as a word, and the block's scale and sum in every lane. */
@@ -5422,7 +5547,7 @@ void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const 
  * matvec.cu: wkv_linear and wkv_gated for few rows of x, in one launch.
  *
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])          x [rows, C], w [J, C]
- *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
+ *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
  * A block holds all of kRows rows of x in shared memory and owns a run of pairs of weight rows: rows 2 p and 2 p + 1 of w, or row p of gate
  * and of up. \`ways\` warps share a pair, each lane with every (32 * ways)th chunk of 16 bytes of both rows; so that small matrices, too, keep
@@ -5716,7 +5841,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   const int32_t wide = share.gated ? pairs : 2 * pairs;
   for (int32_t o = threadIdx.x; o < wide * rows; o += blockDim.x) {
     const int32_t t = o / wide, local = o % wide;
-    if (share.gated) to.put(t0 + t, first_pair + local, silu_times(sum(2 * local, t), sum(2 * local + 1, t)));
+    if (share.gated) to.put(t0 + t, first_pair + local, activate(to.activation, sum(2 * local, t), sum(2 * local + 1, t)));
     else if (first_pair * 2 + local < w.rows) to.put(t0 + t, first_pair * 2 + local, sum(local, t));
   }
 }
@@ -5816,6 +5941,7 @@ __device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0
  * prefill.cu: wkv_prefill, many tokens of one sequence at once: causal attention whose columns are also summed into the scores.
  *
  *   p[t, i] = softmax_i(scale * rotate(q[t], len + t) . rotate(k[i], i)),  i <= len + t;  out[t] = sum_i p[t, i] v[i]
+ *   (scores capped, and i > len + t - window, where asked)
  *   a[i] += mean_g sum_t p[t, i]
  *
  * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
@@ -5848,7 +5974,8 @@ struct PrefillView {
   int32_t width;  // of a scratch row: D and zeros
   const float* qkv;
   float* out;
-  float scale;  // in units of ln 2
+  float scale, softcap;  // in units of ln 2; softcap 0: none
+  int32_t window;        // 0: none
   // Scratch.
   void* q;                          // [H, rows, width], rotated, in the library's order, scaled
   void *keys, *values;              // [N, entries, width], keys rotated
@@ -5860,6 +5987,17 @@ struct PrefillView {
   uint32_t* words;                  // [N, words a token, entries]
   int32_t *birth, *rank, *freed;
 
+  /** Whether scores are more than products. */
+  __host__ __device__ bool bent() const { return softcap > 0.0f || window > 0; }
+  /** The score of entry i for row t, a finite low number outside the window: what a row adds up before the first entry that it sees
+   *  is then shrunk to nothing. */
+  __device__ float bend(float s, int32_t n, int32_t kept, int32_t i, int32_t t) const {
+    if (window > 0) {
+      const int32_t rank = i < kept ? cache.ranks[head(n) * (cache.slots + 1) + i] : i;
+      if (rank <= kept + t - window) return -1.0e30f;
+    }
+    return softcap > 0.0f ? softcap * tanhf(s / softcap) : s;
+  }
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
   template <typename T>
   __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }
@@ -6034,7 +6172,8 @@ __device__ inline float quad_max(float x) {
 template <int kDim, int kTiles, int kKeys>
 constexpr size_t forward_shared() { return size_t(kTiles * 16 * kWarps + 2 * kKeys) * kStride<kDim> * 2; }
 
-template <int kDim, int kTiles, int kKeys>
+/** kBent: scores may be capped or windowed. */
+template <int kDim, int kTiles, int kKeys, bool kBent>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Faults faults) {
   extern __shared__ uint4 shared16[];
   wait_for_previous();
@@ -6082,6 +6221,16 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
     __syncthreads();
     if (first + kKeys < length) copy_rows<kDim, kKeys>(key, keys + int64_t{first + kKeys} * kDim, length - first - kKeys);
     if (!seen) continue;
+    if constexpr (kBent) {
+#pragma unroll
+      for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+          for (int x = 0; x < 4; x++) s[m][i][x] = p.bend(s[m][i][x], n, kept, min(first + i * 8 + lane % 4 * 2 + x % 2, length - 1), warp_t + m * 16 + x / 2 * 8 + lane / 4);
+        }
+      }
+    }
     if (first + kKeys - 1 > reach) {
       const int32_t ahead = reach - first + lane / 4 - lane % 4 * 2;
 #pragma unroll
@@ -6099,7 +6248,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
     for (int m = 0; m < kTiles; m++) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        // The first entry is seen by every row, so \`highest\` is finite; rows past the end are never written.
+        // The first entry has a finite score for every row, so \`highest\` is finite; rows past the end are never written.
         float highest = most[m][r];
 #pragma unroll
         for (int i = 0; i < kKeys / 8; i++) highest = fmaxf(highest, fmaxf(s[m][i][2 * r], s[m][i][2 * r + 1]));
@@ -6162,7 +6311,7 @@ template <int kDim>
 constexpr size_t columns_shared() { return size_t(2 * kQueries) * kStride<kDim> * 2 + 2 * kQueries * 4; }
 
 /** A warp holds kTiles times 16 entries in registers. The scores come out across: a row of c is an entry, a column a query. */
-template <int kDim, int kTiles>
+template <int kDim, int kTiles, bool kBent>
 __global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
   extern __shared__ uint4 shared16[];
   wait_for_previous();
@@ -6217,6 +6366,16 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
             load_matrices(b, query_at + offset_of<kDim>(q0 + i * 16, k * 16));
 #pragma unroll
             for (int m = 0; m < kTiles; m++) multiply(s[m][2 * i], key[m][k], b[0], b[1]), multiply(s[m][2 * i + 1], key[m][k], b[2], b[3]);
+          }
+        }
+        if constexpr (kBent) {
+#pragma unroll
+          for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+#pragma unroll
+              for (int x = 0; x < 4; x++) s[m][i][x] = p.bend(s[m][i][x], n, kept, min(own + m * 16 + x / 2 * 8, length - 1), t0 + q0 + i * 8 + lane % 4 * 2 + x % 2);
+            }
           }
         }
         if (!all_seen) {
@@ -6318,12 +6477,14 @@ __global__ void __launch_bounds__(256) exact_forward_kernel(PrefillView p, Fault
       float highest = most[i], add = 0.0f;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        if (first + x + 16 * j > kept + t0 + 4 * y + i) s[i][j] = -INFINITY;
+        const int32_t entry = first + x + 16 * j, t = t0 + 4 * y + i;
+        if (p.bent()) s[i][j] = p.bend(s[i][j], n, kept, min(entry, length - 1), t);
+        if (entry > kept + t) s[i][j] = -INFINITY;
         highest = fmaxf(highest, s[i][j]);
       }
 #pragma unroll
       for (int o = 8; o > 0; o >>= 1) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, o));
-      // The first entry is seen by every row, so \`highest\` is finite; rows past the end are never written.
+      // The first entry has a finite score for every row, so \`highest\` is finite; rows past the end are never written.
       shrink[i] = exp2f(most[i] - highest);
       most[i] = highest;
 #pragma unroll
@@ -6411,7 +6572,10 @@ __global__ void __launch_bounds__(256) exact_columns_kernel(PrefillView p) {
         const float lse = p.lse[int64_t{h} * p.rows + t];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          if (first + x + 16 * j <= kept + t) add[j] += exp2f(s[i][j] - lse);
+          const int32_t entry = first + x + 16 * j;
+          if (entry > kept + t) continue;
+          if (p.bent()) s[i][j] = p.bend(s[i][j], n, kept, entry, t);
+          add[j] += exp2f(s[i][j] - lse);
         }
       }
 #pragma unroll
@@ -6471,23 +6635,25 @@ void arrive(Context& ctx, const PrefillView& p) {
   launch(ctx, arrive_kernel<T, S>, {dim3(std::min(divide_up(p.entries, 32), 64), p.cache.heads + p.cache.kv_heads), 256}, p);
 }
 
-template <int kDim, int kTiles, int kKeys>
+template <int kDim, int kTiles, int kKeys, bool kBent>
 void forward(Context& ctx, const PrefillView& p) {
   const dim3 grid(p.cache.heads, divide_up(p.rows, kTiles * 16 * kWarps));
-  launch(ctx, forward_kernel<kDim, kTiles, kKeys>, {grid, kThreads, forward_shared<kDim, kTiles, kKeys>()}, p, ctx.faults());
+  launch(ctx, forward_kernel<kDim, kTiles, kKeys, kBent>, {grid, kThreads, forward_shared<kDim, kTiles, kKeys>()}, p, ctx.faults());
 }
 
-template <int kDim, int kTiles>
+template <int kDim, int kTiles, bool kBent>
 void columns(Context& ctx, const PrefillView& p) {
-  launch(ctx, columns_kernel<kDim, kTiles>, {entry_blocks(p, kTiles * 16 * kWarps), kThreads, columns_shared<kDim>()}, p);
+  launch(ctx, columns_kernel<kDim, kTiles, kBent>, {entry_blocks(p, kTiles * 16 * kWarps), kThreads, columns_shared<kDim>()}, p);
 }
 
-/** Blocks of 64 rows where those of 128 would leave multiprocessors idle. */
+/** Blocks of 64 rows where those of 128 would leave multiprocessors idle, or where scores are bent, which takes registers. */
 template <int kDim>
 void attend(Context& ctx, const PrefillView& p) {
-  if (int64_t{divide_up(p.rows, 128)} * p.cache.heads < 2 * ctx.processors) forward<kDim, 1, 64>(ctx, p);
-  else forward<kDim, 2, 64>(ctx, p);
-  columns<kDim, 2>(ctx, p);
+  constexpr int kKeys = kDim > 128 ? 32 : 64, kTiles = kDim > 128 ? 1 : 2;
+  if (p.bent()) return forward<kDim, 1, kKeys, true>(ctx, p), columns<kDim, 1, true>(ctx, p);
+  if (int64_t{divide_up(p.rows, 128)} * p.cache.heads < 2 * ctx.processors) forward<kDim, 1, kKeys, false>(ctx, p);
+  else forward<kDim, kTiles, kKeys, false>(ctx, p);
+  columns<kDim, kTiles, false>(ctx, p);
 }
 
 template <int kParts>
@@ -6513,7 +6679,7 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
     arrive<T, __half>(ctx, p);
     if (p.width == 64) attend<64>(ctx, p);
     else if (p.width == 128) attend<128>(ctx, p);
-    else forward<256, 1, 32>(ctx, p), columns<256, 1>(ctx, p);
+    else attend<256>(ctx, p);
   }
   launch(ctx, settle_kernel<T>, {cache.kv_heads, 512}, p, ctx.faults());
 }
@@ -6523,11 +6689,13 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    check_softcap(softcap);
+    require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
@@ -6541,6 +6709,8 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     p.out = to->f32();
     p.width = width_of(*cache);
     p.scale = scale * kPerLn2;
+    p.softcap = softcap * kPerLn2;
+    p.window = window;
     p.entries = int64_t{cache->slots} + rows;
     // Cut the scratch memory: once to know its size, once to have it.
     uint8_t* scratch = nullptr;
@@ -8028,7 +8198,7 @@ struct Tile {
       const int32_t j = row_out(r);
       if (t0 + t >= rows || j >= w.rows) return;
       const float factor = factors ? factors[t0 + t] : 1.0f;
-      to.put(t0 + t, j, gated ? silu_times(first * factor, second * factor) : first * factor);
+      to.put(t0 + t, j, gated ? activate(to.activation, first * factor, second * factor) : first * factor);
     };
     if constexpr (P::kAlongC == 1) {
 #pragma unroll
@@ -8320,6 +8490,15 @@ inline void require_buffer(const void* data, int64_t have, int64_t want, const c
   require(have == want, std::string(what) + " has " + std::to_string(have) + " bytes, expected " + std::to_string(want));
 }
 
+/** What wkv_qk_norm asks of its numbers and its weights' columns. */
+inline void check_qk_norm(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_columns, int32_t k_columns) {
+  require(heads >= 1 && heads <= 4096 && kv_heads >= 1 && kv_heads <= 4096 && head_dim >= 1 && head_dim <= 4096, "heads, kv_heads and head_dim must be between 1 and 4096: " + std::to_string(heads) + ", " + std::to_string(kv_heads) + ", " + std::to_string(head_dim));
+  require(q_columns == head_dim || q_columns == heads * head_dim, "q_weight has " + std::to_string(q_columns) + " columns, expected " + std::to_string(head_dim) + " or " + std::to_string(heads * head_dim));
+  require(k_columns == head_dim || k_columns == kv_heads * head_dim, "k_weight has " + std::to_string(k_columns) + " columns, expected " + std::to_string(head_dim) + " or " + std::to_string(kv_heads * head_dim));
+}
+
+inline void check_softcap(float softcap) { require(softcap >= 0.0f && softcap <= 3.0e38f, "softcap must be 0 or a number above it: " + std::to_string(softcap)); }
+
 /** Copies a text out, cut to out_bytes and ended by a zero. */
 void give_text(const std::string& text, char* out, int32_t out_bytes);
 
@@ -8499,7 +8678,7 @@ WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 2
+#define WKV_ABI_VERSION 3
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -8581,7 +8760,11 @@ enum wkv_cache_field {
   WKV_CACHE_EVENT = 7,     /* float [4]: the last step's victim and right neighbour (places in the text, -1: none), both averages */
 };
 
-enum wkv_activation { WKV_SILU = 0 };
+/** What the gate of a feed-forward part goes through. */
+enum wkv_activation {
+  WKV_SILU = 0,      /* x / (1 + e^-x) */
+  WKV_GELU_TANH = 1, /* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
+};
 
 /** How a linear op holds its input: as it is, or rounded to 8 bits in blocks of 32 (quantised weights only). */
 enum wkv_precision { WKV_PRECISION_F32 = 0, WKV_PRECISION_INT8 = 1 };
@@ -8637,11 +8820,18 @@ WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times
 
 /* ---- ops on activations ---- */
 
-/** op: out[i] = table[tokens[i]]. An id outside the table is WKV_DATA. */
-WKV_API int32_t wkv_embed(int32_t context, int32_t out /* [>= rows, C] */, int32_t table /* [vocabulary, C] */, int32_t tokens /* I32 [1, >= rows] */, int32_t rows);
+/** op: out[i] = scale * table[tokens[i]]. An id outside the table is WKV_DATA. */
+WKV_API int32_t wkv_embed(int32_t context, int32_t out /* [>= rows, C] */, int32_t table /* [vocabulary, C] */, int32_t tokens /* I32 [1, >= rows] */, int32_t rows, float scale);
 
-/** op: out[i] = x[i] / sqrt(mean(x[i]^2) + epsilon) * weight; out may be x. */
-WKV_API int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight /* [1, C] */, float epsilon);
+/** op: out[i] = x[i] / sqrt(mean(x[i]^2) + epsilon) * weight (+ what out held, when add is 1); out may be x. */
+WKV_API int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight /* [1, C] */, float epsilon, int32_t add);
+
+/** op: wkv_rmsnorm of queries and keys where they lie, before they are rotated. The weights tell what is normed: every head on its own
+ *  ([1, D]), or all query heads and all key heads together ([1, H * D] and [1, N * D]). */
+WKV_API int32_t wkv_qk_norm(int32_t context, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_weight, int32_t k_weight, float epsilon);
+
+/** op: x[i] = cap tanh(x[i] / cap) where it lies; cap above 0. */
+WKV_API int32_t wkv_softcap(int32_t context, int32_t x /* [>= rows, C] */, int32_t rows, float cap);
 
 /** op: out[i, out_column + j] = norm(x[x_row + i]) . w[j] + bias[j] (+ what out held, when add is 1), for rows i and all rows j of w.
  *  norm and bias are 0 or tensors [1, C]; norm is wkv_rmsnorm's. out must not be x unless norm, x and out are of one width and add is 1. */
@@ -8671,8 +8861,9 @@ WKV_API int32_t wkv_cache_read(int32_t context, int32_t cache, int32_t field, in
 /** op: one decode step of one layer for every sequence (the paper's Algorithm 1). The new token attends over cache and itself at
  *  rank \`kept\`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks
  *  \`interval\` victims, merges or drops them, and the new token takes a freed slot. k and v are rounded to the cache's type first.
+ *  softcap: 0, or the scores s = scale q . k become softcap tanh(s / softcap) before the softmax.
  *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice). */
-WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, int32_t victims);
+WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, float softcap, int32_t victims);
 
 /** op: steps 3 to 6 of wkv_attend with attention weights that the caller computed: kv[b] holds N keys, then N values. */
 WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_t kv /* [B, 2 N * D] */, int32_t weights /* [B, N * (M + 1)], rank order */, int32_t victims);
@@ -8680,8 +8871,9 @@ WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_
 /** op: \`rows\` tokens of one sequence at once: causal attention over cache and tokens, each column's sum of weights added to its score
  *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
  *  left. Refused for policies that keep a record of each step's weights, and to let tokens leave for those that choose by one
- *  step's weights (wkv_by_step, wkv_uses_now in policy.h). */
-WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale);
+ *  step's weights (wkv_by_step, wkv_uses_now in policy.h).
+ *  window: 0, or how many ranks a token looks back on, itself counted: those before weigh nothing. softcap is wkv_attend's. */
+WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale, float softcap, int32_t window);
 
 /* ---- from logits to tokens ---- */
 

@@ -12,13 +12,19 @@ import {
 } from "../backend/symbols.ts";
 import { type Dtype, dtypeId, type Tensor } from "../backend/tensor.ts";
 import {
+  type Budget,
   MAX_SLOTS,
   type Merge,
   type Policy,
   resolveBudget,
   type Select,
 } from "./policy.ts";
-import { type BudgetSize, parseBudget } from "./budget.ts";
+import {
+  type BudgetSize,
+  type LayerBudgets,
+  layerBudgets,
+  parseBudget,
+} from "./budget.ts";
 import { findPolicy } from "./registry.ts";
 
 /** Element types of cached keys and values. */
@@ -33,6 +39,8 @@ export interface CacheOptions {
   policy?: string | undefined;
   /** How much is kept a KV head; no meaning for `full`. @default `256` tokens */
   budget?: BudgetSize | undefined;
+  /** How the budget is spread over the layers. @default `"constant"` */
+  layerBudgets?: LayerBudgets | undefined;
   /** First tokens that never leave. @default by policy */
   sinks?: number | undefined;
   /** Newest tokens that never leave. @default by policy */
@@ -65,8 +73,12 @@ export interface CacheShape {
   context: number;
   /** What products of queries and keys are multiplied by. @default 1 / sqrt(D) */
   scale?: number;
-  /** The fewest tokens that a layer looks back on, the new one counted. @default all */
-  window?: number;
+  /** Scores s become cap tanh(s / cap). @default none */
+  scoreCap?: number | undefined;
+  /** Tokens that a layer looks back on, the new one counted, and which layers. @default none */
+  window?:
+    | { tokens: number; layers: readonly boolean[] }
+    | undefined;
 }
 
 /** What became of a sequence's tokens; `seen = kept + merged + evicted`. */
@@ -140,6 +152,34 @@ const types: Record<CacheType, Dtype> = {
   bf16: "BF16",
 };
 
+/** What the cache of one layer is. */
+interface LayerPlan {
+  /** Tokens kept a KV head. */
+  slots: number;
+  /** What is protected, and how many leave at once. */
+  sinks: number;
+  recent: number;
+  interval: number;
+  /** Whether it keeps the model's window as it is, whatever the policy. */
+  whole: boolean;
+  /** Tokens that the layer looks back on; 0 for all. */
+  window: number;
+}
+
+/** Layers that are alike, as one cache of the library. */
+interface Group extends LayerPlan {
+  handle: number;
+  /** Bytes of keys, values, state and rotation. */
+  bytes: number;
+}
+
+/** Opens a rotation whose tables reach `positions`, for texts of `length` tokens; `windowed`: of the layers with a window. */
+export type OpenRope = (
+  positions: number,
+  length: number,
+  windowed: boolean,
+) => number;
+
 /** Keys, values and state of all layers, of one or more sequences. */
 export class KvCache implements Disposable {
   /** The policy, its option included in the name. */
@@ -160,21 +200,30 @@ export class KvCache implements Disposable {
   readonly sequences: number;
   /** Slots a KV head: the budget, or what `full` has room for. */
   readonly capacity: number;
+  /**
+   * Slots a KV head of each layer. They differ where the budget is spread
+   * unevenly, and where a layer keeps the model's sliding window.
+   */
+  readonly layerSlots: readonly number[];
   /** Bytes of keys, values and state, all allocated at once. */
   readonly bytes: number;
   readonly #backend: Backend;
-  readonly #handle: number;
+  readonly #groups: Group[] = [];
+  /** Where each layer is: in which group, and which of its layers. */
+  readonly #places: { group: Group; index: number }[] = [];
+  /** The layer that stands for all in numbers of the whole. */
+  readonly #typical: number;
   readonly #shape: CacheShape;
   readonly #scale: number;
   #closed = false;
 
   /**
-   * Opens an empty cache. `rope` is a function that gives the handle of a
-   * rotation whose tables reach a number of positions, for texts of a length.
+   * Opens an empty cache.
    *
-   * Distances are counted where keys are rotated. With positions in the cache a
-   * sliding window is one of ranks, so a cache that is smaller never meets it;
-   * a larger one, whose steps it would cut, is refused.
+   * A layer with a sliding window that the budget is smaller than follows the
+   * policy: with positions in the cache, distances are ranks, and none is beyond
+   * the window. Where the budget, or `full`, is as large, the layer keeps its
+   * window exactly as the model does, and no more.
    *
    * @throws {RangeError} An option is out of range.
    * @throws {WkvError} Memory is short.
@@ -182,7 +231,7 @@ export class KvCache implements Disposable {
   constructor(
     backend: Backend,
     shape: CacheShape,
-    rope: (positions: number, length: number) => number,
+    rope: OpenRope,
     options: CacheOptions = {},
   ) {
     const { positions = "cache", cacheType = "f16", sequences = 1 } = options;
@@ -205,84 +254,50 @@ export class KvCache implements Disposable {
     this.positions = positions;
     this.cacheType = cacheType;
     this.sequences = sequences;
-    if (this.policy.select === "none") {
-      this.budget = this.sinks = this.recent = null;
-      this.interval = 1;
-      this.capacity = options.capacity ?? shape.context;
-      if (
-        !Number.isInteger(this.capacity) || this.capacity < 1 ||
-        this.capacity > MAX_SLOTS
-      ) {
-        throw new RangeError(
-          `The capacity must be a whole number between 1 and ${MAX_SLOTS}: current value is ${this.capacity}`,
-        );
-      }
-    } else {
-      const resolved = resolveBudget(
-        this.policy,
-        tokensOf(options.budget ?? 256, options.capacity ?? shape.context),
-        options,
-      );
-      this.budget = this.capacity = resolved.budget;
-      this.sinks = resolved.sinks;
-      this.recent = resolved.recent;
-      this.interval = resolved.interval;
-    }
     this.#backend = backend;
     this.#shape = shape;
     this.#scale = shape.scale ?? 1 / Math.sqrt(shape.headDim);
-    const reach = this.budget === null
+    const plans = this.#plan(options);
+    this.capacity = plans.budget;
+    if (plans.full) {
+      this.budget = this.sinks = this.recent = null;
+      this.interval = 1;
+    } else {
+      this.budget = plans.budget;
+      this.sinks = plans.sinks;
+      this.recent = plans.recent;
+      this.interval = plans.interval;
+    }
+    this.layerSlots = plans.layers.map(({ slots }) => slots);
+    this.#typical = typicalLayer(plans.layers, this.capacity);
+    // Whichever group, all keys of a text are turned by the same frequencies.
+    const reach = plans.full
       ? this.capacity
       : positions === "cache"
       ? this.capacity + 1
       : Math.max(shape.context, this.capacity + 1);
-    if (shape.window !== undefined && reach > shape.window) {
-      throw new RangeError(
-        `The model's layers look back on ${shape.window} tokens, which no kernel does yet: take a ${
-          this.budget === null
-            ? `capacity of at most ${shape.window}`
-            : `budget below ${shape.window} and positions in the cache`
-        }, current values are ${this.capacity} and ${positions}`,
-      );
-    }
-    const rotation = rope(
-      positions === "cache" ? this.capacity + 1 : 0,
-      reach,
-    );
     try {
-      this.#handle = backend.open((out) =>
-        backend.call(
-          "wkv_cache_open",
-          rotation,
-          shape.layers,
-          sequences,
-          shape.heads,
-          shape.kvHeads,
-          shape.headDim,
-          this.capacity,
-          this.sinks ?? 0,
-          this.recent ?? 0,
-          this.interval,
-          selects[this.policy.select],
-          merges[this.policy.merge],
-          options.seed ?? 0,
-          places[positions],
-          dtypeId(types[cacheType]),
-          out,
-          4,
-        )
-      );
-      this.bytes = backend.bytes(this.#handle) + backend.bytes(rotation);
-    } finally {
-      backend.closeHandle(rotation);
+      for (const [layer, plan] of plans.layers.entries()) {
+        if (this.#places[layer] !== undefined) continue;
+        const alike = plans.layers.flatMap((other, i) =>
+          samePlan(plan, other) ? [i] : []
+        );
+        const group = this.#openGroup(plan, alike.length, rope, reach, options);
+        alike.forEach((i, index) => this.#places[i] = { group, index });
+      }
+    } catch (error) {
+      this.close();
+      throw error;
     }
+    this.bytes = this.#groups.reduce((sum, { bytes }) => sum + bytes, 0);
   }
 
   /** Bytes that keys and values of this many tokens of one sequence take in full. */
   fullBytes(tokens: number): number {
-    const { layers, kvHeads, headDim } = this.#shape;
+    const { kvHeads, headDim } = this.#shape;
     const size = this.cacheType === "f32" ? 4 : 2;
-    return 2 * tokens * layers * kvHeads * headDim * size;
+    const rows = layerRows(this.#shape, tokens).reduce((a, b) => a + b);
+    return 2 * rows * kvHeads * headDim * size;
   }
 
   /**
@@ -292,11 +307,11 @@ export class KvCache implements Disposable {
   attend(layer: number, out: Tensor, qkv: Tensor, victims?: Tensor): void {
     this.#backend.call(
       "wkv_attend",
-      this.#open,
-      layer,
+      ...this.#at(layer),
       out.handle,
       qkv.handle,
       this.#scale,
+      this.#shape.scoreCap ?? 0,
       victims?.handle ?? 0,
     );
   }
@@ -308,8 +323,7 @@ export class KvCache implements Disposable {
   insert(layer: number, kv: Tensor, weights: Tensor, victims?: Tensor): void {
     this.#backend.call(
       "wkv_insert",
-      this.#open,
-      layer,
+      ...this.#at(layer),
       kv.handle,
       weights.handle,
       victims?.handle ?? 0,
@@ -326,35 +340,32 @@ export class KvCache implements Disposable {
   ): void {
     this.#backend.call(
       "wkv_prefill",
-      this.#open,
-      layer,
+      ...this.#at(layer),
       sequence,
       out.handle,
       qkv.handle,
       rows,
       this.#scale,
+      this.#shape.scoreCap ?? 0,
+      this.#places[layer]!.group.window,
     );
+  }
+
+  /** Tokens that a sequence has room for in every layer that follows the policy. */
+  room(sequence = 0): number {
+    const rooms = this.#layers().map(({ slots, layer }) =>
+      slots - this.stats(sequence, layer).kept
+    );
+    return Math.max(0, Math.min(...rooms));
   }
 
   /**
-   * Checks that a pass of `rows` tokens stays within the model's sliding window.
-   *
-   * @throws {RangeError} It does not.
+   * What became of a sequence's tokens, the same in every head of a layer; where
+   * layers differ, of the layer whose slots are nearest to the budget.
    */
-  checkPass(sequence: number, rows: number): void {
-    const { window } = this.#shape;
-    if (window === undefined) return;
-    const { kept } = this.stats(sequence);
-    if (kept + rows <= window) return;
-    throw new RangeError(
-      `A pass of ${rows} tokens behind ${kept} cached ones is beyond the ${window} that the model's layers look back on: take smaller chunks`,
-    );
-  }
-
-  /** What became of a sequence's tokens, the same in every head. */
-  stats(sequence = 0): CacheStats {
+  stats(sequence = 0, layer = this.#typical): CacheStats {
     const counts = new Int32Array(4);
-    this.#read(field.WKV_CACHE_COUNTS, 0, sequence, 0, counts);
+    this.#read(field.WKV_CACHE_COUNTS, layer, sequence, 0, counts);
     const [kept, seen, merged, evicted] = counts as unknown as [
       number,
       number,
@@ -366,7 +377,7 @@ export class KvCache implements Disposable {
 
   /** One head's cached tokens with their state, the oldest first. */
   rows(layer: number, head: number, sequence = 0): CacheRows {
-    const { kept } = this.stats(sequence);
+    const { kept } = this.stats(sequence, layer);
     const positions = new Int32Array(kept);
     const steps = new Int32Array(kept);
     const score = new Float32Array(kept);
@@ -401,7 +412,7 @@ export class KvCache implements Disposable {
 
   /** The slots of one head's tokens, the oldest first. */
   slots(layer: number, head: number, sequence = 0): number[] {
-    const slots = new Int32Array(this.stats(sequence).kept);
+    const slots = new Int32Array(this.stats(sequence, layer).kept);
     this.#read(field.WKV_CACHE_SLOTS, layer, sequence, head, slots);
     return [...slots];
   }
@@ -409,10 +420,10 @@ export class KvCache implements Disposable {
   /** What the last step did, for each head that a token has left. */
   events(sequence = 0): CacheEvent[] {
     const events: CacheEvent[] = [];
-    const { merged, evicted } = this.stats(sequence);
-    if (merged + evicted === 0) return events;
     const out = new Float32Array(4);
     for (let layer = 0; layer < this.#shape.layers; layer++) {
+      const { merged, evicted } = this.stats(sequence, layer);
+      if (merged + evicted === 0) continue;
       for (let head = 0; head < this.#shape.kvHeads; head++) {
         this.#read(field.WKV_CACHE_EVENT, layer, sequence, head, out);
         const [from, into, a, b] = out as unknown as [
@@ -435,7 +446,10 @@ export class KvCache implements Disposable {
 
   /** Empties one sequence, or all of them. */
   reset(sequence = -1): void {
-    this.#backend.call("wkv_cache_reset", this.#open, sequence);
+    this.#checkOpen();
+    for (const { handle } of this.#groups) {
+      this.#backend.call("wkv_cache_reset", handle, sequence);
+    }
   }
 
   /** Whether {@linkcode KvCache.close} was called. */
@@ -447,7 +461,7 @@ export class KvCache implements Disposable {
   close(): void {
     if (this.#closed) return;
     this.#closed = true;
-    this.#backend.closeHandle(this.#handle);
+    for (const { handle } of this.#groups) this.#backend.closeHandle(handle);
   }
 
   /** Same as {@linkcode KvCache.close}. */
@@ -455,9 +469,123 @@ export class KvCache implements Disposable {
     this.close();
   }
 
-  get #open(): number {
+  #checkOpen(): void {
     if (this.#closed) throw new Error("The cache is closed");
-    return this.#handle;
+  }
+
+  /** A layer's cache in the library, and which of its layers it is. */
+  #at(layer: number): [handle: number, layer: number] {
+    this.#checkOpen();
+    const place = this.#places[layer];
+    // The library's own message says which layers there are.
+    if (place === undefined) return [this.#groups[0]!.handle, layer];
+    return [place.group.handle, place.index];
+  }
+
+  /** One layer of each group that follows the policy; all groups where none does. */
+  #layers(): { slots: number; layer: number }[] {
+    const follow = this.#groups.filter(({ whole }) => !whole);
+    return (follow.length > 0 ? follow : this.#groups).map((group) => ({
+      slots: group.whole ? Infinity : group.slots,
+      layer: this.#places.findIndex((place) => place.group === group),
+    }));
+  }
+
+  /** What each layer keeps. */
+  #plan(
+    options: CacheOptions,
+  ): Budget & { full: boolean; layers: LayerPlan[] } {
+    const { policy, positions } = this;
+    const { layers, context, window } = this.#shape;
+    const capacity = options.capacity ?? context;
+    const full = policy.select === "none";
+    if (
+      full &&
+      (!Number.isInteger(capacity) || capacity < 1 || capacity > MAX_SLOTS)
+    ) {
+      throw new RangeError(
+        `The capacity must be a whole number between 1 and ${MAX_SLOTS}: current value is ${capacity}`,
+      );
+    }
+    const resolve = (budget: number): Budget =>
+      full
+        ? { budget, sinks: 0, recent: 0, interval: 1 }
+        : resolveBudget(policy, budget, options);
+    const all = resolve(
+      full ? capacity : tokensOf(options.budget ?? 256, capacity),
+    );
+    const spread = layerBudgets(
+      full ? "constant" : options.layerBudgets ?? "constant",
+      all.budget,
+      layers,
+    );
+    const plans = spread.map((budget, layer): LayerPlan => {
+      const { sinks, recent, interval } = resolve(budget);
+      const tokens = window?.layers[layer] ? window.tokens : 0;
+      const plan = { slots: budget, sinks, recent, interval };
+      if (tokens === 0) return { ...plan, whole: false, window: 0 };
+      if (budget + (full ? 0 : 1) > tokens) {
+        const kept = { slots: tokens - 1, sinks: 0, recent: 0, interval: 1 };
+        return { ...kept, whole: true, window: tokens };
+      }
+      if (positions === "text" && !full) {
+        throw new RangeError(
+          `The model's layer ${layer} looks back on ${tokens} tokens of the text: take positions in the cache, or a budget of at least ${tokens}, current value is ${budget}`,
+        );
+      }
+      return { ...plan, whole: false, window: tokens };
+    });
+    return { ...all, full, layers: plans };
+  }
+
+  /** Opens the cache of some layers that are alike. */
+  #openGroup(
+    plan: LayerPlan,
+    layers: number,
+    rope: OpenRope,
+    reach: number,
+    { seed = 0 }: CacheOptions,
+  ): Group {
+    const { slots, sinks, recent, interval, whole, window } = plan;
+    const backend = this.#backend;
+    const rotation = rope(
+      this.positions === "cache" ? slots + 1 : 0,
+      reach,
+      window > 0,
+    );
+    try {
+      const handle = backend.open((out) =>
+        backend.call(
+          "wkv_cache_open",
+          rotation,
+          layers,
+          this.sequences,
+          this.#shape.heads,
+          this.#shape.kvHeads,
+          this.#shape.headDim,
+          slots,
+          sinks,
+          recent,
+          interval,
+          whole ? selects.oldest : selects[this.policy.select],
+          whole ? merges.none : merges[this.policy.merge],
+          // Layers of the same number in two groups draw apart.
+          this.#groups.length === 0
+            ? seed
+            : (seed + this.#groups.length * 0x10001) % 2 ** 31,
+          places[this.positions],
+          dtypeId(types[this.cacheType]),
+          out,
+          4,
+        )
+      );
+      const bytes = backend.bytes(handle) + backend.bytes(rotation);
+      const group = { ...plan, handle, bytes };
+      this.#groups.push(group);
+      return group;
+    } finally {
+      backend.closeHandle(rotation);
+    }
   }
 
   #stored(
@@ -466,7 +594,7 @@ export class KvCache implements Disposable {
     head: number,
     sequence: number,
   ): Float32Array<ArrayBuffer> {
-    const { kept } = this.stats(sequence);
+    const { kept } = this.stats(sequence, layer);
     const out = new Float32Array(kept * this.#shape.headDim);
     this.#read(what, layer, sequence, head, out);
     return out;
@@ -479,17 +607,43 @@ export class KvCache implements Disposable {
     head: number,
     out: Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer>,
   ): void {
+    const [handle, index] = this.#at(layer);
     this.#backend.call(
       "wkv_cache_read",
-      this.#open,
+      handle,
       what,
-      layer,
+      index,
       sequence,
       head,
       out,
       out.byteLength,
     );
   }
+}
+
+/** Tokens that each layer of a full cache holds of a text. */
+export function layerRows(shape: CacheShape, tokens: number): number[] {
+  const { layers, window } = shape;
+  return Array.from(
+    { length: layers },
+    (_, i) => window?.layers[i] ? Math.min(tokens, window.tokens - 1) : tokens,
+  );
+}
+
+function samePlan(a: LayerPlan, b: LayerPlan): boolean {
+  return a.slots === b.slots && a.sinks === b.sinks && a.recent === b.recent &&
+    a.interval === b.interval && a.whole === b.whole && a.window === b.window;
+}
+
+/** The layer that follows the policy whose slots are nearest to the budget. */
+function typicalLayer(plans: readonly LayerPlan[], budget: number): number {
+  const off = ({ slots, whole }: LayerPlan) =>
+    whole ? Infinity : Math.abs(slots - budget);
+  let best = 0;
+  plans.forEach((plan, i) => {
+    if (off(plan) < off(plans[best]!)) best = i;
+  });
+  return best;
 }
 
 /** A budget in tokens, a share being one of what a full cache would hold. */

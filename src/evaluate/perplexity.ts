@@ -664,7 +664,7 @@ async function feedChunks(
   const fed = run.window - 1;
   for (let i = 0; i < fed;) {
     run.signal?.throwIfAborted();
-    const room = session.cache.capacity - session.cache.stats().kept;
+    const room = session.cache.room();
     const rows = Math.min(fed - i, room > 0 ? Math.min(room, 64) : chunk);
     const logs = await session.scorePass(
       0,

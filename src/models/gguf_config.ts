@@ -2,7 +2,7 @@
 
 import { FormatError } from "../formats/error.ts";
 import type { GgufFile } from "../formats/gguf.ts";
-import type { ModelConfig } from "./architecture.ts";
+import type { ModelConfig, SlidingWindow } from "./architecture.ts";
 
 /**
  * Reads and checks the configuration.
@@ -78,6 +78,24 @@ export function ggufConfig(
       ? "qkv"
       : "none",
   };
+}
+
+/**
+ * The sliding window of a GGUF file; undefined where it has none.
+ *
+ * @param layer Whether layer i has it.
+ * @throws {FormatError} Its size is out of range.
+ */
+export function ggufWindow(
+  file: GgufFile,
+  name: string,
+  layers: number,
+  layer: (i: number) => boolean,
+): SlidingWindow | undefined {
+  const key = `${name}.attention.sliding_window`;
+  const tokens = file.integer(key, { min: 0, max: 1 << 24, fallback: 0 });
+  if (tokens < 2) return undefined;
+  return { tokens, layers: Array.from({ length: layers }, (_, i) => layer(i)) };
 }
 
 function frequencies(

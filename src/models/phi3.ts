@@ -37,6 +37,5 @@ function config(file: ConfigFile): ModelConfig {
       "1 where cosines and sines have a factor: no kernel multiplies part of a head yet",
     );
   }
-  const window = slidingWindow(file);
-  return { ...all, ...window === undefined ? {} : { window } };
+  return { ...all, window: slidingWindow(file, all.layers, () => true) };
 }

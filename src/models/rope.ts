@@ -35,16 +35,26 @@ export interface RopeShape {
   context: number;
 }
 
+/** Pairs (i, i + rotary / 2) that turn by base^(-2 i / rotary). */
+export function plainRope(base: number, rotary: number): Rope {
+  const frequencies = Float32Array.from(powers(base, rotary));
+  return { pairs: "half", frequencies };
+}
+
 /**
  * The rotation of a config.json: `rope_parameters`, or `rope_theta` and
  * `rope_scaling` as older files have them.
  *
+ * @param inner The parameters, where they are not in these places.
  * @throws {FormatError} A value is missing, out of range or of an unknown type.
  */
-export function ropeOf(config: ConfigFile, shape: RopeShape): Rope {
+export function ropeOf(
+  config: ConfigFile,
+  shape: RopeShape,
+  inner: ConfigFile | null = config.object("rope_parameters") ??
+    config.object("rope_scaling"),
+): Rope {
   const { headDim, context } = shape;
-  const inner = config.object("rope_parameters") ??
-    config.object("rope_scaling");
   const within = (key: string) => inner?.has(key) ? inner : config;
   const share = within("partial_rotary_factor").float("partial_rotary_factor", {
     min: Number.MIN_VALUE,

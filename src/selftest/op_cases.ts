@@ -3,7 +3,7 @@
  * run_ops.ts checks each row against its formula in f64.
  */
 
-import type { Precision } from "../backend/ops.ts";
+import type { Activation, Precision } from "../backend/ops.ts";
 import type { Dtype } from "../backend/tensor.ts";
 
 /** `out = norm(x) w^T + bias (+ out)`. */
@@ -38,7 +38,7 @@ export interface LinearCase {
   tolerance: number;
 }
 
-/** `out = silu(norm(x) gate^T) * (norm(x) up^T)`. */
+/** `out = activation(norm(x) gate^T) * (norm(x) up^T)`. */
 export interface GatedCase {
   /** The kernel. */
   kernel: "gated";
@@ -46,6 +46,8 @@ export interface GatedCase {
   dtype: Dtype;
   /** Type of the other matrix. @default the gate's */
   upDtype?: Dtype;
+  /** What the gate goes through. @default `"silu"` */
+  activation?: Activation;
   /** How the input is held. */
   precision: Precision;
   /** Rows of the input. */
@@ -72,6 +74,8 @@ export interface EmbedCase {
   columns: number;
   /** Rows of the table. */
   vocabulary: number;
+  /** What rows are multiplied by. @default `1` */
+  scale?: number;
   /** Relative error that is allowed. */
   tolerance: number;
 }
@@ -86,6 +90,40 @@ export interface RmsnormCase {
   columns: number;
   /** Writes over the input. */
   inPlace?: boolean;
+  /** Adds to what is there. */
+  add?: boolean;
+  /** Relative error that is allowed. */
+  tolerance: number;
+}
+
+/** Norms of queries and keys where they lie. */
+export interface QkNormCase {
+  /** The kernel. */
+  kernel: "qkNorm";
+  /** Rows. */
+  rows: number;
+  /** Query heads. */
+  heads: number;
+  /** Key and value heads. */
+  kvHeads: number;
+  /** Dimensions of a head. */
+  headDim: number;
+  /** All heads of a row together, not each on its own. */
+  all?: boolean;
+  /** Relative error that is allowed. */
+  tolerance: number;
+}
+
+/** `x = cap tanh(x / cap)`. */
+export interface SoftcapCase {
+  /** The kernel. */
+  kernel: "softcap";
+  /** Rows. */
+  rows: number;
+  /** Columns. */
+  columns: number;
+  /** The cap. */
+  cap: number;
   /** Relative error that is allowed. */
   tolerance: number;
 }
@@ -138,6 +176,8 @@ export type OpCase =
   | GatedCase
   | EmbedCase
   | RmsnormCase
+  | QkNormCase
+  | SoftcapCase
   | SampleCase
   | LogProbCase
   | DivergenceCase;
@@ -271,6 +311,19 @@ const gated: GatedCase[] = [
       )
     )
   ),
+  // Few rows, many, and what cuBLASLt takes.
+  ...(["F32", "BF16", "Q8_0", "Q4_1"] as const).flatMap((dtype) =>
+    [1, 4, 40, 256].map((rows): GatedCase => ({
+      kernel: "gated",
+      dtype,
+      activation: "gelu-tanh",
+      precision: rows === 40 ? "int8" : "f32",
+      rows,
+      columns: 96,
+      outputs: 33,
+      tolerance: toleranceOf(dtype),
+    }))
+  ),
   ...precisions.flatMap((precision) =>
     [1, 9].map((rows): GatedCase => ({
       kernel: "gated",
@@ -292,17 +345,46 @@ const embed: EmbedCase[] = weightTypes.flatMap((dtype) =>
     rows,
     columns: 96,
     vocabulary: 19,
+    ...rows === 7 ? { scale: 22.627417 } : {},
+    tolerance: 1e-6,
+  }))
+);
+
+const qkNorm: QkNormCase[] = [1, 2, 9].flatMap((rows) =>
+  [[1, 1, 2], [4, 2, 64], [6, 3, 80], [8, 1, 256], [32, 8, 128]].flatMap((
+    [heads, kvHeads, headDim],
+  ) =>
+    [false, true].map((all): QkNormCase => ({
+      kernel: "qkNorm",
+      rows,
+      heads: heads!,
+      kvHeads: kvHeads!,
+      headDim: headDim!,
+      ...all ? { all } : {},
+      tolerance: 1e-6,
+    }))
+  )
+);
+
+const softcap: SoftcapCase[] = [1, 3].flatMap((rows) =>
+  [1, 7, 1000, 49152].map((columns): SoftcapCase => ({
+    kernel: "softcap",
+    rows,
+    columns,
+    cap: columns === 7 ? 0.1 : 30,
     tolerance: 1e-6,
   }))
 );
 
 const rmsnorm: RmsnormCase[] = [1, 2, 9, 33].flatMap((rows) =>
   [1, 2, 7, 8, 31, 64, 100, 576, 4096].flatMap((columns) =>
-    [false, true].map((inPlace): RmsnormCase => ({
+    [{ inPlace: false }, { inPlace: true }, { add: true }].map((
+      how,
+    ): RmsnormCase => ({
       kernel: "rmsnorm",
       rows,
       columns,
-      inPlace,
+      ...how,
       tolerance: 1e-6,
     }))
   )
@@ -362,6 +444,8 @@ export const opCases: OpCase[] = [
   ...passes,
   ...embed,
   ...rmsnorm,
+  ...qkNorm,
+  ...softcap,
   ...greedy,
   ...drawn,
   ...logProb,

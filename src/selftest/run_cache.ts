@@ -85,6 +85,8 @@ export function layerOf(row: CacheCase): Layer {
     headDim: row.headDim,
     pairs: row.pairs,
     ...row.rotary === undefined ? {} : { rotary: row.rotary },
+    scoreCap: row.scoreCap,
+    window: row.window,
   };
 }
 
@@ -259,7 +261,7 @@ function compare(
     found.must(
       "slots",
       places.every((slot, i) =>
-        slot >= 0 && slot < cache.capacity && slot !== places[i - 1]
+        slot >= 0 && slot < cache.layerSlots[0]! && slot !== places[i - 1]
       ),
     );
     const scores = tokens.map((token) => token.score);
