@@ -91,6 +91,30 @@ describe("logits as transformers gives them", () => {
     });
   }
 
+  for (const name of ["gemma3", "olmo2", "phi3", "qwen3"]) {
+    it(`${name}, its KV heads repeated for each query head`, async () => {
+      const { tokens, logits: right } = await golden(name);
+      using model = await loadModel(folder + name, {
+        device: testDevice,
+        activations: "f32",
+        kvHeads: "query",
+      });
+      assertEquals(model.config.kvHeads, model.config.heads);
+      using cache = model.createCache({ policy: "full", cacheType: "f32" });
+      using session = new Session(model, cache);
+      const steps: number[] = [];
+      for (const id of tokens) {
+        steps.push(...await session.logits(Int32Array.of(id)));
+      }
+      const error = furthest(
+        Float32Array.from(steps),
+        right,
+        model.config.vocabulary,
+      );
+      assert(error <= 1e-3, `${error}`);
+    });
+  }
+
   it("there is a model of every architecture", () => {
     for (const { name } of Object.values(architectures)) {
       assert(names.some((tiny) => tiny.split("-")[0] === name), name);

@@ -347,7 +347,7 @@ export class KvCache implements Disposable {
       rows,
       this.#scale,
       this.#shape.scoreCap ?? 0,
-      this.#places[layer]!.group.window,
+      this.#places[layer]?.group.window ?? 0,
     );
   }
 
