@@ -168,6 +168,7 @@ export async function randomModel(
     config,
     new RandomWeights(backend, dtype, [
       "rope_freqs.weight",
+      "rope_factors_long.weight",
       ...(tied ? ["output.weight"] : []),
     ]),
   );

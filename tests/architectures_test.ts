@@ -1,12 +1,14 @@
-/** Every architecture beside transformers, on the tiny models of golden/models: logits at every position, fed at once and token by token. */
+/** Every architecture beside transformers and llama.cpp, on the tiny models of golden/models: logits at every position, fed at once and token by token. */
 
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
-import { type CacheOptions, generate, loadModel } from "../mod.ts";
+import { type CacheOptions, generate, loadModel, type Model } from "../mod.ts";
 import { Tensor } from "../src/backend/tensor.ts";
 import { PASS_ROWS } from "../src/model.ts";
 import * as architectures from "../src/models/mod.ts";
 import { Session } from "../src/session.ts";
 import { describe, it, testDevice } from "./device.ts";
+import { ggufModels, tinyGguf } from "./tiny_gguf.ts";
+import { loadBytes } from "./tiny_model.ts";
 
 const folder = new URL("golden/models/", import.meta.url).pathname;
 const names = [...Deno.readDirSync(folder)].filter((entry) => entry.isDirectory)
@@ -43,6 +45,38 @@ function furthest(a: Float32Array, b: Float32Array, columns: number): number {
   return worst;
 }
 
+/** Logits of all positions, fed at once and one by one, of a model whose vocabulary has 256 tokens. */
+async function bothWays(
+  model: Model,
+  tokens: readonly number[],
+): Promise<{ passed: Float32Array; stepped: Float32Array }> {
+  const { backend, network, config, activations: precision } = model;
+  const rows = tokens.length;
+  const options = { policy: "full", cacheType: "f32", capacity: rows } as const;
+  using atOnce = model.createCache(options);
+  using ids = Tensor.from(backend, Int32Array.from(tokens));
+  using logits = new Tensor(backend, "F32", rows, config.vocabulary);
+  using graph = backend.record(() =>
+    network.forward({
+      cache: atOnce,
+      tokens: ids,
+      rows,
+      sequence: 0,
+      logits,
+      activations: model.memory(PASS_ROWS),
+      precision,
+    })
+  );
+  await graph.run();
+  using stepwise = model.createCache(options);
+  using session = new Session(model, stepwise);
+  const steps: number[] = [];
+  for (const id of tokens) {
+    steps.push(...await session.logits(Int32Array.of(id)));
+  }
+  return { passed: logits.floats(), stepped: Float32Array.from(steps) };
+}
+
 describe("logits as transformers gives them", () => {
   for (const name of names) {
     it(name, async () => {
@@ -51,43 +85,12 @@ describe("logits as transformers gives them", () => {
         device: testDevice,
         activations: "f32",
       });
-      const { backend, network, config, activations: precision } = model;
-      const open = () =>
-        model.createCache({
-          policy: "full",
-          cacheType: "f32",
-          capacity: tokens.length,
-        });
-      const rows = tokens.length;
-      using atOnce = open();
-      using ids = Tensor.from(backend, Int32Array.from(tokens));
-      using logits = new Tensor(backend, "F32", rows, config.vocabulary);
-      using graph = backend.record(() =>
-        network.forward({
-          cache: atOnce,
-          tokens: ids,
-          rows,
-          sequence: 0,
-          logits,
-          activations: model.memory(PASS_ROWS),
-          precision,
-        })
+      const { passed, stepped } = await bothWays(model, tokens);
+      const { vocabulary } = model.config;
+      const errors = [passed, stepped].map((logits) =>
+        furthest(logits, right, vocabulary)
       );
-      await graph.run();
-      const passed = furthest(logits.floats(), right, config.vocabulary);
-      using stepwise = open();
-      using session = new Session(model, stepwise);
-      const steps: number[] = [];
-      for (const id of tokens) {
-        steps.push(...await session.logits(Int32Array.of(id)));
-      }
-      const stepped = furthest(
-        Float32Array.from(steps),
-        right,
-        config.vocabulary,
-      );
-      assert(passed <= 1e-3, `at once: ${passed}`);
-      assert(stepped <= 1e-3, `token by token: ${stepped}`);
+      assert(Math.max(...errors) <= 1e-3, `at once, by steps: ${errors}`);
     });
   }
 
@@ -100,17 +103,8 @@ describe("logits as transformers gives them", () => {
         kvHeads: "query",
       });
       assertEquals(model.config.kvHeads, model.config.heads);
-      using cache = model.createCache({ policy: "full", cacheType: "f32" });
-      using session = new Session(model, cache);
-      const steps: number[] = [];
-      for (const id of tokens) {
-        steps.push(...await session.logits(Int32Array.of(id)));
-      }
-      const error = furthest(
-        Float32Array.from(steps),
-        right,
-        model.config.vocabulary,
-      );
+      const { stepped } = await bothWays(model, tokens);
+      const error = furthest(stepped, right, model.config.vocabulary);
       assert(error <= 1e-3, `${error}`);
     });
   }
@@ -121,6 +115,40 @@ describe("logits as transformers gives them", () => {
     }
   });
 });
+
+describe("probabilities as llama.cpp gives them, from GGUF files", () => {
+  for (const name of ggufModels) {
+    it(name, async () => {
+      const { tokens } = await golden(name);
+      const { logProbs } = JSON.parse(
+        await Deno.readTextFile(`${folder}${name}.llamacpp.json`),
+      );
+      const right = new Float32Array(
+        Uint8Array.from(atob(logProbs), (c) => c.charCodeAt(0)).buffer,
+      );
+      using model = await loadBytes(await tinyGguf(name), {
+        activations: "f32",
+      });
+      const { passed, stepped } = await bothWays(model, tokens);
+      const { vocabulary } = model.config;
+      const errors = [passed, stepped].map((logits) =>
+        furthest(logSoftmax(logits, vocabulary), right, vocabulary)
+      );
+      assert(Math.max(...errors) <= 1e-3, `at once, by steps: ${errors}`);
+    });
+  }
+});
+
+/** The logarithms of all probabilities, row by row. */
+function logSoftmax(logits: Float32Array, columns: number): Float32Array {
+  return logits.map((x, i) => {
+    const from = i - i % columns;
+    const row = logits.subarray(from, from + columns);
+    const most = row.reduce((a, b) => Math.max(a, b));
+    const sum = row.reduce((a, b) => a + Math.exp(b - most), 0);
+    return x - most - Math.log(sum);
+  });
+}
 
 describe("a Hugging Face folder", () => {
   it("continues token ids, and says that it reads no text yet", async () => {

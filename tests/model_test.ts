@@ -286,7 +286,7 @@ describe("a file that is refused", () => {
       ["rope.freq_base", f32(0), "0"],
       ["rope.freq_base", f32(Infinity), "Infinity"],
       ["rope.dimension_count", u32(10), "10"],
-      ["rope.scaling.type", "yarn", '"yarn"'],
+      ["rope.scaling.type", "ntk", '"ntk"'],
       ["rope.scaling.factor", f32(0), "0"],
     ];
   for (const [key, value, message] of keys) {

@@ -12,6 +12,7 @@ import {
 } from "../backend/ops.ts";
 import { Tensor } from "../backend/tensor.ts";
 import type { ModelConfig, Network, Pass } from "./architecture.ts";
+import type { Rope } from "./rope.ts";
 import type { Part, WeightSource } from "./weights.ts";
 
 /** How an architecture's files hold the weights. */
@@ -94,14 +95,7 @@ export async function loadDecoder(
       ),
     };
   };
-  if (loader.has("rope_freqs.weight")) {
-    const { frequencies } = config.rope;
-    const factors = await loader.floats(
-      "rope_freqs.weight",
-      frequencies.length,
-    );
-    frequencies.forEach((f, i) => frequencies[i] = f / factors[i]!);
-  }
+  await loadRopeFactors(config.rope, loader);
   const tied = config.tied ?? !loader.has("output.weight");
   const vectors = async (parts: readonly Part[]) => {
     const all: number[] = [];
@@ -189,6 +183,25 @@ export async function loadDecoder(
       (weights.head === embedding ? 0 : embedding.rowBytes * vocabulary),
     forward: (pass) => forward(backend, config, weights, pass),
   };
+}
+
+/** Divides frequencies by the factors that are tensors: one list, or LongRoPE's two. */
+async function loadRopeFactors(
+  rope: Rope,
+  loader: WeightSource,
+): Promise<void> {
+  const plain = rope.frequencies;
+  const divided = async (name: string) => {
+    const factors = await loader.floats(`${name}.weight`, plain.length);
+    return plain.map((f, i) => f / factors[i]!);
+  };
+  if (loader.has("rope_freqs.weight")) {
+    rope.frequencies = await divided("rope_freqs");
+  } else if (loader.has("rope_factors_long.weight")) {
+    const far = await divided("rope_factors_long");
+    rope.frequencies = await divided("rope_factors_short");
+    if (rope.longer) rope.longer.at = () => far;
+  }
 }
 
 /** The rows of queries, keys and values; KV heads that the file has fewer of are repeated. */
