@@ -65,7 +65,11 @@ export {
   type KvCache,
   type Positions,
 } from "./src/cache/cache.ts";
-export { budgetPresets, type BudgetSize } from "./src/cache/budget.ts";
+export {
+  budgetPresets,
+  type BudgetSize,
+  type LayerBudgets,
+} from "./src/cache/budget.ts";
 export {
   type Budget,
   type Merge,

@@ -76,6 +76,8 @@ export interface CacheReport extends CacheStats {
   recent: number | null;
   /** Tokens that leave at once when the cache overflows; null for `full`. */
   interval: number | null;
+  /** Tokens kept in each layer where they differ; null where they do not. */
+  layerSlots: readonly number[] | null;
   /** KV heads of a layer, each with a cache of its own. */
   kvHeads: number;
   /** Where keys are rotated. */
@@ -239,6 +241,7 @@ export function report(
     sinks: cache.sinks,
     recent: cache.recent,
     interval: cache.budget === null ? null : cache.interval,
+    layerSlots: cache.uneven ? cache.layerSlots : null,
     kvHeads: model.config.kvHeads,
     positions: cache.positions,
     prefill,

@@ -429,6 +429,7 @@ describe("generate()", () => {
           sinks: 4,
           recent: policy === "streaming-llm" ? 20 : 8,
           interval: 1,
+          layerSlots: null,
           kvHeads: model.config.kvHeads,
           positions: "cache",
           prefill: "exact",

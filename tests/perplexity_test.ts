@@ -158,6 +158,7 @@ describe("perplexity()", () => {
         sinks,
         recent,
         interval: policy === "full" ? null : 1,
+        layerSlots: null,
         ...common,
         kl: null,
         klStderr: null,

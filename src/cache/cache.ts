@@ -351,6 +351,11 @@ export class KvCache implements Disposable {
     );
   }
 
+  /** Whether layers keep different numbers of tokens. */
+  get uneven(): boolean {
+    return this.layerSlots.some((slots) => slots !== this.capacity);
+  }
+
   /** Tokens that a sequence has room for in every layer that follows the policy. */
   room(sequence = 0): number {
     const rooms = this.#layers().map(({ slots, layer }) =>
@@ -363,7 +368,7 @@ export class KvCache implements Disposable {
    * What became of a sequence's tokens, the same in every head of a layer; where
    * layers differ, of the layer whose slots are nearest to the budget.
    */
-  stats(sequence = 0, layer = this.#typical): CacheStats {
+  stats(sequence = 0, layer: number = this.#typical): CacheStats {
     const counts = new Int32Array(4);
     this.#read(field.WKV_CACHE_COUNTS, layer, sequence, 0, counts);
     const [kept, seen, merged, evicted] = counts as unknown as [
@@ -520,7 +525,10 @@ export class KvCache implements Disposable {
       layers,
     );
     const plans = spread.map((budget, layer): LayerPlan => {
-      const { sinks, recent, interval } = resolve(budget);
+      const { sinks, recent, interval } = naming(
+        budget === all.budget ? "" : `Layer ${layer} of ${layers}: `,
+        () => resolve(budget),
+      );
       const tokens = window?.layers[layer] ? window.tokens : 0;
       const plan = { slots: budget, sinks, recent, interval };
       if (tokens === 0) return { ...plan, whole: false, window: 0 };
@@ -628,6 +636,16 @@ export function layerRows(shape: CacheShape, tokens: number): number[] {
     { length: layers },
     (_, i) => window?.layers[i] ? Math.min(tokens, window.tokens - 1) : tokens,
   );
+}
+
+/** Says in a refusal what it is about. */
+function naming<T>(what: string, body: () => T): T {
+  try {
+    return body();
+  } catch (cause) {
+    if (!(cause instanceof RangeError)) throw cause;
+    throw new RangeError(what + cause.message, { cause });
+  }
 }
 
 function samePlan(a: LayerPlan, b: LayerPlan): boolean {
