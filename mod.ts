@@ -97,6 +97,7 @@ export type {
   ModelConfig,
   Network,
   Pass,
+  SlidingWindow,
 } from "./src/models/architecture.ts";
 export type { Rope } from "./src/models/rope.ts";
 export type {
@@ -107,7 +108,7 @@ export type {
 } from "./src/backend/backend.ts";
 export type { FindOptions } from "./src/backend/library.ts";
 export type { KernelUse } from "./src/backend/build.ts";
-export type { Precision } from "./src/backend/ops.ts";
+export type { Activation, Precision } from "./src/backend/ops.ts";
 export type { Dtype, Tensor } from "./src/backend/tensor.ts";
 export { LibraryError, WkvError } from "./src/backend/error.ts";
 export { FormatError } from "./src/formats/error.ts";
