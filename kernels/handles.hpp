@@ -99,6 +99,9 @@ inline void check_qk_norm(int32_t heads, int32_t kv_heads, int32_t head_dim, int
 
 inline void check_softcap(float softcap) { require(softcap >= 0.0f && softcap <= 3.0e38f, "softcap must be 0 or a number above it: " + std::to_string(softcap)); }
 
+/** Adds to what wkv_memory gives. */
+void count_bytes(int64_t change);
+
 /** Copies a text out, cut to out_bytes and ended by a zero. */
 void give_text(const std::string& text, char* out, int32_t out_bytes);
 

@@ -130,6 +130,9 @@ WKV_API int32_t wkv_device(int32_t context, char* out, int32_t out_bytes);
 /** Closes a handle of any kind. Closing a context closes all that it opened. What a graph uses lives as long as the graph. */
 WKV_API int32_t wkv_close(int32_t context, int32_t handle);
 
+/** Bytes that all contexts of this process hold on the device: what was opened, and memory that ops share. */
+WKV_API int32_t wkv_memory(int32_t context, double* out /* [1] */, int32_t out_bytes);
+
 /** Bytes that a tensor, rotation or cache holds. */
 WKV_API int32_t wkv_bytes(int32_t context, int32_t handle, double* out /* [1] */, int32_t out_bytes);
 

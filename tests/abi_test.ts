@@ -134,6 +134,7 @@ class Things implements Disposable {
       wkv_error: [c, new Uint8Array(64), 64],
       wkv_device: [c, new Uint8Array(64), 64],
       wkv_close: [c, open("wkv_tensor_open", c, 0, 1, 1)],
+      wkv_memory: [c, new Float64Array(1), 8],
       wkv_bytes: [c, this.x, new Float64Array(1), 8],
       wkv_tensor_open: [c, 0, 2, 3, handle(), 4],
       wkv_tensor_write: [c, this.x, 1, 2, new Float32Array(128), 512],

@@ -16,19 +16,22 @@ constexpr size_t kLarge = size_t{1} << 20;
 }
 
 void* zeroed(size_t bytes) {
+  void* memory = nullptr;
   if (bytes >= kLarge) {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    return memory;
+  } else {
+    const size_t size = (bytes + 64) / 64 * 64;
+    memory = std::aligned_alloc(64, size);
+    if (!memory) throw std::bad_alloc();
+    std::memset(memory, 0, size);
   }
-  const size_t size = (bytes + 64) / 64 * 64;
-  void* memory = std::aligned_alloc(64, size);
-  if (!memory) throw std::bad_alloc();
-  std::memset(memory, 0, size);
+  count_bytes(static_cast<int64_t>(bytes));
   return memory;
 }
 
 void release(void* memory, size_t bytes) {
+  count_bytes(-static_cast<int64_t>(bytes));
   if (bytes >= kLarge) munmap(memory, bytes);
   else std::free(memory);
 }

@@ -29,10 +29,14 @@ class DeviceMemory {
   explicit DeviceMemory(size_t bytes) : bytes_(bytes) {
     const cudaError_t error = cudaMalloc(&data_, bytes ? bytes : 1);
     if (error != cudaSuccess) fail_device(error, "Allocating " + std::to_string(bytes) + " bytes on the device");
+    count_bytes(static_cast<int64_t>(bytes_));
   }
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
-  ~DeviceMemory() { cudaFree(data_); }
+  ~DeviceMemory() {
+    cudaFree(data_);
+    count_bytes(-static_cast<int64_t>(bytes_));
+  }
   template <typename T>
   T* as(size_t byte = 0) const { return reinterpret_cast<T*>(static_cast<uint8_t*>(data_) + byte); }
   size_t bytes() const { return bytes_; }

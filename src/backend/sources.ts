@@ -1857,19 +1857,22 @@ constexpr size_t kLarge = size_t{1} << 20;
 }
 
 void* zeroed(size_t bytes) {
+  void* memory = nullptr;
   if (bytes >= kLarge) {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    return memory;
+  } else {
+    const size_t size = (bytes + 64) / 64 * 64;
+    memory = std::aligned_alloc(64, size);
+    if (!memory) throw std::bad_alloc();
+    std::memset(memory, 0, size);
   }
-  const size_t size = (bytes + 64) / 64 * 64;
-  void* memory = std::aligned_alloc(64, size);
-  if (!memory) throw std::bad_alloc();
-  std::memset(memory, 0, size);
+  count_bytes(static_cast<int64_t>(bytes));
   return memory;
 }
 
 void release(void* memory, size_t bytes) {
+  count_bytes(-static_cast<int64_t>(bytes));
   if (bytes >= kLarge) munmap(memory, bytes);
   else std::free(memory);
 }
@@ -4205,10 +4208,14 @@ class DeviceMemory {
   explicit DeviceMemory(size_t bytes) : bytes_(bytes) {
     const cudaError_t error = cudaMalloc(&data_, bytes ? bytes : 1);
     if (error != cudaSuccess) fail_device(error, "Allocating " + std::to_string(bytes) + " bytes on the device");
+    count_bytes(static_cast<int64_t>(bytes_));
   }
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
-  ~DeviceMemory() { cudaFree(data_); }
+  ~DeviceMemory() {
+    cudaFree(data_);
+    count_bytes(-static_cast<int64_t>(bytes_));
+  }
   template <typename T>
   T* as(size_t byte = 0) const { return reinterpret_cast<T*>(static_cast<uint8_t*>(data_) + byte); }
   size_t bytes() const { return bytes_; }
@@ -8247,6 +8254,7 @@ struct Tile {
 #include "handles.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -8263,6 +8271,7 @@ std::mutex handles_mutex;
 std::vector<Place> places;
 std::vector<int32_t> free_places;
 int32_t live = 0;
+std::atomic<int64_t> held{0};
 std::string open_text;
 
 constexpr int32_t kPlaceBits = 20;
@@ -8292,6 +8301,8 @@ const char* name(Kind kind) {
   }
 }
 }  // namespace
+
+void count_bytes(int64_t change) { held += change; }
 
 int32_t add_handle(int32_t context, std::shared_ptr<Object> object) {
   std::lock_guard<std::mutex> lock(handles_mutex);
@@ -8385,6 +8396,13 @@ int32_t wkv_close(int32_t context, int32_t handle) {
     }
     gone.push_back(place->object);
     release(*place, handle);
+  });
+}
+
+int32_t wkv_memory(int32_t context, double* out, int32_t out_bytes) {
+  return entry_of<ContextBase>(context, [&](ContextBase&) {
+    require_buffer(out, out_bytes, 8, "out");
+    *out = static_cast<double>(held.load());
   });
 }
 
@@ -8498,6 +8516,9 @@ inline void check_qk_norm(int32_t heads, int32_t kv_heads, int32_t head_dim, int
 }
 
 inline void check_softcap(float softcap) { require(softcap >= 0.0f && softcap <= 3.0e38f, "softcap must be 0 or a number above it: " + std::to_string(softcap)); }
+
+/** Adds to what wkv_memory gives. */
+void count_bytes(int64_t change);
 
 /** Copies a text out, cut to out_bytes and ended by a zero. */
 void give_text(const std::string& text, char* out, int32_t out_bytes);
@@ -8791,6 +8812,9 @@ WKV_API int32_t wkv_device(int32_t context, char* out, int32_t out_bytes);
 
 /** Closes a handle of any kind. Closing a context closes all that it opened. What a graph uses lives as long as the graph. */
 WKV_API int32_t wkv_close(int32_t context, int32_t handle);
+
+/** Bytes that all contexts of this process hold on the device: what was opened, and memory that ops share. */
+WKV_API int32_t wkv_memory(int32_t context, double* out /* [1] */, int32_t out_bytes);
 
 /** Bytes that a tensor, rotation or cache holds. */
 WKV_API int32_t wkv_bytes(int32_t context, int32_t handle, double* out /* [1] */, int32_t out_bytes);

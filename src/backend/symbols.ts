@@ -86,6 +86,7 @@ export const symbols = {
   wkv_error: { parameters: ["i32","buffer","i32"], result: "i32" },
   wkv_device: { parameters: ["i32","buffer","i32"], result: "i32" },
   wkv_close: { parameters: ["i32","i32"], result: "i32" },
+  wkv_memory: { parameters: ["i32","buffer","i32"], result: "i32" },
   wkv_bytes: { parameters: ["i32","i32","buffer","i32"], result: "i32" },
   wkv_tensor_open: { parameters: ["i32","i32","i32","i32","buffer","i32"], result: "i32" },
   wkv_tensor_write: { parameters: ["i32","i32","i32","i32","buffer","i32"], result: "i32" },
