@@ -57,14 +57,16 @@ export {
 export { type Prefill, type SamplerOptions, Session } from "./src/session.ts";
 export {
   type CacheEvent,
-  type CacheOptions,
   type CacheRows,
-  type CacheShape,
   type CacheStats,
-  type CacheType,
   type KvCache,
-  type Positions,
 } from "./src/cache/cache.ts";
+export type {
+  CacheOptions,
+  CacheShape,
+  CacheType,
+  Positions,
+} from "./src/cache/layout.ts";
 export {
   budgetPresets,
   type BudgetSize,

@@ -20,7 +20,8 @@ import {
   sample,
 } from "../src/backend/ops.ts";
 import { isQuantised, Tensor } from "../src/backend/tensor.ts";
-import type { CacheType, KvCache, Positions } from "../src/cache/cache.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import type { CacheType, Positions } from "../src/cache/layout.ts";
 import type { ModelConfig } from "../src/models/architecture.ts";
 import {
   caseName,

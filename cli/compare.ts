@@ -1,6 +1,6 @@
 /** `wkv compare`: continues one prompt under several policies, side by side. */
 
-import type { CacheOptions } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import {

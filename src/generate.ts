@@ -1,13 +1,7 @@
 /** generate(): continues a text token by token through a bounded cache; called by users and by `wkv generate`. */
 
-import {
-  type CacheEvent,
-  type CacheOptions,
-  type CacheStats,
-  type CacheType,
-  KvCache,
-  type Positions,
-} from "./cache/cache.ts";
+import { type CacheEvent, type CacheStats, KvCache } from "./cache/cache.ts";
+import type { CacheOptions, CacheType, Positions } from "./cache/layout.ts";
 import type { Precision } from "./backend/ops.ts";
 import type { Model } from "./model.ts";
 import {

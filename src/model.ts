@@ -5,7 +5,8 @@ import type { Precision } from "./backend/ops.ts";
 import { wkv_pairs } from "./backend/symbols.ts";
 import { Tensor } from "./backend/tensor.ts";
 import { parseBudget } from "./cache/budget.ts";
-import { type CacheOptions, KvCache, layerRows } from "./cache/cache.ts";
+import { KvCache } from "./cache/cache.ts";
+import { type CacheOptions, layerRows, rowBytes } from "./cache/layout.ts";
 import { MAX_SLOTS } from "./cache/policy.ts";
 import { findPolicy } from "./cache/registry.ts";
 import { type Progress, resolveModel } from "./hub/models.ts";
@@ -175,11 +176,9 @@ export class Model implements Disposable {
     const parsed = parseBudget(budget);
     if (parsed.kind !== "bytes") return this.#openCache(options);
     const most = parsed.bytes * sequences;
-    const { kvHeads, headDim } = this.config;
-    const size = options.cacheType === "f32" ? 4 : 2;
     let tokens = mostTokens(
       this.config,
-      parsed.bytes / (2 * kvHeads * headDim * size),
+      parsed.bytes / rowBytes(this.config, options.cacheType ?? "f16"),
     );
     // State comes on top, of a size that the policy knows.
     while (tokens >= 1) {

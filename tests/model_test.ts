@@ -12,7 +12,8 @@ import {
 import { generate, loadModel, type Model } from "../mod.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { FormatError } from "../src/formats/error.ts";
 import { PASS_ROWS } from "../src/model.ts";
 import { Session } from "../src/session.ts";

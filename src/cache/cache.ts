@@ -12,74 +12,17 @@ import {
 } from "../backend/symbols.ts";
 import { type Dtype, dtypeId, type Tensor } from "../backend/tensor.ts";
 import {
-  type Budget,
-  MAX_SLOTS,
-  type Merge,
-  type Policy,
-  resolveBudget,
-  type Select,
-} from "./policy.ts";
-import {
-  type BudgetSize,
-  type LayerBudgets,
-  layerBudgets,
-  parseBudget,
-} from "./budget.ts";
-import { findPolicy } from "./registry.ts";
-
-/** Element types of cached keys and values. */
-export type CacheType = "f32" | "f16" | "bf16";
-
-/** Where keys are rotated: at their rank in the cache, or at their place in the text. */
-export type Positions = "cache" | "text";
-
-/** What a cache is made of. */
-export interface CacheOptions {
-  /** The policy's name. @default `"weighted-kv"` */
-  policy?: string | undefined;
-  /** How much is kept a KV head; no meaning for `full`. @default `256` tokens */
-  budget?: BudgetSize | undefined;
-  /** How the budget is spread over the layers. @default `"constant"` */
-  layerBudgets?: LayerBudgets | undefined;
-  /** First tokens that never leave. @default by policy */
-  sinks?: number | undefined;
-  /** Newest tokens that never leave. @default by policy */
-  recent?: number | undefined;
-  /** Tokens that leave, one after another, when it overflows. @default by policy */
-  interval?: number | undefined;
-  /** Of policies that draw: a whole number below 2^31. @default `0` */
-  seed?: number | undefined;
-  /** Where keys are rotated. @default `"cache"` */
-  positions?: Positions | undefined;
-  /** Type of keys and values. @default `"f16"` */
-  cacheType?: CacheType | undefined;
-  /** Sequences that are fed side by side. @default `1` */
-  sequences?: number | undefined;
-  /** Tokens that `full` has room for. @default the model's context */
-  capacity?: number | undefined;
-}
-
-/** The shape that a model gives its caches. */
-export interface CacheShape {
-  /** Layers. */
-  layers: number;
-  /** Query heads. */
-  heads: number;
-  /** Key and value heads. */
-  kvHeads: number;
-  /** Dimensions of a head. */
-  headDim: number;
-  /** Tokens that the model was made for. */
-  context: number;
-  /** What products of queries and keys are multiplied by. @default 1 / sqrt(D) */
-  scale?: number;
-  /** Scores s become cap tanh(s / cap). @default none */
-  scoreCap?: number | undefined;
-  /** Tokens that a layer looks back on, the new one counted, and which layers. @default none */
-  window?:
-    | { tokens: number; layers: readonly boolean[] }
-    | undefined;
-}
+  type CacheOptions,
+  type CacheShape,
+  type CacheType,
+  type LayerPlan,
+  layerRows,
+  planCache,
+  type Positions,
+  rowBytes,
+  samePlan,
+} from "./layout.ts";
+import type { Merge, Policy, Select } from "./policy.ts";
 
 /** What became of a sequence's tokens; `seen = kept + merged + evicted`. */
 export interface CacheStats {
@@ -152,20 +95,6 @@ const types: Record<CacheType, Dtype> = {
   bf16: "BF16",
 };
 
-/** What the cache of one layer is. */
-interface LayerPlan {
-  /** Tokens kept a KV head. */
-  slots: number;
-  /** What is protected, and how many leave at once. */
-  sinks: number;
-  recent: number;
-  interval: number;
-  /** Whether it keeps the model's window as it is, whatever the policy. */
-  whole: boolean;
-  /** Tokens that the layer looks back on; 0 for all. */
-  window: number;
-}
-
 /** Layers that are alike, as one cache of the library. */
 interface Group extends LayerPlan {
   handle: number;
@@ -234,32 +163,17 @@ export class KvCache implements Disposable {
     rope: OpenRope,
     options: CacheOptions = {},
   ) {
-    const { positions = "cache", cacheType = "f16", sequences = 1 } = options;
-    if (!Object.hasOwn(places, positions)) {
-      throw new RangeError(
-        `The positions must be cache or text: current value is "${positions}"`,
-      );
-    }
-    if (!Object.hasOwn(types, cacheType)) {
-      throw new RangeError(
-        `The cache type must be f32, f16 or bf16: current value is "${cacheType}"`,
-      );
-    }
-    if (!Number.isInteger(sequences) || sequences < 1 || sequences > 4096) {
-      throw new RangeError(
-        `The sequences must be a whole number between 1 and 4096: current value is ${sequences}`,
-      );
-    }
-    this.policy = findPolicy(options.policy ?? "weighted-kv");
+    const plans = planCache(shape, options);
+    const { positions, cacheType, sequences } = plans;
+    this.policy = plans.policy;
     this.positions = positions;
     this.cacheType = cacheType;
     this.sequences = sequences;
     this.#backend = backend;
     this.#shape = shape;
     this.#scale = shape.scale ?? 1 / Math.sqrt(shape.headDim);
-    const plans = this.#plan(options);
     this.capacity = plans.budget;
-    if (plans.full) {
+    if (this.policy.select === "none") {
       this.budget = this.sinks = this.recent = null;
       this.interval = 1;
     } else {
@@ -269,20 +183,20 @@ export class KvCache implements Disposable {
       this.interval = plans.interval;
     }
     this.layerSlots = plans.layers.map(({ slots }) => slots);
-    this.#typical = typicalLayer(plans.layers, this.capacity);
-    // Whichever group, all keys of a text are turned by the same frequencies.
-    const reach = plans.full
-      ? this.capacity
-      : positions === "cache"
-      ? this.capacity + 1
-      : Math.max(shape.context, this.capacity + 1);
+    this.#typical = plans.typical;
     try {
       for (const [layer, plan] of plans.layers.entries()) {
         if (this.#places[layer] !== undefined) continue;
         const alike = plans.layers.flatMap((other, i) =>
           samePlan(plan, other) ? [i] : []
         );
-        const group = this.#openGroup(plan, alike.length, rope, reach, options);
+        const group = this.#openGroup(
+          plan,
+          alike.length,
+          rope,
+          plans.reach,
+          options,
+        );
         alike.forEach((i, index) => this.#places[i] = { group, index });
       }
     } catch (error) {
@@ -294,10 +208,8 @@ export class KvCache implements Disposable {
 
   /** Bytes that keys and values of this many tokens of one sequence take in full. */
   fullBytes(tokens: number): number {
-    const { kvHeads, headDim } = this.#shape;
-    const size = this.cacheType === "f32" ? 4 : 2;
     const rows = layerRows(this.#shape, tokens).reduce((a, b) => a + b);
-    return 2 * rows * kvHeads * headDim * size;
+    return rows * rowBytes(this.#shape, this.cacheType);
   }
 
   /**
@@ -496,56 +408,6 @@ export class KvCache implements Disposable {
     }));
   }
 
-  /** What each layer keeps. */
-  #plan(
-    options: CacheOptions,
-  ): Budget & { full: boolean; layers: LayerPlan[] } {
-    const { policy, positions } = this;
-    const { layers, context, window } = this.#shape;
-    const capacity = options.capacity ?? context;
-    const full = policy.select === "none";
-    if (
-      full &&
-      (!Number.isInteger(capacity) || capacity < 1 || capacity > MAX_SLOTS)
-    ) {
-      throw new RangeError(
-        `The capacity must be a whole number between 1 and ${MAX_SLOTS}: current value is ${capacity}`,
-      );
-    }
-    const resolve = (budget: number): Budget =>
-      full
-        ? { budget, sinks: 0, recent: 0, interval: 1 }
-        : resolveBudget(policy, budget, options);
-    const all = resolve(
-      full ? capacity : tokensOf(options.budget ?? 256, capacity),
-    );
-    const spread = layerBudgets(
-      full ? "constant" : options.layerBudgets ?? "constant",
-      all.budget,
-      layers,
-    );
-    const plans = spread.map((budget, layer): LayerPlan => {
-      const { sinks, recent, interval } = naming(
-        budget === all.budget ? "" : `Layer ${layer} of ${layers}: `,
-        () => resolve(budget),
-      );
-      const tokens = window?.layers[layer] ? window.tokens : 0;
-      const plan = { slots: budget, sinks, recent, interval };
-      if (tokens === 0) return { ...plan, whole: false, window: 0 };
-      if (budget + (full ? 0 : 1) > tokens) {
-        const kept = { slots: tokens - 1, sinks: 0, recent: 0, interval: 1 };
-        return { ...kept, whole: true, window: tokens };
-      }
-      if (positions === "text" && !full) {
-        throw new RangeError(
-          `The model's layer ${layer} looks back on ${tokens} tokens of the text: take positions in the cache, or a budget of at least ${tokens}, current value is ${budget}`,
-        );
-      }
-      return { ...plan, whole: false, window: tokens };
-    });
-    return { ...all, full, layers: plans };
-  }
-
   /** Opens the cache of some layers that are alike. */
   #openGroup(
     plan: LayerPlan,
@@ -627,53 +489,4 @@ export class KvCache implements Disposable {
       out.byteLength,
     );
   }
-}
-
-/** Tokens that each layer of a full cache holds of a text. */
-export function layerRows(shape: CacheShape, tokens: number): number[] {
-  const { layers, window } = shape;
-  return Array.from(
-    { length: layers },
-    (_, i) => window?.layers[i] ? Math.min(tokens, window.tokens - 1) : tokens,
-  );
-}
-
-/** Says in a refusal what it is about. */
-function naming<T>(what: string, body: () => T): T {
-  try {
-    return body();
-  } catch (cause) {
-    if (!(cause instanceof RangeError)) throw cause;
-    throw new RangeError(what + cause.message, { cause });
-  }
-}
-
-function samePlan(a: LayerPlan, b: LayerPlan): boolean {
-  return a.slots === b.slots && a.sinks === b.sinks && a.recent === b.recent &&
-    a.interval === b.interval && a.whole === b.whole && a.window === b.window;
-}
-
-/** The layer that follows the policy whose slots are nearest to the budget. */
-function typicalLayer(plans: readonly LayerPlan[], budget: number): number {
-  const off = ({ slots, whole }: LayerPlan) =>
-    whole ? Infinity : Math.abs(slots - budget);
-  let best = 0;
-  plans.forEach((plan, i) => {
-    if (off(plan) < off(plans[best]!)) best = i;
-  });
-  return best;
-}
-
-/** A budget in tokens, a share being one of what a full cache would hold. */
-function tokensOf(size: BudgetSize, capacity: number): number {
-  // A number's own message says most.
-  if (typeof size === "number") return size;
-  const parsed = parseBudget(size);
-  if (parsed.kind === "tokens") return parsed.tokens;
-  if (parsed.kind === "share") {
-    return Math.max(1, Math.floor(parsed.share * capacity));
-  }
-  throw new RangeError(
-    `A budget in bytes is resolved by a model's createCache: current value is "${size}"`,
-  );
 }

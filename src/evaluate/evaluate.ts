@@ -1,6 +1,6 @@
 /** evaluate(): questions whose answers lie far back, asked through bounded caches; called by users and by `wkv eval`. */
 
-import type { CacheOptions, CacheType, Positions } from "../cache/cache.ts";
+import type { CacheOptions, CacheType, Positions } from "../cache/layout.ts";
 import { choosesByStep, resolveBudget } from "../cache/policy.ts";
 import {
   type BudgetSize,

@@ -1,12 +1,8 @@
 /** perplexity(): sliding-window perplexity by policy and budget (paper, Table I); called by users and by `wkv perplexity`. */
 
 import type { Precision } from "../backend/ops.ts";
-import type {
-  CacheOptions,
-  CacheType,
-  KvCache,
-  Positions,
-} from "../cache/cache.ts";
+import type { KvCache } from "../cache/cache.ts";
+import type { CacheOptions, CacheType, Positions } from "../cache/layout.ts";
 import type { BudgetSize, LayerBudgets } from "../cache/budget.ts";
 import { findPolicy } from "../cache/registry.ts";
 import { resolveBudget } from "../cache/policy.ts";

@@ -3,7 +3,7 @@
  * every two values of them meet. run_cache.ts checks each row in f64.
  */
 
-import type { CacheType, Positions } from "../cache/cache.ts";
+import type { CacheType, Positions } from "../cache/layout.ts";
 import { choosesByStep } from "../cache/policy.ts";
 import { findPolicy, policyNames } from "../cache/registry.ts";
 import { pairwise } from "./pairs.ts";

@@ -5,7 +5,8 @@
 
 import type { Backend } from "../backend/backend.ts";
 import { wkv_pairs } from "../backend/symbols.ts";
-import { type CacheOptions, KvCache } from "../cache/cache.ts";
+import { KvCache } from "../cache/cache.ts";
+import type { CacheOptions } from "../cache/layout.ts";
 import { ReferenceCache, softmax } from "./reference.ts";
 import { stored } from "./reference_policies.ts";
 

@@ -4,7 +4,7 @@
  * What each policy weighs and does is in reference_policies.ts.
  */
 
-import type { CacheType, Positions } from "../cache/cache.ts";
+import type { CacheType, Positions } from "../cache/layout.ts";
 import type { Merge, Select } from "../cache/policy.ts";
 import {
   average,

@@ -2,7 +2,8 @@
 
 import type { Backend } from "../backend/backend.ts";
 import { Tensor } from "../backend/tensor.ts";
-import type { CacheType, KvCache } from "../cache/cache.ts";
+import type { KvCache } from "../cache/cache.ts";
+import type { CacheType } from "../cache/layout.ts";
 import { findPolicy } from "../cache/registry.ts";
 import type {
   AttendCase,
