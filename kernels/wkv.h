@@ -36,7 +36,7 @@ enum wkv_status {
   WKV_INTERNAL = 6, /* a fault of the library */
 };
 
-/** Element types; a quantised row is a sequence of GGUF blocks of 32 columns. */
+/** Element types; a quantised row is a sequence of GGUF blocks, of 256 columns where the name ends in K, of 32 elsewhere (quants.h). */
 enum wkv_dtype {
   WKV_F32 = 0,
   WKV_F16 = 1,
@@ -45,6 +45,14 @@ enum wkv_dtype {
   WKV_Q8_0 = 4, /* 34 bytes a block: f16 scale, 32 int8 */
   WKV_Q4_0 = 5, /* 18 bytes a block: f16 scale, 32 4-bit values less 8 */
   WKV_Q4_1 = 6, /* 20 bytes a block: f16 scale, f16 minimum, 32 4-bit values */
+  WKV_Q5_0 = 7, /* 22 bytes a block */
+  WKV_Q5_1 = 8, /* 24 */
+  WKV_Q2_K = 9, /* 84 */
+  WKV_Q3_K = 10, /* 110 */
+  WKV_Q4_K = 11, /* 144 */
+  WKV_Q5_K = 12, /* 176 */
+  WKV_Q6_K = 13, /* 210 */
+  WKV_IQ4_NL = 14, /* 18 */
 };
 
 /** Which dimensions a rotation turns together. */
@@ -138,7 +146,7 @@ WKV_API int32_t wkv_bytes(int32_t context, int32_t handle, double* out /* [1] */
 
 /* ---- tensors ---- */
 
-/** Opens a tensor of zeros. columns must be a multiple of 32 for a quantised dtype. */
+/** Opens a tensor of zeros. columns must be whole blocks of a quantised dtype. */
 WKV_API int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Copies rows [row, row + rows) in, in file order. data_bytes must be their exact size. A scale that is not finite is WKV_DATA. */

@@ -404,7 +404,7 @@ describe("a function", () => {
     using things = new Things();
     // Function, argument place, wrong values, what the text must hold.
     const wrong: [Name, number, number[], RegExp][] = [
-      ["wkv_tensor_open", 1, [-1, 7, HUGE, LOWEST], /dtype/],
+      ["wkv_tensor_open", 1, [-1, 15, HUGE, LOWEST], /dtype/],
       ["wkv_tensor_open", 2, [0, -1, LOWEST], /rows/],
       ["wkv_tensor_open", 3, [0, -1, LOWEST], /columns/],
       ["wkv_tensor_write", 2, [-1, 3, HUGE, LOWEST], /rows/],

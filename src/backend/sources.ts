@@ -1056,6 +1056,119 @@ inline f8 exponential(f8 x) {
 
 constexpr int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 272 : dtype == WKV_Q4_0 ? 144 : 160; }
 
+typedef uint8_t b32 __attribute__((vector_size(32)));
+typedef uint8_t b8 __attribute__((vector_size(8)));
+typedef int8_t s8 __attribute__((vector_size(8)));
+
+inline b32 load_bytes(const uint8_t* p) {
+  b32 v;
+  std::memcpy(&v, p, 32);
+  return v;
+}
+/** 8 bytes as floats, signed or not. */
+inline f8 widen(const uint8_t* p) {
+  b8 v;
+  std::memcpy(&v, p, 8);
+  return __builtin_convertvector(v, f8);
+}
+inline f8 widen_signed(const uint8_t* p) {
+  s8 v;
+  std::memcpy(&v, p, 8);
+  return __builtin_convertvector(v, f8);
+}
+
+/** The numbers of a piece as int8, q - middle or what IQ4_NL's stand for: vector v has columns 4 v .. 4 v + 3, row by row. */
+template <int32_t kType>
+inline void unpack(const uint8_t* from, b32 (&w)[8]) {
+  constexpr wkv_form form = wkv_form_of(kType);
+  if (form.low == 4) {
+    for (int32_t v = 0; v < 4; v++) {
+      const b32 both = load_bytes(from + v * 32);
+      w[v] = both & 15, w[4 + v] = both >> 4;
+    }
+  } else {
+    const b32 first = load_bytes(from), second = load_bytes(from + 32);
+    for (int32_t v = 0; v < 4; v++) w[v] = first >> (2 * v) & 3, w[4 + v] = second >> (2 * v) & 3;
+  }
+  const uint8_t* high = from + (form.low == 4 ? 128 : 64);
+  if (form.high == 1) {
+    const b32 bits = load_bytes(high);
+    for (int32_t v = 0; v < 4; v++) w[v] |= (bits >> v & 1) << form.low, w[4 + v] |= (bits >> (4 + v) & 1) << form.low;
+  }
+  if (form.high == 2) {
+    const b32 first = load_bytes(high), second = load_bytes(high + 32);
+    for (int32_t v = 0; v < 4; v++) w[v] |= (first >> (2 * v) & 3) << form.low, w[4 + v] |= (second >> (2 * v) & 3) << form.low;
+  }
+  if (kType == WKV_IQ4_NL) {
+#if defined(__AVX2__)
+    __m128i values;
+    std::memcpy(&values, WKV_IQ4_VALUES, 16);
+    const __m256i table = _mm256_broadcastsi128_si256(values);
+    for (int32_t v = 0; v < 8; v++) w[v] = (b32)_mm256_shuffle_epi8(table, (__m256i)w[v]);
+#else
+    for (int32_t v = 0; v < 8; v++) {
+      for (int32_t i = 0; i < 32; i++) w[v][i] = static_cast<uint8_t>(WKV_IQ4_VALUES[w[v][i]]);
+    }
+#endif
+  } else if (form.middle) {
+    for (int32_t v = 0; v < 8; v++) w[v] -= static_cast<uint8_t>(form.middle);
+  }
+}
+
+/** A piece's scales and minima for 8 rows: of its first and its second 16 columns. A number is scale * int8 + least. */
+struct PieceScales {
+  f8 scale[2], least[2];
+};
+
+template <int32_t kType>
+inline PieceScales piece_scales(const uint8_t* group, int32_t piece) {
+  constexpr wkv_form form = wkv_form_of(kType);
+  const uint8_t* at = group + piece_at(kType, piece);
+  const f8 none = spread(0.0f);
+  if (!form.subs) {
+    const f8 d = load_halves(at), least = form.least ? load_halves(at + 16) : none;
+    return {{d, d}, {least, least}};
+  }
+  const uint8_t* of = group + super_at(kType, piece);
+  const f8 d = load_halves(of);
+  if (kType == WKV_Q2_K) {
+    const f8 m = load_halves(of + 16), first = widen(at), second = widen(at + 8);
+    uint8_t mins[16];
+    for (int32_t i = 0; i < 16; i++) mins[i] = at[i] >> 4;
+    const f8 m0 = widen(mins), m1 = widen(mins + 8), sixteen = spread(16.0f);
+    return {{d * (first - m0 * sixteen), d * (second - m1 * sixteen)}, {-m * m0, -m * m1}};
+  }
+  if (form.least) {
+    const f8 scale = d * widen(at), least = -load_halves(of + 16) * widen(at + 8);
+    return {{scale, scale}, {least, least}};
+  }
+  return {{d * widen_signed(at), d * widen_signed(at + 8)}, {none, none}};
+}
+
+template <int32_t kType>
+inline void dequantise_piece(const uint8_t* group, int32_t piece, f8* out) {
+  const PieceScales of = piece_scales<kType>(group, piece);
+  b32 w[8];
+  unpack<kType>(group + piece_at(kType, piece) + piece_head(kType), w);
+  for (int32_t v = 0; v < 8; v++) {
+    const i8 packed = (i8)w[v];
+    for (int32_t c = 0; c < 4; c++) out[4 * v + c] = __builtin_convertvector(packed << (24 - 8 * c) >> 24, f8) * of.scale[v / 4] + of.least[v / 4];
+  }
+}
+
+/** Calls body with a type of quants.h as a constant. */
+#define WKV_BY_PIECES(dtype, body)            \\
+  switch (dtype) {                            \\
+    case WKV_Q5_0: body(WKV_Q5_0); break;     \\
+    case WKV_Q5_1: body(WKV_Q5_1); break;     \\
+    case WKV_Q2_K: body(WKV_Q2_K); break;     \\
+    case WKV_Q3_K: body(WKV_Q3_K); break;     \\
+    case WKV_Q4_K: body(WKV_Q4_K); break;     \\
+    case WKV_Q5_K: body(WKV_Q5_K); break;     \\
+    case WKV_Q6_K: body(WKV_Q6_K); break;     \\
+    default: body(WKV_IQ4_NL); break;         \\
+  }
+
 /** Columns [0, n) of a group as floats, n <= 32: out[c] holds column \`column + c\` of the 8 rows. */
 inline void dequantise(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, int32_t column, int32_t n, f8* out) {
   switch (dtype) {
@@ -1075,6 +1188,13 @@ inline void dequantise(int32_t dtype, const uint8_t* weight, int32_t columns, in
       return;
     }
     default: break;
+  }
+  if (wkv_has_pieces(dtype)) {
+    const uint8_t* at = weight + group * piece_at(dtype, columns / 32);
+#define WKV_BODY(type) dequantise_piece<type>(at, column / 32, out)
+    WKV_BY_PIECES(dtype, WKV_BODY)
+#undef WKV_BODY
+    return;
   }
   const uint8_t* block = weight + (group * (columns / 32) + column / 32) * block_bytes(dtype);
   const f8 scale = load_halves(block);
@@ -1165,7 +1285,37 @@ inline __m256i spread4(const int8_t* x) {
   std::memcpy(&four, x, 4);
   return _mm256_set1_epi32(four);
 }
+
+/** total + the sums of 4 products of signed bytes in each lane: |w| <= 128 and |x| <= 127, so a pair of products fits 16 bits. */
+inline __m256i add_signed(__m256i total, __m256i w, __m256i x) {
+  const __m256i magnitude = _mm256_abs_epi8(w), signed_x = _mm256_sign_epi8(x, w);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpbusd_epi32(total, magnitude, signed_x);
+#else
+  return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed_x), _mm256_set1_epi16(1)));
 #endif
+}
+#endif
+
+/** Sums over the first and the second 16 columns of int8 weights times x, for each of the 8 rows. */
+template <int32_t kRows>
+inline void half_products(const b32 (&w)[8], const int8_t* x, int64_t x_stride, i8 (&first)[kRows], i8 (&second)[kRows]) {
+  for (int32_t t = 0; t < kRows; t++) {
+    const int8_t* row = x + t * x_stride;
+#if defined(__AVX2__)
+    __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int32_t v = 0; v < 8; v++) total[v / 4] = add_signed(total[v / 4], (__m256i)w[v], spread4(row + v * 4));
+    first[t] = (i8)total[0], second[t] = (i8)total[1];
+#else
+    int32_t total[2][8] = {};
+    for (int32_t v = 0; v < 8; v++) {
+      for (int32_t i = 0; i < 32; i++) total[v / 4][i / 4] += static_cast<int8_t>(w[v][i]) * row[v * 4 + i % 4];
+    }
+    std::memcpy(&first[t], total[0], 32);
+    std::memcpy(&second[t], total[1], 32);
+#endif
+  }
+}
 
 /** Sums over 32 columns of weight (0..15 or int8) times x, for each of the 8 rows; Q4 values are taken as stored. */
 template <int32_t kType, int32_t kRows>
@@ -1176,16 +1326,7 @@ inline void integer_products(const uint8_t* q, const int8_t* x, int64_t x_stride
   if (kType == WKV_Q8_0) {
     for (int32_t v = 0; v < 8; v++) {
       const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + v * 32));
-      const __m256i magnitude = _mm256_abs_epi8(w);
-      for (int32_t t = 0; t < kRows; t++) {
-        // |w| <= 128 and |x| <= 127, so a pair of products fits 16 bits.
-        const __m256i signed_x = _mm256_sign_epi8(spread4(x + t * x_stride + v * 4), w);
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-        total[t] = _mm256_dpbusd_epi32(total[t], magnitude, signed_x);
-#else
-        total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed_x), _mm256_set1_epi16(1)));
-#endif
-      }
+      for (int32_t t = 0; t < kRows; t++) total[t] = add_signed(total[t], w, spread4(x + t * x_stride + v * 4));
     }
   } else {
     const __m256i low = _mm256_set1_epi8(15);
@@ -1244,6 +1385,46 @@ inline void group_rows(const uint8_t* block, int32_t blocks, const int8_t* x, co
   for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
 }
 
+/** The same for the types of quants.h. */
+template <int32_t kType, int32_t kRows>
+inline void piece_rows(const uint8_t* group, int32_t blocks, const int8_t* x, const float* scales, const float* sums, float* tile) {
+  constexpr wkv_form form = wkv_form_of(kType);
+  f8 total[kRows];
+  for (int32_t t = 0; t < kRows; t++) total[t] = spread(0.0f);
+  const int64_t stride = int64_t{blocks} * 32;
+  b32 w[8];
+  i8 first[kRows], second[kRows];
+  for (int32_t b = 0; b < blocks; b++) {
+    const PieceScales of = piece_scales<kType>(group, b);
+    unpack<kType>(group + piece_at(kType, b) + piece_head(kType), w);
+    half_products<kRows>(w, x + b * 32, stride, first, second);
+    for (int32_t t = 0; t < kRows; t++) {
+      const int64_t at = static_cast<int64_t>(t) * blocks + b;
+      const f8 scale = spread(scales[at]);
+      if (form.halves) total[t] += __builtin_convertvector(first[t], f8) * (of.scale[0] * scale) + __builtin_convertvector(second[t], f8) * (of.scale[1] * scale);
+      else total[t] += __builtin_convertvector(first[t] + second[t], f8) * (of.scale[0] * scale);
+      if (kType == WKV_Q2_K) {
+        int32_t sum = 0;
+        for (int32_t i = 0; i < 16; i++) sum += x[t * stride + b * 32 + i];
+        const float half = scales[at] * static_cast<float>(sum);
+        total[t] += of.least[0] * spread(half) + of.least[1] * spread(sums[at] - half);
+      } else if (form.least) {
+        total[t] += of.least[0] * spread(sums[at]);
+      }
+    }
+  }
+  for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
+}
+
+template <int32_t kType>
+inline void pieces_typed(const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
+  const int32_t blocks = columns / 32;
+  const uint8_t* own = weight + group * piece_at(kType, blocks);
+  int32_t t = 0;
+  for (; t + 4 <= count; t += 4) piece_rows<kType, 4>(own, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+  for (; t < count; t++) piece_rows<kType, 1>(own, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+}
+
 template <int32_t kType>
 inline void group_typed(const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
   const int32_t blocks = columns / 32;
@@ -1257,8 +1438,13 @@ void group_int8(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t g
   switch (dtype) {
     case WKV_Q8_0: return group_typed<WKV_Q8_0>(weight, columns, group, x, scales, sums, count, tile);
     case WKV_Q4_0: return group_typed<WKV_Q4_0>(weight, columns, group, x, scales, sums, count, tile);
-    default: return group_typed<WKV_Q4_1>(weight, columns, group, x, scales, sums, count, tile);
+    case WKV_Q4_1: return group_typed<WKV_Q4_1>(weight, columns, group, x, scales, sums, count, tile);
+    default: break;
   }
+#define WKV_BODY(type) pieces_typed<type>(weight, columns, group, x, scales, sums, count, tile)
+  WKV_BY_PIECES(dtype, WKV_BODY)
+#undef WKV_BODY
+
 }
 
 void rmsnorm(const float* x, const float* weight, int32_t columns, float epsilon, float* out) {
@@ -1541,9 +1727,15 @@ const Loops loops = {
  * - F16, BF16: [group][column][8 rows].
  * - quantised: [group][block of 32 columns]: 8 f16 scales, (Q4_1) 8 f16 minima, then vectors of 32 bytes; a vector holds, row by
  *   row, 4 neighbouring columns: Q8_0 columns 4 v .. 4 v + 3 in vector v; Q4 those in its low, columns 16 + 4 v .. in its high halves.
+ * - the other types (quants.h): of a K type, for each 256 columns 8 f16 scales and, where there are any, 8 f16 minima of the blocks, then
+ *   the pieces. A piece of 32 columns has its 8 first and 8 second sub-scales (K) or 8 f16 scales and minima; then vectors as above, whose
+ *   bytes hold the low bits (4: as Q4; 2: columns 4 v .. at bit 2 v of the first of two vectors, 16 + 4 v .. of the second), then the high
+ *   ones (1: at bit v and bit 4 + v of one vector; 2: as the low 2).
  */
 #pragma once
 #include <cstdint>
+
+#include "../quants.h"
 
 namespace wkv {
 
@@ -1554,6 +1746,17 @@ struct StoredRows {
   const int32_t* slots;
   int32_t count;
 };
+
+/** Bytes of a piece's scales in a group, and of all that 32 columns take beside the block's own. */
+constexpr int32_t piece_head(int32_t dtype) { return wkv_form_of(dtype).subs ? 16 : wkv_form_of(dtype).least ? 32 : 16; }
+constexpr int32_t piece_bytes(int32_t dtype) { return piece_head(dtype) + (wkv_form_of(dtype).low == 4 ? 128 : 64) + wkv_form_of(dtype).high * 32; }
+/** Bytes of the scales of 8 K blocks. */
+constexpr int32_t super_bytes(int32_t dtype) { return !wkv_form_of(dtype).subs ? 0 : wkv_form_of(dtype).least ? 32 : 16; }
+/** Where a piece lies in its group, and that of the scales of its block. */
+constexpr int64_t super_at(int32_t dtype, int32_t piece) { return int64_t{piece / 8} * (super_bytes(dtype) + 8 * piece_bytes(dtype)); }
+constexpr int64_t piece_at(int32_t dtype, int32_t piece) {
+  return wkv_form_of(dtype).subs ? super_at(dtype, piece) + super_bytes(dtype) + piece % 8 * piece_bytes(dtype) : int64_t{piece} * piece_bytes(dtype);
+}
 
 /** Tables of a rotation from some rank on, [ranks, pairs]; pairs 0: the rows are read as they are. */
 struct Rotation {
@@ -1890,28 +2093,64 @@ Context::Context(int32_t count) : loops(pick_loops()), threads(count) {}
 // ---- tensors ----
 
 namespace {
-bool quantised(int32_t dtype) { return dtype == WKV_Q8_0 || dtype == WKV_Q4_0 || dtype == WKV_Q4_1; }
-int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 34 : dtype == WKV_Q4_0 ? 18 : 20; }
-int64_t row_bytes(int32_t dtype, int32_t columns) {
-  if (quantised(dtype)) return int64_t{columns} / 32 * block_bytes(dtype);
-  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
-}
+bool quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
+/** Bytes of 8 rows. */
+int64_t group_bytes(int32_t dtype, int32_t columns) { return wkv_has_pieces(dtype) ? piece_at(dtype, columns / 32) : 8 * wkv_row_bytes(dtype, columns); }
 /** F32 and I32 lie row by row, weights of every other type in groups of 8 rows. */
 bool grouped(int32_t dtype) { return dtype != WKV_F32 && dtype != WKV_I32; }
 
-/** Puts one row in file order into its place within its group of 8. */
+void require_finite(uint16_t half, int32_t block) {
+  if ((half & 0x7c00) == 0x7c00) fail(WKV_DATA, "The scale of block " + std::to_string(block) + " is not finite");
+}
+
+/** Puts one row in file order into its place within its group of 8: the types of quants.h. */
+void scatter_pieces(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const uint8_t* row) {
+  const wkv_form form = wkv_form_of(dtype);
+  wkv_piece piece;
+  for (int32_t b = 0; b < columns / 32; b++) {
+    const int32_t block = b * 32 / form.columns;
+    wkv_read_piece(dtype, row + int64_t{block} * form.bytes, form.subs ? b % 8 : 0, &piece);
+    require_finite(piece.d, block);
+    require_finite(piece.least, block);
+    uint8_t *at = group + piece_at(dtype, b), *scales = form.subs ? group + super_at(dtype, b) : at;
+    std::memcpy(scales + lane * 2, &piece.d, 2);
+    if (form.least) std::memcpy(scales + 16 + lane * 2, &piece.least, 2);
+    if (form.subs) at[lane] = piece.sub[0], at[8 + lane] = piece.sub[1];
+    uint8_t* const low = at + piece_head(dtype) + lane * 4;
+    uint8_t* const high = low + (form.low == 4 ? 128 : 64);
+    // A byte is shared by columns of one row only, so its other bits are this row's too.
+    for (int32_t c = 0; c < 4; c++) {
+      for (int32_t v = 0; v < 4; v++) {
+        if (form.low == 4) low[v * 32 + c] = 0;
+      }
+      if (form.low == 2) low[c] = low[32 + c] = 0;
+      for (int32_t h = 0; h < form.high; h++) high[h * 32 + c] = 0;
+    }
+    for (int32_t i = 0; i < 32; i++) {
+      const int32_t half = i / 16, v = i % 16 / 4, c = i % 4, first = piece.q[i] & ((1 << form.low) - 1), rest = piece.q[i] >> form.low;
+      const auto put = [](uint8_t& byte, int32_t bits) { byte = static_cast<uint8_t>(byte | bits); };
+      if (form.low == 4) put(low[v * 32 + c], first << (half * 4));
+      else put(low[half * 32 + c], first << (v * 2));
+      if (form.high == 1) put(high[c], rest << (half * 4 + v));
+      if (form.high == 2) put(high[half * 32 + c], rest << (v * 2));
+    }
+  }
+}
+
+/** The same for all types but F32 and I32. */
 void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const uint8_t* row) {
   if (!quantised(dtype)) {
     for (int32_t c = 0; c < columns; c++) std::memcpy(group + (c * 8 + lane) * 2, row + c * 2, 2);
     return;
   }
-  const int32_t bytes = block_bytes(dtype), heads = dtype == WKV_Q4_1 ? 2 : 1, vectors = dtype == WKV_Q8_0 ? 8 : 4;
+  if (wkv_has_pieces(dtype)) return scatter_pieces(dtype, columns, group, lane, row);
+  const int32_t bytes = wkv_form_of(dtype).bytes, heads = dtype == WKV_Q4_1 ? 2 : 1, vectors = dtype == WKV_Q8_0 ? 8 : 4;
   for (int32_t b = 0; b < columns / 32; b++, row += bytes, group += bytes * 8) {
     for (int32_t h = 0; h < heads; h++) {
       std::memcpy(group + h * 16 + lane * 2, row + h * 2, 2);
       uint16_t half;
       std::memcpy(&half, row + h * 2, 2);
-      if ((half & 0x7c00) == 0x7c00) fail(WKV_DATA, "The scale of block " + std::to_string(b) + " is not finite");
+      require_finite(half, b);
     }
     for (int32_t v = 0; v < vectors; v++) std::memcpy(group + heads * 16 + v * 32 + lane * 4, row + heads * 2 + v * 4, 4);
   }
@@ -1919,8 +2158,9 @@ void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const
 }  // namespace
 
 Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
-  const int64_t stored = grouped(dtype) ? (int64_t{rows} + 7) / 8 * 8 : rows;
-  memory.resize(static_cast<size_t>(stored) * static_cast<size_t>(row_bytes(dtype, columns)));  // below 2^64: 2^31 rows of 2^33 bytes
+  // Below 2^64: 2^31 rows of 2^33 bytes.
+  if (grouped(dtype)) memory.resize((size_t(rows) + 7) / 8 * static_cast<size_t>(group_bytes(dtype, columns)));
+  else memory.resize(size_t(rows) * static_cast<size_t>(wkv_row_bytes(dtype, columns)));
 }
 
 }  // namespace wkv
@@ -1956,9 +2196,10 @@ int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
 int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context&) {
     require_buffer(out, out_bytes, 4, "out");
-    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(dtype >= WKV_F32 && dtype <= WKV_IQ4_NL, "dtype " + std::to_string(dtype) + " is unknown");
     require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
-    require(!quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    const int32_t whole = wkv_form_of(dtype).columns;
+    require(columns % whole == 0, "columns must be a multiple of " + std::to_string(whole) + " for quantised rows of this type: " + std::to_string(columns));
     *out = add_handle(context, std::make_shared<Tensor>(dtype, rows, columns));
   });
 }
@@ -1973,7 +2214,7 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
   return entry(context, [&](Context&) {
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
-    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
     if (!grouped(tensor->dtype)) {
       std::memcpy(tensor->memory.data() + row * bytes, data, static_cast<size_t>(rows * bytes));
@@ -1981,7 +2222,7 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
     }
     for (int64_t r = row; r < int64_t{row} + rows; r++) {
       try {
-        scatter(tensor->dtype, tensor->columns, tensor->memory.data() + r / 8 * 8 * bytes, static_cast<int32_t>(r % 8), static_cast<const uint8_t*>(data) + (r - row) * bytes);
+        scatter(tensor->dtype, tensor->columns, tensor->memory.data() + r / 8 * group_bytes(tensor->dtype, tensor->columns), static_cast<int32_t>(r % 8), static_cast<const uint8_t*>(data) + (r - row) * bytes);
       } catch (const Failure& failure) {
         fail(failure.status, "Row " + std::to_string(r) + ": " + failure.what());
       }
@@ -1994,7 +2235,7 @@ int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t ro
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
     const bool as_floats = quantised(tensor->dtype);
-    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(out, out_bytes, rows * bytes, "out");
     auto* to = static_cast<uint8_t*>(out);
     for (int64_t r = row; r < int64_t{row} + rows; r++, to += bytes) {
@@ -8655,6 +8896,130 @@ WKV_HD inline float wkv_merged(float w_v, float v, float w_r, float r) {
 
 #endif
 `,
+  "quants.h": `/**
+ * quants.h: how GGUF's blocks of few-bit numbers lie in a file, taken apart 32 columns at a time; compiled into both libraries, which lay
+ * the parts out as their loops like them. The blocks are those of ggml-common.h; Q8_0, Q4_0 and Q4_1 are so simple that each library
+ * takes them as they are.
+ */
+#ifndef WKV_QUANTS_H
+#define WKV_QUANTS_H
+#include <stdint.h>
+#include <string.h>
+
+#include "policy.h"
+
+/** What a type's blocks are: a number is d * sub * (q - middle) - least * sub', with q of \`low\` + \`high\` bits. */
+struct wkv_form {
+  int32_t columns, bytes;  /* of a block in the file */
+  int32_t low, high;       /* bits of q: the low and the high ones lie apart */
+  int32_t middle;          /* what q is counted from */
+  bool subs;               /* a K type: its 8 pieces of 32 columns have scales of their own, integers times those of the block */
+  bool least;              /* a minimum belongs to each scale */
+  bool halves;             /* each 16 columns have a scale of their own, not each 32 */
+};
+
+WKV_HD constexpr wkv_form wkv_form_of(int32_t dtype) {
+  switch (dtype) {
+    case WKV_Q8_0: return {32, 34, 8, 0, 0, false, false, false};
+    case WKV_Q4_0: return {32, 18, 4, 0, 8, false, false, false};
+    case WKV_Q4_1: return {32, 20, 4, 0, 0, false, true, false};
+    case WKV_Q5_0: return {32, 22, 4, 1, 16, false, false, false};
+    case WKV_Q5_1: return {32, 24, 4, 1, 0, false, true, false};
+    case WKV_Q2_K: return {256, 84, 2, 0, 0, true, true, true};
+    case WKV_Q3_K: return {256, 110, 2, 1, 4, true, false, true};
+    case WKV_Q4_K: return {256, 144, 4, 0, 0, true, true, false};
+    case WKV_Q5_K: return {256, 176, 4, 1, 0, true, true, false};
+    case WKV_Q6_K: return {256, 210, 4, 2, 32, true, false, true};
+    case WKV_IQ4_NL: return {32, 18, 4, 0, 0, false, false, false};
+    default: return {1, 0, 0, 0, 0, false, false, false};
+  }
+}
+
+/** Whether rows of this type are blocks that wkv_read_piece takes apart. */
+WKV_HD constexpr bool wkv_has_pieces(int32_t dtype) { return dtype >= WKV_Q5_0 && dtype <= WKV_IQ4_NL; }
+
+/** Bytes of a row in the file. */
+inline int64_t wkv_row_bytes(int32_t dtype, int32_t columns) {
+  if (dtype >= WKV_Q8_0) return int64_t{columns} / wkv_form_of(dtype).columns * wkv_form_of(dtype).bytes;
+  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
+}
+
+/** What IQ4_NL's 16 numbers stand for. */
+constexpr int8_t WKV_IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+/** 32 columns of a block. */
+struct wkv_piece {
+  uint8_t q[32];
+  uint8_t sub[2];      /* K types. Q4_K, Q5_K: scale and minimum. Q2_K: for each half the scale in the low, the minimum in the high 4 bits.
+                          Q3_K, Q6_K: for each half the scale, signed. */
+  uint16_t d, least;   /* the f16 scale and minimum of the block, 0 where it has none */
+};
+
+/** 6-bit scale and minimum of piece p, of the 12 bytes that Q4_K and Q5_K have for 8 pieces. */
+inline void wkv_read_subs(const uint8_t* s, int32_t p, uint8_t* sub) {
+  if (p < 4) {
+    sub[0] = s[p] & 63, sub[1] = s[p + 4] & 63;
+  } else {
+    sub[0] = static_cast<uint8_t>((s[p + 4] & 15) | s[p - 4] >> 6 << 4);
+    sub[1] = static_cast<uint8_t>(s[p + 4] >> 4 | s[p] >> 6 << 4);
+  }
+}
+
+/** Takes piece p of a block apart; p is 0 for blocks of 32 columns. */
+inline void wkv_read_piece(int32_t dtype, const uint8_t* block, int32_t p, wkv_piece* out) {
+  const auto half = [&](int32_t at) {
+    uint16_t bits;
+    memcpy(&bits, block + at, 2);
+    return bits;
+  };
+  const auto byte = [](int32_t x) { return static_cast<uint8_t>(x); };
+  out->sub[0] = out->sub[1] = 0;
+  out->least = 0;
+  switch (dtype) {
+    case WKV_Q5_0:
+    case WKV_Q5_1: {
+      const int32_t at = dtype == WKV_Q5_0 ? 2 : 4;
+      out->d = half(0);
+      if (dtype == WKV_Q5_1) out->least = half(2);
+      uint32_t high;
+      memcpy(&high, block + at, 4);
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte((block[at + 4 + i % 16] >> (i / 16 * 4) & 15) | static_cast<int32_t>(high >> i & 1) << 4);
+      return;
+    }
+    case WKV_IQ4_NL:
+      out->d = half(0);
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte(block[2 + i % 16] >> (i / 16 * 4) & 15);
+      return;
+    case WKV_Q2_K:
+      out->d = half(80), out->least = half(82);
+      memcpy(out->sub, block + 2 * p, 2);
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte(block[16 + p / 4 * 32 + i] >> (p % 4 * 2) & 3);
+      return;
+    case WKV_Q3_K:
+      out->d = half(108);
+      for (int32_t h = 0; h < 2; h++) {
+        const int32_t s = 2 * p + h, low = block[96 + s % 8] >> (s / 8 * 4) & 15, high = block[104 + s % 4] >> (s / 4 * 2) & 3;
+        out->sub[h] = byte((low | high << 4) - 32);
+      }
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte((block[32 + p / 4 * 32 + i] >> (p % 4 * 2) & 3) | (block[i] >> p & 1) << 2);
+      return;
+    case WKV_Q4_K:
+    case WKV_Q5_K: {
+      out->d = half(0), out->least = half(2);
+      wkv_read_subs(block + 4, p, out->sub);
+      const uint8_t* q = block + (dtype == WKV_Q4_K ? 16 : 48) + p / 2 * 32;
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte((q[i] >> (p % 2 * 4) & 15) | (dtype == WKV_Q5_K ? (block[16 + i] >> p & 1) << 4 : 0));
+      return;
+    }
+    default: /* WKV_Q6_K */
+      out->d = half(208);
+      memcpy(out->sub, block + 192 + 2 * p, 2);
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte((block[p / 4 * 64 + p % 2 * 32 + i] >> (p % 4 / 2 * 4) & 15) | (block[128 + p / 4 * 32 + i] >> (p % 4 * 2) & 3) << 4);
+  }
+}
+
+#endif
+`,
   "random.h": `/** random.h: the counter-based random numbers of wkv_sample, the same on both libraries. */
 #ifndef WKV_RANDOM_H
 #define WKV_RANDOM_H
@@ -8719,7 +9084,7 @@ enum wkv_status {
   WKV_INTERNAL = 6, /* a fault of the library */
 };
 
-/** Element types; a quantised row is a sequence of GGUF blocks of 32 columns. */
+/** Element types; a quantised row is a sequence of GGUF blocks, of 256 columns where the name ends in K, of 32 elsewhere (quants.h). */
 enum wkv_dtype {
   WKV_F32 = 0,
   WKV_F16 = 1,
@@ -8728,6 +9093,14 @@ enum wkv_dtype {
   WKV_Q8_0 = 4, /* 34 bytes a block: f16 scale, 32 int8 */
   WKV_Q4_0 = 5, /* 18 bytes a block: f16 scale, 32 4-bit values less 8 */
   WKV_Q4_1 = 6, /* 20 bytes a block: f16 scale, f16 minimum, 32 4-bit values */
+  WKV_Q5_0 = 7, /* 22 bytes a block */
+  WKV_Q5_1 = 8, /* 24 */
+  WKV_Q2_K = 9, /* 84 */
+  WKV_Q3_K = 10, /* 110 */
+  WKV_Q4_K = 11, /* 144 */
+  WKV_Q5_K = 12, /* 176 */
+  WKV_Q6_K = 13, /* 210 */
+  WKV_IQ4_NL = 14, /* 18 */
 };
 
 /** Which dimensions a rotation turns together. */
@@ -8821,7 +9194,7 @@ WKV_API int32_t wkv_bytes(int32_t context, int32_t handle, double* out /* [1] */
 
 /* ---- tensors ---- */
 
-/** Opens a tensor of zeros. columns must be a multiple of 32 for a quantised dtype. */
+/** Opens a tensor of zeros. columns must be whole blocks of a quantised dtype. */
 WKV_API int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Copies rows [row, row + rows) in, in file order. data_bytes must be their exact size. A scale that is not finite is WKV_DATA. */

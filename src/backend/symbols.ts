@@ -20,6 +20,14 @@ export const wkv_dtype = {
   WKV_Q8_0: 4,
   WKV_Q4_0: 5,
   WKV_Q4_1: 6,
+  WKV_Q5_0: 7,
+  WKV_Q5_1: 8,
+  WKV_Q2_K: 9,
+  WKV_Q3_K: 10,
+  WKV_Q4_K: 11,
+  WKV_Q5_K: 12,
+  WKV_Q6_K: 13,
+  WKV_IQ4_NL: 14,
 } as const;
 
 export const wkv_pairs = {

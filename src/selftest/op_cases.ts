@@ -4,7 +4,12 @@
  */
 
 import type { Activation, Precision } from "../backend/ops.ts";
-import type { Dtype } from "../backend/tensor.ts";
+import {
+  blockColumns,
+  type Dtype,
+  dtypes,
+  isQuantised,
+} from "../backend/tensor.ts";
 
 /** `out = norm(x) w^T + bias (+ out)`. */
 export interface LinearCase {
@@ -183,14 +188,13 @@ export type OpCase =
   | DivergenceCase;
 
 /** Types of weights. */
-export const weightTypes = [
-  "F32",
-  "F16",
-  "BF16",
-  "Q8_0",
-  "Q4_0",
-  "Q4_1",
-] as const satisfies Dtype[];
+export const weightTypes = dtypes.filter((dtype) => dtype !== "I32");
+
+/** Columns, rounded up to whole blocks. */
+export function wholeBlocks(dtype: Dtype, columns: number): number {
+  const block = blockColumns(dtype);
+  return Math.ceil(columns / block) * block;
+}
 
 const precisions: Precision[] = ["f32", "int8"];
 const tolerance = 1e-5;
@@ -211,12 +215,21 @@ const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
       precision,
       tolerance: toleranceOf(dtype),
     };
-    const rowCounts = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 130];
-    const outputCounts = [1, 2, 3, 7, 8, 9, 15, 17, 33, 65, 97];
-    const columnCounts = dtype.startsWith("Q")
+    // Types that share their loops with others need fewer shapes.
+    const shared = dtype.startsWith("Q5") || dtype.startsWith("IQ") ||
+      blockColumns(dtype) === 256;
+    const rowCounts = shared
+      ? [1, 3, 4, 5, 8, 9, 65]
+      : [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 130];
+    const outputCounts = shared
+      ? [1, 7, 8, 9, 33]
+      : [1, 2, 3, 7, 8, 9, 15, 17, 33, 65, 97];
+    const columnCounts = blockColumns(dtype) === 256
+      ? [256, 512, 768, 1536]
+      : isQuantised(dtype)
       ? [32, 64, 96, 160, 576, 1536]
       : [1, 2, 7, 8, 31, 33, 64, 100, 576, 1537];
-    return [
+    const rows: LinearCase[] = [
       ...rowCounts.map((rows) => ({
         ...common,
         rows,
@@ -247,7 +260,7 @@ const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
           outColumn: 5,
         },
       ]),
-      ...(dtype.startsWith("Q")
+      ...(isQuantised(dtype)
         ? [1, 9].map((rows) => ({
           ...common,
           rows,
@@ -257,6 +270,14 @@ const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
         }))
         : []),
     ];
+    // Rounded up, some are the same.
+    const all = rows.map((row) =>
+      JSON.stringify({
+        ...row,
+        columns: wholeBlocks(dtype, row.columns),
+      })
+    );
+    return [...new Set(all)].map((row) => JSON.parse(row));
   })
 );
 
@@ -304,7 +325,7 @@ const gated: GatedCase[] = [
           dtype,
           precision,
           rows,
-          columns: 96,
+          columns: wholeBlocks(dtype, 96),
           outputs,
           tolerance: toleranceOf(dtype),
         }))
@@ -343,7 +364,7 @@ const embed: EmbedCase[] = weightTypes.flatMap((dtype) =>
     kernel: "embed",
     dtype,
     rows,
-    columns: 96,
+    columns: wholeBlocks(dtype, 96),
     vocabulary: 19,
     ...rows === 7 ? { scale: 22.627417 } : {},
     tolerance: 1e-6,

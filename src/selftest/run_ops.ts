@@ -188,19 +188,27 @@ function checkLinear(
   const tolerance = add
     ? row.tolerance * (1 + Math.hypot(...held) / Math.hypot(...exact))
     : row.tolerance;
+  // Few outputs may cancel to nearly nothing: then what counts is the lengths.
+  const lengths = Math.hypot(
+    ...plain.flatMap((r) =>
+      w.rows.map((v) => Math.hypot(...r) * Math.hypot(...v))
+    ),
+  );
   if (isRounded(row.dtype, row.precision)) {
     found.note(
       "linear, 8-bit input",
-      relativeError(results, products(plain.map(rounded))),
+      relativeError(results, products(plain.map(rounded)), lengths / 100),
       tolerance,
     );
-    // Against the lengths, as few outputs may cancel to nearly nothing.
-    const lengths = plain.flatMap((r) =>
-      w.rows.map((v) => Math.hypot(...r) * Math.hypot(...v))
-    );
     const error = Math.hypot(...results.map((y, i) => y - exact[i]!));
-    found.note("rounding to 8 bits", error / Math.hypot(...lengths), 1e-2);
-  } else found.note("linear", relativeError(results, exact), tolerance);
+    found.note("rounding to 8 bits", error / lengths, 1e-2);
+  } else {
+    found.note(
+      "linear",
+      relativeError(results, exact, lengths / 100),
+      tolerance,
+    );
+  }
   const outside = (_: number, i: number) => !inside(_, i);
   found.must(
     "columns outside",
