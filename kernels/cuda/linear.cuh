@@ -57,8 +57,8 @@ struct SplitView {
 inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * (in.columns + 1) * 4); }
 RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch);
 SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch);
-/** norm(x), or x itself where there is no norm. */
-const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch);
+/** norm(x), or x itself where there is no norm; with `rounded` what 8 bits hold of it, as floats. */
+const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch);
 
 /** out = x . w^T, gated where up has data; weights must be of one dtype. */
 void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to);
@@ -67,7 +67,7 @@ void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const We
 /** out = x . w^T in f32. */
 void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to);
 
-/** Calls body with the weight's type as a constant. */
+/** Calls body with the type of a weight that has no pieces as a constant. */
 template <typename Body>
 auto by_type(int32_t dtype, Body body) {
   switch (dtype) {
@@ -77,6 +77,21 @@ auto by_type(int32_t dtype, Body body) {
     case WKV_Q8_0: return body(std::integral_constant<int, WKV_Q8_0>());
     case WKV_Q4_0: return body(std::integral_constant<int, WKV_Q4_0>());
     default: return body(std::integral_constant<int, WKV_Q4_1>());
+  }
+}
+
+/** The same for the types of quants.h. */
+template <typename Body>
+auto by_pieces(int32_t dtype, Body body) {
+  switch (dtype) {
+    case WKV_Q5_0: return body(std::integral_constant<int, WKV_Q5_0>());
+    case WKV_Q5_1: return body(std::integral_constant<int, WKV_Q5_1>());
+    case WKV_Q2_K: return body(std::integral_constant<int, WKV_Q2_K>());
+    case WKV_Q3_K: return body(std::integral_constant<int, WKV_Q3_K>());
+    case WKV_Q4_K: return body(std::integral_constant<int, WKV_Q4_K>());
+    case WKV_Q5_K: return body(std::integral_constant<int, WKV_Q5_K>());
+    case WKV_Q6_K: return body(std::integral_constant<int, WKV_Q6_K>());
+    default: return body(std::integral_constant<int, WKV_IQ4_NL>());
   }
 }
 
