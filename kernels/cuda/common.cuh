@@ -91,12 +91,12 @@ struct WeightView {
 };
 
 /** Bytes of 32 columns in each plane; scales: of 256 columns in K types. */
-constexpr int32_t data_bytes(int32_t dtype) { return wkv_form_of(dtype).low * 4; }
-constexpr int32_t high_bytes(int32_t dtype) { return wkv_form_of(dtype).high * 4; }
-constexpr int32_t subs_bytes(int32_t dtype) { return wkv_form_of(dtype).subs ? 2 : 0; }
-constexpr int32_t scale_bytes(int32_t dtype) { return wkv_form_of(dtype).least || wkv_form_of(dtype).subs ? 4 : 2; }
+WKV_HD constexpr int32_t data_bytes(int32_t dtype) { return wkv_form_of(dtype).low * 4; }
+WKV_HD constexpr int32_t high_bytes(int32_t dtype) { return wkv_form_of(dtype).high * 4; }
+WKV_HD constexpr int32_t subs_bytes(int32_t dtype) { return wkv_form_of(dtype).subs ? 2 : 0; }
+WKV_HD constexpr int32_t scale_bytes(int32_t dtype) { return wkv_form_of(dtype).least || wkv_form_of(dtype).subs ? 4 : 2; }
 /** Columns that share an entry of the plane of scales. */
-constexpr int32_t scale_columns(int32_t dtype) { return wkv_form_of(dtype).columns; }
+WKV_HD constexpr int32_t scale_columns(int32_t dtype) { return wkv_form_of(dtype).columns; }
 
 /** Number i of 32 columns of a type of quants.h, from their parts of the planes. */
 WKV_HD inline float piece_number(int32_t dtype, const uint8_t* data, const uint8_t* high, uint32_t subs, float d, float least, int32_t i) {

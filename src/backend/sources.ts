@@ -4429,6 +4429,7 @@ void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const 
 #include <vector>
 
 #include "../handles.hpp"
+#include "../quants.h"
 
 namespace wkv {
 
@@ -4493,24 +4494,59 @@ struct Faults {
 
 constexpr bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
 
-/** A weight as kernels see it. Quantised rows lie in two planes: 32 (Q8_0) or 16 bytes of quants a block of 32 columns, in file order,
- *  and one f16 scale a block, with Q4_1 a pair (scale, minimum). */
+/**
+ * A weight as kernels see it. Quantised rows lie in planes, each with a part for every 32 columns:
+ * - data: 32 bytes (Q8_0); 16 bytes of low and high halves, as in the file (4 low bits); 8 bytes (2 low bits: columns 4 v .. 4 v + 3 at
+ *   bit 2 v of bytes 0 to 3, columns 16 + 4 v .. of bytes 4 to 7).
+ * - scales: an f16, or a pair (scale, minimum); K types have a pair for every 256 columns.
+ * - high: 4 bytes (1 bit: columns 4 v .. at bit v, 16 + 4 v .. at bit 4 + v) or 8 (2 bits, as the low 2).
+ * - subs: 2 bytes, the sub-scales of K types (wkv_piece in quants.h).
+ */
 struct WeightView {
   int32_t dtype, rows, columns;
   const uint8_t* data;
   const __half* scales;
+  const uint8_t* high;
+  const uint16_t* subs;
 };
+
+/** Bytes of 32 columns in each plane; scales: of 256 columns in K types. */
+WKV_HD constexpr int32_t data_bytes(int32_t dtype) { return wkv_form_of(dtype).low * 4; }
+WKV_HD constexpr int32_t high_bytes(int32_t dtype) { return wkv_form_of(dtype).high * 4; }
+WKV_HD constexpr int32_t subs_bytes(int32_t dtype) { return wkv_form_of(dtype).subs ? 2 : 0; }
+WKV_HD constexpr int32_t scale_bytes(int32_t dtype) { return wkv_form_of(dtype).least || wkv_form_of(dtype).subs ? 4 : 2; }
+/** Columns that share an entry of the plane of scales. */
+WKV_HD constexpr int32_t scale_columns(int32_t dtype) { return wkv_form_of(dtype).columns; }
+
+/** Number i of 32 columns of a type of quants.h, from their parts of the planes. */
+WKV_HD inline float piece_number(int32_t dtype, const uint8_t* data, const uint8_t* high, uint32_t subs, float d, float least, int32_t i) {
+  const wkv_form form = wkv_form_of(dtype);
+  const int32_t half = i / 16, v = i % 16 / 4, c = i % 4;
+  int32_t q = form.low == 4 ? data[i % 16] >> (half * 4) & 15 : data[half * 4 + c] >> (v * 2) & 3;
+  if (form.high == 1) q |= (high[c] >> (half * 4 + v) & 1) << form.low;
+  if (form.high == 2) q |= (high[half * 4 + c] >> (v * 2) & 3) << form.low;
+  if (dtype == WKV_IQ4_NL) {
+    constexpr int8_t values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    return d * static_cast<float>(values[q]);
+  }
+  const int32_t first = static_cast<int32_t>(subs & 255), second = static_cast<int32_t>(subs >> 8), own = half ? second : first;
+  const float x = static_cast<float>(q - form.middle);
+  if (dtype == WKV_Q2_K) return d * static_cast<float>(own & 15) * x - least * static_cast<float>(own >> 4);
+  if (form.subs && form.least) return d * static_cast<float>(first) * x - least * static_cast<float>(second);
+  if (form.subs) return d * static_cast<float>(static_cast<int8_t>(own)) * x;
+  return d * x + least;
+}
 
 struct Tensor : Object {
   int32_t dtype, rows, columns;
-  size_t scales_at = 0;  // where the plane of scales begins
+  size_t scales_at = 0, high_at = 0, subs_at = 0;  // where the other planes begin
   DeviceRef memory;
   Tensor(int32_t dtype, int32_t rows, int32_t columns);
   size_t bytes() const override { return memory->bytes(); }
   float* f32() const { return memory->as<float>(); }
   int32_t* i32() const { return memory->as<int32_t>(); }
   float* row(int64_t r) const { return f32() + r * columns; }
-  WeightView view() const { return {dtype, rows, columns, memory->as<uint8_t>(), memory->as<__half>(scales_at)}; }
+  WeightView view() const { return {dtype, rows, columns, memory->as<uint8_t>(), memory->as<__half>(scales_at), memory->as<uint8_t>(high_at), memory->as<uint16_t>(subs_at)}; }
 };
 using TensorRef = std::shared_ptr<Tensor>;
 
@@ -4692,6 +4728,11 @@ __device__ inline float weight_at(const WeightView& w, int64_t row, int32_t colu
   }
   const int64_t block = row * (w.columns / 32) + column / 32;
   const int32_t within = column % 32;
+  if (wkv_has_pieces(w.dtype)) {
+    const int64_t scale = i / scale_columns(w.dtype) * (scale_bytes(w.dtype) / 2);
+    const float least = scale_bytes(w.dtype) == 4 ? __half2float(w.scales[scale + 1]) : 0.0f;
+    return piece_number(w.dtype, w.data + block * data_bytes(w.dtype), w.high + block * high_bytes(w.dtype), subs_bytes(w.dtype) ? w.subs[block] : 0, __half2float(w.scales[scale]), least, within);
+  }
   if (w.dtype == WKV_Q8_0) return reinterpret_cast<const int8_t*>(w.data)[block * 32 + within] * __half2float(w.scales[block]);
   const int32_t nibble = w.data[block * 16 + within % 16] >> (within / 16 * 4) & 15;
   if (w.dtype == WKV_Q4_0) return (nibble - 8) * __half2float(w.scales[block]);
@@ -5065,7 +5106,7 @@ __global__ void __launch_bounds__(256) copy_kernel(float* to, const float* from,
 /** Where a product of many rows goes. */
 enum class Way { Int8, Half, Plain };
 Way way_of(const WeightView& w, bool int8) {
-  if (int8) return Way::Int8;
+  if (int8 && !wkv_has_pieces(w.dtype)) return Way::Int8;
   return (w.dtype == WKV_F16 || w.dtype == WKV_BF16) && w.columns % 32 == 0 ? Way::Half : Way::Plain;
 }
 
@@ -5093,7 +5134,7 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
     if (in.rows >= kLibraryRows && cublaslt_matmul(ctx, x.parts, 2, x.factors, in.rows, w, up, to, products)) return;
     return matmul_half(ctx, x, w, up, to);
   }
-  const float* x = norm_rows(ctx, in, scratch);
+  const float* x = norm_rows(ctx, in, int8, scratch);
   if (in.rows >= kLibraryRows && w.dtype == WKV_F32 && cublaslt_matmul(ctx, x, 1, nullptr, in.rows, w, up, to, products)) return;
   matmul_f32(ctx, x, in.rows, w, to);
   if (!up.data) return;
@@ -5244,8 +5285,8 @@ struct SplitView {
 inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * (in.columns + 1) * 4); }
 RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch);
 SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch);
-/** norm(x), or x itself where there is no norm. */
-const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch);
+/** norm(x), or x itself where there is no norm; with \`rounded\` what 8 bits hold of it, as floats. */
+const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch);
 
 /** out = x . w^T, gated where up has data; weights must be of one dtype. */
 void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to);
@@ -5254,7 +5295,7 @@ void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const We
 /** out = x . w^T in f32. */
 void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to);
 
-/** Calls body with the weight's type as a constant. */
+/** Calls body with the type of a weight that has no pieces as a constant. */
 template <typename Body>
 auto by_type(int32_t dtype, Body body) {
   switch (dtype) {
@@ -5264,6 +5305,21 @@ auto by_type(int32_t dtype, Body body) {
     case WKV_Q8_0: return body(std::integral_constant<int, WKV_Q8_0>());
     case WKV_Q4_0: return body(std::integral_constant<int, WKV_Q4_0>());
     default: return body(std::integral_constant<int, WKV_Q4_1>());
+  }
+}
+
+/** The same for the types of quants.h. */
+template <typename Body>
+auto by_pieces(int32_t dtype, Body body) {
+  switch (dtype) {
+    case WKV_Q5_0: return body(std::integral_constant<int, WKV_Q5_0>());
+    case WKV_Q5_1: return body(std::integral_constant<int, WKV_Q5_1>());
+    case WKV_Q2_K: return body(std::integral_constant<int, WKV_Q2_K>());
+    case WKV_Q3_K: return body(std::integral_constant<int, WKV_Q3_K>());
+    case WKV_Q4_K: return body(std::integral_constant<int, WKV_Q4_K>());
+    case WKV_Q5_K: return body(std::integral_constant<int, WKV_Q5_K>());
+    case WKV_Q6_K: return body(std::integral_constant<int, WKV_Q6_K>());
+    default: return body(std::integral_constant<int, WKV_IQ4_NL>());
   }
 }
 
@@ -5317,6 +5373,29 @@ __global__ void __launch_bounds__(256) norm_kernel(InputView in, float* out) {
   for (int32_t c = threadIdx.x; c < in.columns; c += 256) out[int64_t{blockIdx.x} * in.columns + c] = x[c] * scale * in.norm[c];
 }
 
+/** norm(x), each 32 columns rounded to 8 bits and widened again. */
+__global__ void __launch_bounds__(256) norm_rounded_kernel(InputView in, float* out) {
+  wait_for_previous();
+  let_next_start();
+  const int32_t words = in.columns / 4, lane = threadIdx.x % 32;
+  const float* x = in.x + int64_t{blockIdx.x} * in.columns;
+  const float scale = row_scale(in, x);
+  for (int32_t start = threadIdx.x - lane; start < words; start += 256) {
+    const int32_t i = start + lane;
+    float4 v = make_float4(0, 0, 0, 0);
+    if (i < words) {
+      v = reinterpret_cast<const float4*>(x)[i];
+      if (in.norm) {
+        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
+        v = make_float4(v.x * scale * n.x, v.y * scale * n.y, v.z * scale * n.z, v.w * scale * n.w);
+      }
+    }
+    float step, sum;
+    const int32_t word = round_four(v, &step, &sum);
+    if (i < words) reinterpret_cast<float4*>(out + int64_t{blockIdx.x} * in.columns)[i] = make_float4((word << 24 >> 24) * step, (word << 16 >> 24) * step, (word << 8 >> 24) * step, (word >> 24) * step);
+  }
+}
+
 __global__ void __launch_bounds__(256) round_kernel(InputView in, int32_t* q, float2* of, int32_t stride) {
   wait_for_previous();
   let_next_start();
@@ -5368,6 +5447,8 @@ __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts
   if (threadIdx.x == 0) factors[blockIdx.x] = factor;
 }
 
+constexpr int kPieces = -1;  // any type of quants.h
+
 /** Reads 4 columns of a row at once. */
 template <int kType>
 __device__ inline float4 weights4(const WeightView& w, int64_t row, int32_t column) {
@@ -5382,6 +5463,7 @@ __device__ inline float4 weights4(const WeightView& w, int64_t row, int32_t colu
     const uint2 raw = __ldg(reinterpret_cast<const uint2*>(w.data + i * 2));
     return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
   }
+  if (kType == kPieces) return make_float4(weight_at(w, row, column), weight_at(w, row, column + 1), weight_at(w, row, column + 2), weight_at(w, row, column + 3));
   const int64_t block = row * (w.columns / 32) + column / 32;
   if (kType == WKV_Q8_0) {
     const int32_t raw = __ldg(reinterpret_cast<const int32_t*>(w.data + block * 32 + column % 32));
@@ -5460,10 +5542,10 @@ __global__ void __launch_bounds__(256) matmul_f32_kernel(const float* x, int32_t
 
 }  // namespace
 
-const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch) {
-  if (!in.norm) return in.x;
+const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch) {
+  if (!in.norm && !rounded) return in.x;
   float* out = reinterpret_cast<float*>(scratch);
-  launch(ctx, norm_kernel, {dim3(in.rows), dim3(256)}, in, out);
+  launch(ctx, rounded ? norm_rounded_kernel : norm_kernel, {dim3(in.rows), dim3(256)}, in, out);
   return out;
 }
 
@@ -5482,6 +5564,7 @@ SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scra
 
 void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to) {
   const dim3 grid(divide_up(w.rows, kTile), divide_up(rows, kTile));
+  if (wkv_has_pieces(w.dtype)) return launch(ctx, matmul_f32_kernel<kPieces>, {grid, dim3(256)}, x, rows, w, to);
   by_type(w.dtype, [&](auto type) { launch(ctx, matmul_f32_kernel<type.value>, {grid, dim3(256)}, x, rows, w, to); });
 }
 
@@ -5827,6 +5910,11 @@ __device__ inline int4 load_once(const uint8_t* from) {
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
 }
+__device__ inline int2 load_once2(const uint8_t* from) {
+  int2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
 __device__ inline uint32_t load_scale2(const __half* from) {
   uint32_t v;
   asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
@@ -5900,12 +5988,77 @@ struct Chunk {
   }
 };
 
+/** IQ4_NL's values of the four numbers in the bytes of a word. */
+__device__ inline uint32_t iq4_values(uint32_t q) {
+  const uint32_t selector = (q & 0xf) | (q >> 4 & 0xf0) | (q >> 8 & 0xf00) | (q >> 12 & 0xf000);
+  const uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector & 0x7777), high = __byte_perm(0x26190d01u, 0x71594535u, selector & 0x7777);
+  const uint32_t upper = (q >> 3 & 0x01010101u) * 255u;  // numbers from 8 on
+  return (low & ~upper) | (high & upper);
+}
+
+/** 32 columns of a type of quants.h; chunk i of the whole tensor. */
+template <int kType>
+struct PieceChunk {
+  static constexpr wkv_form kForm = wkv_form_of(kType);
+  static constexpr int kColumns = 32, kFours = 8;
+  int4 data;         // with 2 low bits, its first half
+  int2 high;
+  uint32_t scales, subs;
+
+  __device__ void load(const WeightView& w, uint32_t i) {
+    if (kForm.low == 4) {
+      data = load_once(w.data + size_t{i} * 16);
+    } else {
+      const int2 both = load_once2(w.data + size_t{i} * 8);
+      data.x = both.x, data.y = both.y;
+    }
+    if (kForm.high == 1) high.x = static_cast<int32_t>(load_scale2(reinterpret_cast<const __half*>(w.high + size_t{i} * 4)));
+    if (kForm.high == 2) high = load_once2(w.high + size_t{i} * 8);
+    if (kForm.subs) subs = load_scale(reinterpret_cast<const __half*>(w.subs + i)), scales = load_scale2(w.scales + size_t{i / 8} * 2);
+    else scales = kForm.least ? load_scale2(w.scales + size_t{i} * 2) : load_scale(w.scales + i);
+  }
+
+  /** Columns 16 half + 4 v to + 3 as int8. */
+  __device__ int32_t word(int half, int v) const {
+    const auto pick = [&](int i) { return static_cast<uint32_t>(i == 0 ? data.x : i == 1 ? data.y : i == 2 ? data.z : data.w); };
+    uint32_t q = kForm.low == 4 ? pick(v) >> (half * 4) & 0x0f0f0f0fu : pick(half) >> (v * 2) & 0x03030303u;
+    if (kForm.high == 1) q |= (static_cast<uint32_t>(high.x) >> (half * 4 + v) & 0x01010101u) << kForm.low;
+    if (kForm.high == 2) q |= (static_cast<uint32_t>(half ? high.y : high.x) >> (v * 2) & 0x03030303u) << kForm.low;
+    if (kType == WKV_IQ4_NL) return static_cast<int32_t>(iq4_values(q));
+    return static_cast<int32_t>(kForm.middle ? __vsub4(q, kForm.middle * 0x01010101u) : q);
+  }
+
+  /** The product with the same columns of x in 8 bits, columns 0 to 15 in \`low\`; of: scale and sum. */
+  __device__ float product(int4 low, int4 high_x, float2 of) const {
+    const auto dot = [&](int half, int4 x) {
+      return __dp4a(word(half, 3), x.w, __dp4a(word(half, 2), x.z, __dp4a(word(half, 1), x.y, __dp4a(word(half, 0), x.x, 0))));
+    };
+    const float first = static_cast<float>(dot(0, low)), second = static_cast<float>(dot(1, high_x)), d = low_half(scales), least = high_half(scales);
+    const int32_t sub0 = static_cast<int32_t>(subs & 255), sub1 = static_cast<int32_t>(subs >> 8);
+    if (!kForm.subs) {
+      const float value = (first + second) * (d * of.x);
+      return kForm.least ? fmaf(least, of.y, value) : value;
+    }
+    if (kType == WKV_Q2_K) {
+      constexpr int32_t kOnes = 0x01010101;
+      const float sum = static_cast<float>(__dp4a(kOnes, low.w, __dp4a(kOnes, low.z, __dp4a(kOnes, low.y, __dp4a(kOnes, low.x, 0))))) * of.x;
+      const float value = (first * static_cast<float>(sub0 & 15) + second * static_cast<float>(sub1 & 15)) * (d * of.x);
+      return value - least * (static_cast<float>(sub0 >> 4) * sum + static_cast<float>(sub1 >> 4) * (of.y - sum));
+    }
+    if (kForm.least) return (first + second) * (d * static_cast<float>(sub0) * of.x) - least * static_cast<float>(sub1) * of.y;
+    return (first * static_cast<float>(static_cast<int8_t>(sub0)) + second * static_cast<float>(static_cast<int8_t>(sub1))) * (d * of.x);
+  }
+};
+
+template <int kType>
+using ChunkOf = std::conditional_t<wkv_has_pieces(kType), PieceChunk<kType>, Chunk<kType>>;
+
 /** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
  *  Floats: the p-th four columns of every chunk lie together. 8 bits: Q4 has the low halves of all blocks of 32, then the high halves;
  *  then scale and sum of every block. */
 template <int kType, bool kInt8>
 struct Staged {
-  static constexpr int kFours = Chunk<kType>::kFours;
+  static constexpr int kFours = ChunkOf<kType>::kFours;
   /** In units of 16 bytes: from one four to the next, of a row; the former keeps writes free of conflicts. */
   static __host__ __device__ int32_t plane(int32_t columns) { return kFours == 1 ? 0 : (columns / chunk_columns(kType) + 7) / 8 * 8 + 8 / kFours; }
   static __host__ __device__ int32_t row(int32_t columns) {
@@ -5972,7 +6125,7 @@ __device__ inline void stage_int8(const InputView& in, const float* x, int32_t r
 /** x, times the norm's weight, into shared memory; the scale that norm_scale() gives is left to do. */
 template <int kType, int kRows>
 __device__ inline void stage_f32(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
-  constexpr int kFours = Chunk<kType>::kFours;
+  constexpr int kFours = ChunkOf<kType>::kFours;
   const int32_t fours = in.columns / 4, plane = Staged<kType, false>::plane(in.columns), row = Staged<kType, false>::row(in.columns);
 #pragma unroll
   for (int t = 0; t < kRows; t++) {
@@ -6001,7 +6154,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   extern __shared__ int4 shared[];
   __shared__ double area[kThreads / 32][kRows];
   __shared__ float norm_scales[kRows];
-  constexpr int kColumns = Chunk<kType>::kColumns, kFours = Chunk<kType>::kFours, kDepth = kType >= WKV_Q8_0 ? 3 : 4;
+  constexpr int kColumns = ChunkOf<kType>::kColumns, kFours = ChunkOf<kType>::kFours, kDepth = wkv_has_pieces(kType) ? 2 : kType >= WKV_Q8_0 ? 3 : 4;
   const int32_t chunks = in.columns / kColumns, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int32_t way = warp % share.ways, groups = share.warps / share.ways, first = way * 32 + lane, step = share.ways * 32;
   const int32_t first_pair = blockIdx.x * share.block_pairs, pairs = min(share.block_pairs, share.pairs - first_pair);
@@ -6011,7 +6164,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   float* sums = reinterpret_cast<float*>(shared + kRows * row);  // [pair][row of the pair][t][way]
 
   // What comes next: chunk \`next\` of the pair whose rows begin at chunks \`start_a\` and \`start_b\`.
-  Chunk<kType> a[kDepth], b[kDepth];
+  ChunkOf<kType> a[kDepth], b[kDepth];
   int32_t next_pair = group, next = first;
   uint32_t start_a, start_b;
   const auto begin_pair = [&] {
@@ -6133,6 +6286,9 @@ bool matvec_typed(Context& ctx, const InputView& in, const WeightView& w, const 
 
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to) {
   if (up.data && w.dtype != up.dtype) return false;
+  if (wkv_has_pieces(w.dtype)) {
+    return int8 && by_pieces(w.dtype, [&](auto type) { return matvec_typed<type.value, true>(ctx, in, w, up, to); });
+  }
   return by_type(w.dtype, [&](auto type) {
     if constexpr (is_quantised(type.value)) {
       if (int8) return matvec_typed<type.value, true>(ctx, in, w, up, to);
@@ -7165,25 +7321,53 @@ void Context::zero(void* to, size_t bytes) {
 // ---- tensors ----
 
 namespace {
-int32_t quant_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 32 : 16; }
-int32_t scale_bytes(int32_t dtype) { return dtype == WKV_Q4_1 ? 4 : 2; }
-int64_t row_bytes(int32_t dtype, int32_t columns) {
-  if (is_quantised(dtype)) return int64_t{columns} / 32 * (quant_bytes(dtype) + scale_bytes(dtype));
-  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
-}
 bool finite(const uint8_t* half) { return (half[1] & 0x7c) != 0x7c; }
+[[noreturn]] void refuse_scale(int64_t row, int64_t block) {
+  fail(WKV_DATA, "Row " + std::to_string(row) + ": The scale of block " + std::to_string(block) + " is not finite");
+}
 
-/** Spreads rows in file order over the two planes. */
-void split(const Tensor& tensor, int32_t row, int32_t rows, const uint8_t* from, std::vector<uint8_t>& quants, std::vector<uint8_t>& scales) {
-  const int64_t blocks = tensor.columns / 32;
-  const int32_t q = quant_bytes(tensor.dtype), s = scale_bytes(tensor.dtype);
-  quants.resize(size_t(rows * blocks * q));
-  scales.resize(size_t(rows * blocks * s));
-  for (int64_t i = 0; i < rows * blocks; i++, from += q + s) {
-    if (!finite(from) || (s == 4 && !finite(from + 2))) fail(WKV_DATA, "Row " + std::to_string(row + i / blocks) + ": The scale of block " + std::to_string(i % blocks) + " is not finite");
-    std::memcpy(scales.data() + i * s, from, size_t(s));
-    std::memcpy(quants.data() + i * q, from + s, size_t(q));
+/** Rows of a quantised weight, spread over the planes of WeightView. */
+struct Planes {
+  std::vector<uint8_t> data, scales, high, subs;
+  Planes(int32_t dtype, int64_t columns, int64_t rows)
+      : data(size_t(rows * columns / 32 * data_bytes(dtype))), scales(size_t(rows * columns / scale_columns(dtype) * scale_bytes(dtype))),
+        high(size_t(rows * columns / 32 * high_bytes(dtype))), subs(size_t(rows * columns / 32 * subs_bytes(dtype))) {}
+};
+
+/** Spreads rows in file order out. */
+Planes split(const Tensor& tensor, int32_t row, int32_t rows, const uint8_t* from) {
+  const int32_t dtype = tensor.dtype;
+  const wkv_form form = wkv_form_of(dtype);
+  const int64_t pieces = tensor.columns / 32, blocks = tensor.columns / form.columns;
+  Planes to(dtype, tensor.columns, rows);
+  const int32_t q = data_bytes(dtype), s = scale_bytes(dtype), h = high_bytes(dtype);
+  for (int64_t i = 0; i < rows * pieces; i++) {
+    const int64_t block = i * 32 / form.columns;
+    const uint8_t* at = from + block * form.bytes;
+    if (!wkv_has_pieces(dtype)) {
+      if (!finite(at) || (s == 4 && !finite(at + 2))) refuse_scale(row + i / pieces, block % blocks);
+      std::memcpy(to.scales.data() + i * s, at, size_t(s));
+      std::memcpy(to.data.data() + i * q, at + s, size_t(q));
+      continue;
+    }
+    wkv_piece piece;
+    wkv_read_piece(dtype, at, form.subs ? static_cast<int32_t>(i % 8) : 0, &piece);
+    const uint16_t pair[2] = {piece.d, piece.least};
+    const auto* halves = reinterpret_cast<const uint8_t*>(pair);
+    if (!finite(halves) || !finite(halves + 2)) refuse_scale(row + i / pieces, block % blocks);
+    std::memcpy(to.scales.data() + block * s, pair, size_t(s));
+    if (form.subs) std::memcpy(to.subs.data() + i * 2, piece.sub, 2);
+    uint8_t *data = to.data.data() + i * q, *high = to.high.data() + i * h;
+    for (int32_t k = 0; k < 32; k++) {
+      const int32_t half = k / 16, v = k % 16 / 4, c = k % 4, low = piece.q[k] & ((1 << form.low) - 1), rest = piece.q[k] >> form.low;
+      const auto put = [](uint8_t& byte, int32_t bits) { byte = static_cast<uint8_t>(byte | bits); };
+      if (form.low == 4) put(data[k % 16], low << (half * 4));
+      else put(data[half * 4 + c], low << (v * 2));
+      if (form.high == 1) put(high[c], rest << (half * 4 + v));
+      if (form.high == 2) put(high[half * 4 + c], rest << (v * 2));
+    }
   }
+  return to;
 }
 
 float half_to_float(const uint8_t* p) {
@@ -7198,11 +7382,13 @@ void check_rows(const Tensor& tensor, int32_t row, int32_t rows) {
 }  // namespace
 
 Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
-  size_t bytes = size_t(rows) * row_bytes(dtype, columns);
+  size_t bytes = size_t(rows) * wkv_row_bytes(dtype, columns);
   if (is_quantised(dtype)) {
-    const size_t blocks = size_t(rows) * (columns / 32);
-    scales_at = round_up(blocks * quant_bytes(dtype));
-    bytes = scales_at + blocks * scale_bytes(dtype);
+    const size_t pieces = size_t(rows) * (columns / 32);
+    scales_at = round_up(pieces * data_bytes(dtype));
+    high_at = round_up(scales_at + size_t(rows) * (columns / scale_columns(dtype)) * scale_bytes(dtype));
+    subs_at = round_up(high_at + pieces * high_bytes(dtype));
+    bytes = subs_at + pieces * subs_bytes(dtype);
   }
   memory = std::make_shared<DeviceMemory>(bytes);
 }
@@ -7238,9 +7424,10 @@ int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
 int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context& ctx) {
     require_buffer(out, out_bytes, 4, "out");
-    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(dtype >= WKV_F32 && dtype <= WKV_IQ4_NL, "dtype " + std::to_string(dtype) + " is unknown");
     require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
-    require(!is_quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    const int32_t whole = wkv_form_of(dtype).columns;
+    require(columns % whole == 0, "columns must be a multiple of " + std::to_string(whole) + " for quantised rows of this type: " + std::to_string(columns));
     const auto tensor = std::make_shared<Tensor>(dtype, rows, columns);
     ctx.zero(tensor->memory->as<void>(), tensor->memory->bytes());
     *out = add_handle(context, tensor);
@@ -7251,17 +7438,20 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
   return entry(context, [&](Context& ctx) {
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
-    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
     if (!is_quantised(tensor->dtype)) {
       ctx.copy(tensor->memory->as<uint8_t>(row * bytes), data, size_t(rows * bytes));
       return;
     }
-    std::vector<uint8_t> quants, scales;
-    split(*tensor, row, rows, static_cast<const uint8_t*>(data), quants, scales);
-    const size_t first = size_t(row) * (tensor->columns / 32);
-    ctx.copy(tensor->memory->as<uint8_t>(first * quant_bytes(tensor->dtype)), quants.data(), quants.size());
-    ctx.copy(tensor->memory->as<uint8_t>(tensor->scales_at + first * scale_bytes(tensor->dtype)), scales.data(), scales.size());
+    const Planes planes = split(*tensor, row, rows, static_cast<const uint8_t*>(data));
+    const auto copy = [&](size_t plane, const std::vector<uint8_t>& from) {
+      if (!from.empty()) ctx.copy(tensor->memory->as<uint8_t>(plane + from.size() / rows * row), from.data(), from.size());
+    };
+    copy(0, planes.data);
+    copy(tensor->scales_at, planes.scales);
+    copy(tensor->high_at, planes.high);
+    copy(tensor->subs_at, planes.subs);
   });
 }
 
@@ -7270,23 +7460,31 @@ int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t ro
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
     const bool as_floats = is_quantised(tensor->dtype);
-    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(out, out_bytes, rows * bytes, "out");
     if (!as_floats) {
       ctx.copy(out, tensor->memory->as<uint8_t>(row * bytes), size_t(rows * bytes));
       return;
     }
-    const int32_t dtype = tensor->dtype, q = quant_bytes(dtype), s = scale_bytes(dtype);
-    const size_t blocks = size_t(tensor->columns / 32), first = row * blocks, count = rows * blocks;
-    std::vector<uint8_t> quants(count * q), scales(count * s);
-    ctx.copy(quants.data(), tensor->memory->as<uint8_t>(first * q), quants.size());
-    ctx.copy(scales.data(), tensor->memory->as<uint8_t>(tensor->scales_at + first * s), scales.size());
+    const int32_t dtype = tensor->dtype, columns = tensor->columns, s = scale_bytes(dtype);
+    Planes planes(dtype, columns, rows);
+    const auto copy = [&](size_t plane, std::vector<uint8_t>& to) {
+      if (!to.empty()) ctx.copy(to.data(), tensor->memory->as<uint8_t>(plane + to.size() / rows * row), to.size());
+    };
+    copy(0, planes.data);
+    copy(tensor->scales_at, planes.scales);
+    copy(tensor->high_at, planes.high);
+    copy(tensor->subs_at, planes.subs);
     auto* to = static_cast<float*>(out);
-    for (size_t b = 0; b < count; b++, to += 32) {
-      const float scale = half_to_float(scales.data() + b * s), least = s == 4 ? half_to_float(scales.data() + b * s + 2) : 0.0f;
-      const uint8_t* from = quants.data() + b * q;
+    for (size_t b = 0; b < size_t(rows) * (columns / 32); b++, to += 32) {
+      const uint8_t* scales = planes.scales.data() + b * 32 / scale_columns(dtype) * s;
+      const float scale = half_to_float(scales), least = s == 4 ? half_to_float(scales + 2) : 0.0f;
+      const uint8_t* from = planes.data.data() + b * data_bytes(dtype);
+      uint16_t subs = 0;
+      if (!planes.subs.empty()) std::memcpy(&subs, planes.subs.data() + b * 2, 2);
       for (int32_t i = 0; i < 32; i++) {
-        if (dtype == WKV_Q8_0) to[i] = static_cast<float>(static_cast<int8_t>(from[i])) * scale;
+        if (wkv_has_pieces(dtype)) to[i] = piece_number(dtype, from, planes.high.data() + b * high_bytes(dtype), subs, scale, least, i);
+        else if (dtype == WKV_Q8_0) to[i] = static_cast<float>(static_cast<int8_t>(from[i])) * scale;
         else to[i] = static_cast<float>((from[i % 16] >> (i / 16 * 4) & 15) - (dtype == WKV_Q4_0 ? 8 : 0)) * scale + least;
       }
     }
