@@ -2,7 +2,7 @@
 
 import type { Backend } from "../src/backend/backend.ts";
 import type { Precision } from "../src/backend/ops.ts";
-import { type Dtype, Tensor } from "../src/backend/tensor.ts";
+import { blockColumns, type Dtype, Tensor } from "../src/backend/tensor.ts";
 import { GGML_TYPES } from "../src/formats/ggml_types.ts";
 import { Model } from "../src/model.ts";
 import type { ModelConfig, Network } from "../src/models/architecture.ts";
@@ -50,7 +50,8 @@ export class RandomRows {
   /** Fills a tensor. */
   fill(tensor: Tensor): void {
     const pool = this.#pool(tensor.dtype as WeightType);
-    const block = tensor.rowBytes / tensor.columns * 32;
+    const columns = Math.max(32, blockColumns(tensor.dtype));
+    const block = tensor.rowBytes / tensor.columns * columns;
     const most = Math.max(1, Math.floor(pool.length / 2 / tensor.rowBytes));
     for (let row = 0; row < tensor.rows; row += most) {
       const bytes = Math.min(most, tensor.rows - row) * tensor.rowBytes;
