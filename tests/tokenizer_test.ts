@@ -12,12 +12,13 @@ import { FormatError } from "../src/formats/error.ts";
 import { GgufFile } from "../src/formats/gguf.ts";
 import { openNative, tokenizerPermissions } from "../src/tokenizer/addon.ts";
 import { type BpeSource, KIND, validateBpe } from "../src/tokenizer/bpe.ts";
-import { tokenizerJson } from "../src/tokenizer/byte_level.ts";
 import { spellBytes, tokenBytes } from "../src/tokenizer/byte_map.ts";
+import { MAX_RUN } from "../src/tokenizer/cuts.ts";
 import { tokenizerFromGguf } from "../src/tokenizer/gguf.ts";
+import { tokenizerJson } from "../src/tokenizer/native_encoder.ts";
 import {
-  findCut,
-  MAX_RUN,
+  cutWords,
+  findPreTokenizer,
   PRE_TOKENIZERS,
 } from "../src/tokenizer/pre_tokenizers.ts";
 import { TextStream, type Tokenizer } from "../src/tokenizer/tokenizer.ts";
@@ -119,14 +120,21 @@ function source(change: Partial<BpeSource>): BpeSource {
       types: "added_tokens",
       scores: "scores",
       merges: "model.merges",
-      preTokenizer: "pre_tokenizer",
     },
+    spelling: "bytes",
     tokens: ["a", "b", "ab"],
     merges: ["a b"],
-    preTokenizer: "gpt-2",
     rows: ROWS,
     ...change,
   };
+}
+
+/** What the addon is told of a named pre-tokenizer. */
+function native(
+  name: string,
+): { preTokenizer: unknown; ignoreMerges: boolean } {
+  const { json, ignoreMerges } = findPreTokenizer(name)!;
+  return { preTokenizer: json, ignoreMerges };
 }
 
 /** The spelling of every token that a text gives. */
@@ -161,11 +169,11 @@ function randomText(length: number, seed: number): string {
   return text;
 }
 
-/** A text cut at every place that findCut() gives. */
+/** A text cut at every place that cutWords() gives. */
 function cutAll(text: string, step = 1): string[] {
   const parts: string[] = [];
   for (let start = 0; start < text.length;) {
-    const end = findCut(text, start + step);
+    const end = cutWords(text, start + step);
     parts.push(text.slice(start, end));
     start = end;
   }
@@ -253,14 +261,15 @@ describe("pre-tokenizers", () => {
 
   for (const preTokenizer of PRE_TOKENIZERS) {
     const name = preTokenizer.names[0]!;
-    describe(`findCut() under ${name}`, () => {
+    describe(`cutWords() under ${name}`, () => {
       let pieces: (text: string) => string[];
 
       beforeAll(async () => {
         const bpe = validateBpe(
-          source({ tokens: BYTES, merges: [], preTokenizer: name }),
+          source({ tokens: BYTES, merges: [] }),
         );
-        const split = (await openNative(tokenizerJson(bpe))).getPreTokenizer();
+        const json = tokenizerJson(bpe, native(name));
+        const split = (await openNative(json)).getPreTokenizer();
         pieces = (text) =>
           split!.preTokenizeString(text).map(([piece]) => piece);
       });
@@ -290,10 +299,10 @@ describe("pre-tokenizers", () => {
     });
   }
 
-  it("findCut() never cuts a character in two", () => {
-    assertEquals(findCut("a😀😀😀 b", 2), 7);
+  it("cutWords() never cuts a character in two", () => {
+    assertEquals(cutWords("a😀😀😀 b", 2), 7);
     assertEquals(cutAll("😀a😀1😀"), ["😀a", "😀1", "😀"]);
-    assertEquals(findCut("ab", 5), 2);
+    assertEquals(cutWords("ab", 5), 2);
   });
 });
 
@@ -666,13 +675,13 @@ describe("Tokenizer.encode()", () => {
     it(`gives a long text the ids of the whole under ${pre}`, async () => {
       const { tokens, types } = smallTokens();
       const bpe = validateBpe(
-        source({ tokens, types, merges: MERGES, preTokenizer: pre }),
+        source({ tokens, types, merges: MERGES }),
       );
-      const native = await openNative(tokenizerJson(bpe));
+      const whole = await openNative(tokenizerJson(bpe, native(pre)));
       using pieces = await small({ pre });
       const text = randomText(80_000, 3).toWellFormed();
-      const whole = pre === "qwen2" ? text.normalize("NFC") : text;
-      const encoding = await native.encode(whole, null, {
+      const form = pre === "qwen2" ? text.normalize("NFC") : text;
+      const encoding = await whole.encode(form, null, {
         addSpecialTokens: false,
       });
       assertEquals(await pieces.encode(text), encoding.getIds());
@@ -776,7 +785,10 @@ describe("permissions", () => {
       console.log(error.name + ": " + error.message);
     }`;
   const json = (): string =>
-    tokenizerJson(validateBpe(source({ tokens: BYTES, merges: [] })));
+    tokenizerJson(
+      validateBpe(source({ tokens: BYTES, merges: [] })),
+      native("gpt-2"),
+    );
 
   async function run(flags: string[]): Promise<string> {
     const child = new Deno.Command(Deno.execPath(), {

@@ -2,9 +2,21 @@
 
 import { FormatError, quote } from "../formats/error.ts";
 import type { GgufFile } from "../formats/gguf.ts";
+import { AddedTokens } from "./added_tokens.ts";
 import { type Bpe, KIND, validateBpe } from "./bpe.ts";
-import { ByteLevelTokenizer, type SpecialTokens } from "./byte_level.ts";
+import { tokenBytes } from "./byte_map.ts";
+import { NativeEncoder } from "./native_encoder.ts";
+import {
+  cutWords,
+  findPreTokenizer,
+  PRE_TOKENIZERS,
+  type PreTokenizer,
+} from "./pre_tokenizers.ts";
 import type { Tokenizer } from "./tokenizer.ts";
+import {
+  type SpecialTokens,
+  VocabularyTokenizer,
+} from "./vocabulary_tokenizer.ts";
 
 /** What is asked of a GGUF file: its metadata, not its tensors. */
 export type GgufMetadata = Pick<
@@ -53,42 +65,103 @@ export async function tokenizerFromGguf(
       `Cannot open a tokenizer: rows is ${rows}, expected a whole number of 1 or more`,
     );
   }
-  const bpe = readBpe(file, rows);
-  return await ByteLevelTokenizer.open(bpe, readSpecial(file, bpe));
+  const model = file.string("tokenizer.ggml.model");
+  if (model === "gpt2") return await openGpt2(file, rows);
+  throw new FormatError(
+    file.path,
+    "tokenizer.ggml.model",
+    `Unknown tokenizer ${quote(model)}, expected gpt2 (byte-level BPE)`,
+  );
+}
+
+/** Byte-level BPE. */
+async function openGpt2(file: GgufMetadata, rows: number): Promise<Tokenizer> {
+  const preTokenizer = readPreTokenizer(file);
+  const bpe = readBpe(file, rows, "bytes");
+  const { json, ignoreMerges, nfc } = preTokenizer;
+  return new VocabularyTokenizer({
+    size: bpe.tokens.length,
+    special: readSpecial(file, bpe, preTokenizer.addBos),
+    added: addedTokens(bpe),
+    ...(nfc && { normalize: (text) => text.normalize("NFC") }),
+    encoder: await NativeEncoder.open(bpe, {
+      preTokenizer: json,
+      ignoreMerges,
+      cut: cutWords,
+    }),
+    bytes: (id) => byteLevelBytes(bpe.tokens[id]!, bpe.kinds[id]!),
+  });
+}
+
+/** How text is split, by its name. */
+function readPreTokenizer(file: GgufMetadata): PreTokenizer {
+  const key = "tokenizer.ggml.pre";
+  const name = file.string(key);
+  const found = findPreTokenizer(name);
+  if (found) return found;
+  const known = PRE_TOKENIZERS.flatMap(({ names }) => names).join(", ");
+  throw new FormatError(
+    file.path,
+    key,
+    `Unknown pre-tokenizer ${quote(name)}, expected one of ${known}`,
+  );
 }
 
 /** The vocabulary, checked. */
-function readBpe(file: GgufMetadata, rows: number): Bpe {
-  const model = file.string("tokenizer.ggml.model");
-  if (model !== "gpt2") {
-    throw new FormatError(
-      file.path,
-      "tokenizer.ggml.model",
-      `Unknown tokenizer ${quote(model)}, expected gpt2 (byte-level BPE)`,
-    );
-  }
+function readBpe(
+  file: GgufMetadata,
+  rows: number,
+  spelling: "bytes" | "text",
+): Bpe {
   const fields = {
     tokens: "tokenizer.ggml.tokens",
     types: "tokenizer.ggml.token_type",
     scores: "tokenizer.ggml.scores",
     merges: "tokenizer.ggml.merges",
-    preTokenizer: "tokenizer.ggml.pre",
   };
   const has = (key: string): boolean => file.metadata.has(key);
   return validateBpe({
     file: file.path,
     fields,
+    spelling,
     tokens: file.strings(fields.tokens),
     ...(has(fields.types) && { types: file.numbers(fields.types) }),
     ...(has(fields.scores) && { scores: file.numbers(fields.scores) }),
-    merges: file.strings(fields.merges),
-    preTokenizer: file.string(fields.preTokenizer),
+    merges: spelling === "bytes" ? file.strings(fields.merges) : [],
     rows,
   });
 }
 
+/** Tokens that are matched in text, the longest first, as llama.cpp does. */
+function addedTokens(bpe: Bpe): AddedTokens {
+  const tokens = bpe.tokens.flatMap((text, id) => {
+    const kind = bpe.kinds[id]!;
+    const special = kind === KIND.control || kind === KIND.unknown;
+    return special || kind === KIND.userDefined ? { id, text, special } : [];
+  });
+  return new AddedTokens(tokens, "longest");
+}
+
+/** The bytes that a token of a byte-level vocabulary stands for. */
+function byteLevelBytes(token: string, kind: number): Uint8Array<ArrayBuffer> {
+  if (kind === KIND.byte) return byteOf(token);
+  const spelled = kind === KIND.normal || kind === KIND.unused
+    ? tokenBytes(token)
+    : null;
+  return spelled ?? new TextEncoder().encode(token);
+}
+
+/** The byte of a token such as `<0xE2>`. */
+function byteOf(token: string): Uint8Array<ArrayBuffer> {
+  return Uint8Array.of(Number.parseInt(token.slice(3, 5), 16));
+}
+
 /** The special tokens, their ids checked. */
-function readSpecial(file: GgufMetadata, bpe: Bpe): SpecialTokens {
+function readSpecial(
+  file: GgufMetadata,
+  bpe: Bpe,
+  addBos: boolean,
+): SpecialTokens {
   const max = bpe.tokens.length - 1;
   const ids = new Map<string, number>();
   for (const key of SPECIAL_KEYS) {
@@ -108,6 +181,6 @@ function readSpecial(file: GgufMetadata, bpe: Bpe): SpecialTokens {
     eos: id("eos"),
     endTokens: new Set(endTokens),
     addBos: bos !== null &&
-      file.boolean("tokenizer.ggml.add_bos_token", bpe.preTokenizer.addBos),
+      file.boolean("tokenizer.ggml.add_bos_token", addBos),
   };
 }

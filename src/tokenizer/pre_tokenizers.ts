@@ -1,5 +1,7 @@
 /** The ways of splitting text into words that are known, and the places where all of them split; used to check a model's vocabulary and to encode. */
 
+import { cutWhere } from "./cuts.ts";
+
 /**
  * How one family of models splits text before merging: the only source of the
  * regular expressions that reach the native addon, which a hostile one kills.
@@ -91,39 +93,11 @@ export function findPreTokenizer(name: string): PreTokenizer | null {
   return PRE_TOKENIZERS.find(({ names }) => names.includes(name)) ?? null;
 }
 
-/** The most UTF-16 units without a place to split; the addon takes seconds. */
-export const MAX_RUN = 1024 * 1024;
-
 /**
  * A place where every pre-tokenizer above splits, whatever stands around it:
  * no pattern goes on past a letter but into letters, past a number but into
  * numbers, past a sign into a blank; and none looks past one of these.
  */
-const CUT = /(?<=\p{L})(?!\p{L})|(?<=\p{N})(?!\p{N})|(?<=[\p{P}\p{S}])(?= )/gu;
-
-/**
- * The first place from `from` on where a text can be cut in two that encode
- * to the same ids as the whole.
- *
- * @param text A text without lone surrogates.
- * @param from The least index, in UTF-16 units, above 0.
- * @returns The index, or the text's length.
- * @throws {RangeError} When there is none for {@linkcode MAX_RUN} units.
- */
-export function findCut(text: string, from: number): number {
-  // A character of two units is never cut.
-  if (/[\udc00-\udfff]/.test(text.charAt(from))) from++;
-  if (from >= text.length) return text.length;
-  // A window bounds the search; it shows the characters before and after too.
-  const start = Math.max(0, from - 2);
-  const last = from + MAX_RUN;
-  CUT.lastIndex = from - start;
-  const found = CUT.exec(text.slice(start, last + 2));
-  if (found && start + found.index <= last) {
-    return Math.min(start + found.index, text.length);
-  }
-  if (text.length <= last) return text.length;
-  throw new RangeError(
-    `Cannot encode: text holds more than ${MAX_RUN} characters of one kind in a row after character ${from}, expected a blank or a word's end among them`,
-  );
-}
+export const cutWords = cutWhere(
+  /(?<=\p{L})(?!\p{L})|(?<=\p{N})(?!\p{N})|(?<=[\p{P}\p{S}])(?= )/gu,
+);
