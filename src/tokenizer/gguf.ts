@@ -4,7 +4,6 @@ import { FormatError, quote } from "../formats/error.ts";
 import type { GgufFile } from "../formats/gguf.ts";
 import { AddedTokens } from "./added_tokens.ts";
 import { type Bpe, KIND, validateBpe } from "./bpe.ts";
-import { tokenBytes } from "./byte_map.ts";
 import { NativeEncoder } from "./native_encoder.ts";
 import {
   cutWords,
@@ -12,6 +11,7 @@ import {
   PRE_TOKENIZERS,
   type PreTokenizer,
 } from "./pre_tokenizers.ts";
+import { byteLevelBytes } from "./token_bytes.ts";
 import type { Tokenizer } from "./tokenizer.ts";
 import {
   type SpecialTokens,
@@ -140,20 +140,6 @@ function addedTokens(bpe: Bpe): AddedTokens {
     return special || kind === KIND.userDefined ? { id, text, special } : [];
   });
   return new AddedTokens(tokens, "longest");
-}
-
-/** The bytes that a token of a byte-level vocabulary stands for. */
-function byteLevelBytes(token: string, kind: number): Uint8Array<ArrayBuffer> {
-  if (kind === KIND.byte) return byteOf(token);
-  const spelled = kind === KIND.normal || kind === KIND.unused
-    ? tokenBytes(token)
-    : null;
-  return spelled ?? new TextEncoder().encode(token);
-}
-
-/** The byte of a token such as `<0xE2>`. */
-function byteOf(token: string): Uint8Array<ArrayBuffer> {
-  return Uint8Array.of(Number.parseInt(token.slice(3, 5), 16));
 }
 
 /** The special tokens, their ids checked. */
