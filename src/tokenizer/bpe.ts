@@ -57,6 +57,9 @@ export interface Bpe {
 /** The most UTF-16 units of a token; real ones have up to some hundreds. */
 const MAX_TOKEN = 16384;
 
+/** The most UTF-16 units of all tokens that are matched in text together. */
+const MAX_MATCHED = 256 * 1024;
+
 /** The most merges per token; a token of n bytes has at most n - 1. */
 const MAX_MERGES = 16;
 
@@ -71,6 +74,7 @@ const MAX_MERGES = 16;
 export function validateBpe(source: BpeSource): Bpe {
   checkCounts(source);
   const { tokens, kinds } = placeTokens(source);
+  checkMatched(source, tokens, kinds);
   const ids = new Map<string, number>();
   for (let id = 0; id < tokens.length; id++) {
     const token = tokens[id]!;
@@ -173,6 +177,24 @@ function placeTokens(
     kinds[id] = kind;
   }
   return { tokens, kinds };
+}
+
+/** Refuses more tokens to look for in text than a pattern has room for. */
+function checkMatched(
+  source: BpeSource,
+  tokens: readonly string[],
+  kinds: Uint8Array,
+): void {
+  const total = tokens.reduce((sum, token, id) => {
+    const plain = kinds[id] === KIND.normal || kinds[id] === KIND.byte;
+    return plain ? sum : sum + token.length;
+  }, 0);
+  if (total <= MAX_MATCHED) return;
+  throw fail(
+    source,
+    "types",
+    `Found special and added tokens of ${total} characters together, expected at most ${MAX_MATCHED}`,
+  );
 }
 
 /** Refuses a token whose text does not suit its kind. */

@@ -68,8 +68,8 @@ async function openIfThere(
 interface Sources {
   config: ConfigFile | null;
   generation: ConfigFile | null;
-  /** The token that the post-processor puts first. */
-  first: number | null;
+  /** The token that a template puts first; undefined without one. */
+  first: number | null | undefined;
   rows: number;
   endTokens: readonly number[];
 }
@@ -79,15 +79,17 @@ function readSpecial(bpe: Bpe, sources: Sources): SpecialTokens {
   const bos = config && readToken(config, "bos_token", bpe);
   const eos = config && readToken(config, "eos_token", bpe);
   const ends = generation?.ids("eos_token_id", rows - 1) ?? [];
-  const addBos = config?.has("add_bos_token")
-    ? config.boolean("add_bos_token")
-    : first !== null && (bos === null || first === bos);
   const all = [eos, ...ends, ...endTokens].filter((id) => id !== null);
+  const begins = bos ?? first ?? null;
+  // As in transformers, a template says more than the flag.
+  const addBos = first === undefined
+    ? config?.boolean("add_bos_token", false) ?? false
+    : first === begins;
   return {
-    bos: bos ?? first,
+    bos: begins,
     eos: eos ?? all[0] ?? null,
     endTokens: new Set(all),
-    addBos: addBos && (bos ?? first) !== null,
+    addBos: addBos && begins !== null,
   };
 }
 

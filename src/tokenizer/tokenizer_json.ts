@@ -25,8 +25,11 @@ export interface TokenizerJson {
   readonly native: NativeOptions;
   /** The rest of a tokenizer but its encoder and its special tokens. */
   readonly parts: Omit<TokenizerParts, "encoder" | "special">;
-  /** The special token that its post-processor puts first; null for none. */
-  readonly first: number | null;
+  /**
+   * The special token that its template puts first, null when another; undefined
+   * without a template.
+   */
+  readonly first: number | null | undefined;
 }
 
 /** Post-processors; all that matters of them is the token that they put first. */
@@ -140,7 +143,6 @@ function readBpe(
     throw model.error("merges", 'a list of pairs as "a b" or ["a", "b"]');
   }
   const byteFallback = model.boolean("byte_fallback", false);
-  const kinds = new Map(added.map((token) => [token, KIND.normal]));
   const addedByText = new Map(added.map((token) => [token.text, token]));
   const tokens: string[] = [];
   const ids: number[] = [];
@@ -153,9 +155,9 @@ function readBpe(
     tokens.push(token);
     ids.push(typeof id === "number" ? id : NaN);
     types.push(same ? kindOf(same) : plain);
-    if (same?.id === id) kinds.delete(same!);
   }
-  for (const token of kinds.keys()) {
+  for (const token of added) {
+    if (vocab.get(token.text) === token.id) continue;
     tokens.push(token.text);
     ids.push(token.id);
     types.push(kindOf(token));
@@ -222,9 +224,12 @@ function* mergedTokens(bpe: Bpe): Generator<string> {
   }
 }
 
-/** The special token that comes first; every token named must be one. */
-function readPostProcessor(file: ConfigFile | null, bpe: Bpe): number | null {
-  if (file === null) return null;
+/** The special token that a template puts first; every token named must be one. */
+function readPostProcessor(
+  file: ConfigFile | null,
+  bpe: Bpe,
+): TokenizerJson["first"] {
+  if (file === null) return undefined;
   const type = file.string("type");
   if (!POST_PROCESSORS.includes(type)) {
     throw file.error("type", `one of ${POST_PROCESSORS.join(", ")}`);
@@ -233,9 +238,9 @@ function readPostProcessor(file: ConfigFile | null, bpe: Bpe): number | null {
     const firsts = file.objects("processors").map((part) =>
       readPostProcessor(part, bpe)
     );
-    return firsts.find((first) => first !== null) ?? null;
+    return firsts.find((first) => first !== undefined);
   }
-  if (type !== "TemplateProcessing") return null;
+  if (type !== "TemplateProcessing") return undefined;
   const known = file.object("special_tokens");
   const idsOf = (name: string, from: ConfigFile): number[] => {
     const ids = known?.object(name)?.ids("ids", bpe.tokens.length - 1) ?? [];

@@ -195,9 +195,8 @@ CONFIGS = {
     "names": ({"bos_token": "<s>", "eos_token": "</s>"}, False),
     "objects": ({"bos_token": {"__type": "AddedToken", "content": "<s>", "special": True}, "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True}}, False),
     "template": ({"bos_token": "<s>", "eos_token": "</s>"}, True),
-    "asked": ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}, False),
     "refused": ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}, True),
-    "no bos": ({"eos_token": "</s>", "add_bos_token": True}, False),
+    "template without names": ({}, True),
 }
 
 
