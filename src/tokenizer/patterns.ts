@@ -9,7 +9,7 @@ export interface Alternative {
   readonly takes?: "letters" | "numbers" | "signs";
   /** What else must hold where text is cut: lookarounds. */
   readonly unless?: string;
-  /** Whether its time grows with the square of a run of digits. */
+  /** Whether its time grows with the square of a run of digits or blanks. */
   readonly slow?: boolean;
 }
 
@@ -22,26 +22,60 @@ const CUTS = {
   signs: "(?<=[\\p{P}\\p{S}])(?= )",
 };
 
-const UPPER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]";
-const LOWER = "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]";
-const EDGE = "[^\\r\\n\\p{L}\\p{N}]?";
+/** What ends English words, in any case: as PyPI tokenizers and llama.cpp have it. */
 const ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)";
-const ASCII_ENDINGS =
+export const ASCII_ENDINGS =
   "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])";
 
-/** How llama.cpp spells classes of case, where only ASCII letters have one. */
-const upper = (letters: string): string => `((?=[${letters}])([^a-z]))`;
-const lower = (letters: string): string => `((?=[${letters}])([^A-Z]))`;
+const UPPER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]";
+const LOWER = "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]";
+/** A character that may stand before the letters of a word. */
+export const EDGE = "[^\\r\\n\\p{L}\\p{N}]?";
 
 /** Words of one case after another, with what may end them. */
-function cased(up: string, low: string, end: string): string[] {
-  return [`${EDGE}${up}*${low}+${end}`, `${EDGE}${up}+${low}*${end}`];
+function cased(upper: string, lower: string, end: string): string[] {
+  return [`${EDGE}${upper}*${lower}+${end}`, `${EDGE}${upper}+${lower}*${end}`];
 }
+
+/**
+ * The same as llama.cpp spells it, where only ASCII letters have a case.
+ *
+ * @param letters What counts as a letter, for a class.
+ * @param end What may end a word.
+ * @returns Two alternatives.
+ */
+export function asciiCased(letters: string, end: string): string[] {
+  return cased(`((?=[${letters}])([^a-z]))`, `((?=[${letters}])([^A-Z]))`, end);
+}
+
+/** Letters of alphabets with case, of DeepSeek's first models. */
+export const CASED_ALPHABETS =
+  "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃";
+
+/** Signs of ASCII and of East Asia, of the same. */
+export const WIDE_SIGNS = "!-/:-~！-／：-～‘-‟　-。";
+
+/** Scripts without case, of the same. */
+export const OTHER_SCRIPTS = "一-龥ࠀ-一가-\ud7ff";
+
+/** Han characters, as Kimi K2 sets them apart. */
+export const HAN =
+  "\\x{4E00}-\\x{9FFF}\\x{3400}-\\x{4DBF}\\x{20000}-\\x{2A6DF}\\x{2A700}-\\x{2CEAF}\\x{2CEB0}-\\x{2EBEF}\\x{F900}-\\x{FAFF}\\x{2F800}-\\x{2FA1F}";
+
+/** Scripts that are written without blanks, as Trinity sets them apart. */
+export const UNSPACED =
+  "一-鿿㐀-䶿豈-﫿\u3040-ゟ゠-ヿ･-ﾟ⼀-⿟\u0e40-\u0e7f\u0e80-\u0effក-\u17ffက-႟ꩠ-ꩿꧠ-\ua9ff가-\ud7afᄀ-ᇿ";
 
 const letters: Alternative = { takes: "letters" };
 const numbers: Alternative = { takes: "numbers" };
 const signs: Alternative = { takes: "signs" };
 const blanks: Alternative = {};
+const slow: Alternative = { slow: true };
+/** Takes some letters only, with the blank before them. */
+const latin: Alternative = {
+  takes: "letters",
+  unless: "(?<=[A-Za-z])(?= [A-Za-z])",
+};
 /** Takes all but blanks and some signs. */
 const untilBlank: Alternative = { takes: "letters", unless: "(?= )" };
 
@@ -69,9 +103,10 @@ const ALTERNATIVES: ReadonlyMap<string, Alternative> = new Map([
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+",
     ...cased(UPPER, LOWER, ""),
     ...cased(UPPER, LOWER, `${ENDINGS}?`),
-    ...cased(upper("\\p{L}"), lower("\\p{L}"), ""),
-    ...cased(upper("\\p{L}"), lower("\\p{L}"), `${ASCII_ENDINGS}?`),
-    ...cased(upper("\\p{L}\\p{M}"), lower("\\p{L}\\p{M}"), `${ASCII_ENDINGS}?`),
+    ...asciiCased("\\p{L}", ""),
+    ...asciiCased("\\p{L}", `${ASCII_ENDINGS}?`),
+    ...asciiCased("\\p{L}\\p{M}", `${ASCII_ENDINGS}?`),
+    `${EDGE}[\\p{L}&&[^${HAN}]]+${ASCII_ENDINGS}?`,
     `${EDGE}[\\p{L}\\p{M}]+${ASCII_ENDINGS}?`,
   ].map((text) => [text, letters] as const),
   ...["\\p{N}", "\\p{N}+", " ?\\p{N}+", "\\p{N}{1}", "\\p{N}{1,3}"]
@@ -103,7 +138,8 @@ const ALTERNATIVES: ReadonlyMap<string, Alternative> = new Map([
   [" ?[^(\\s|[.,!?…。，、।۔،])]+", untilBlank],
   // Scripts without blanks (DeepSeek, Youtu, Trinity).
   ["[一-龥぀-ゟ゠-ヿ]+", blanks],
-  ["[一-龥ࠀ-一가-퟿]+", blanks],
+  [`[${OTHER_SCRIPTS}]+`, blanks],
+  [`[[${OTHER_SCRIPTS}]&&[^\\s]]+`, blanks],
   ["[가-힣ㄱ-ㆎ]+", blanks],
   ["[！…“”‘’—：；，、-〿︰-﹏]+", blanks],
   ["[ㄅ-ㄯ]+", blanks],
@@ -111,11 +147,31 @@ const ALTERNATIVES: ReadonlyMap<string, Alternative> = new Map([
   ["[\\p{P}\\$\\+<=>\\^~\\|`]+", blanks],
   ["[\\p{P}\\$\\+<=>\\^~\\|]+", blanks],
   ["[0-9][0-9][0-9]", blanks],
+  ["(?=([0-9]{3})+(?![0-9]))", slow],
+  // Alphabets with case apart, and what else there is (DeepSeek).
+  [`\\s?[${CASED_ALPHABETS}]+`, latin],
+  [`\\s?[${WIDE_SIGNS}]+`, blanks],
+  [`\\s?[[${WIDE_SIGNS}]&&[^\\s]]+`, blanks],
+  ["\\s+$", blanks],
+  [`[${HAN}]+`, blanks],
+  [`[${UNSPACED}]+`, blanks],
+  // Runs of blanks of a few lengths (Jais).
+  ...[512, 256, 128, 64, 32, 16, 8, 4, "1,2"]
+    .map((n) => [`\\s{${n}}(?!\\S)`, slow] as const),
+  ["\\s{1}", blanks],
+  // Names of images, single signs and blanks in twos (Chameleon).
+  ["<sentinel:[0-9]+>", blanks],
+  ["(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", blanks],
+  ["([\\t\\n]|    |  )", blanks],
+  ["[\\p{P}!-/:-@\\[-`{-~]", blanks],
   // Lines.
   ["[^\\n]+", blanks],
   ["[\\n]+", blanks],
   // Groups of three digits from the right (Command, Trinity).
-  ["\\d{1,3}(?=(?:\\d{3})*\\b)", { slow: true }],
+  ["\\d{1,3}(?=(?:\\d{3})*\\b)", slow],
+  ["(?<!\\P{N})\\P{N}*+\\p{N}{1,3}(?=(?:\\p{N}{3})*+(?!\\p{N}))", {
+    slow: true,
+  }],
 ]);
 
 /**

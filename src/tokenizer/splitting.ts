@@ -1,7 +1,7 @@
 /** How a tokenizer.json splits text into words, each part checked before the native addon sees it; called by its reader and for the pre-tokenizers of GGUF files. */
 
 import type { ConfigFile } from "../formats/config.ts";
-import { type Cut, cutWhere, MAX_RUN, MAX_SLOW_RUN } from "./cuts.ts";
+import { type Cut, cutWhere } from "./cuts.ts";
 import { type Alternative, cutPattern, findPattern } from "./patterns.ts";
 import type { Place } from "./vocabulary_tokenizer.ts";
 
@@ -13,6 +13,8 @@ export interface Splitting {
   readonly bytes: boolean;
   /** Where long texts are cut; null when the vocabulary must tell. */
   readonly cut: Cut | null;
+  /** Whether splitting takes the square of a run's time. */
+  readonly slow: boolean;
   /** Puts a blank before a text. */
   readonly prefix?: (text: string, place: Place) => string;
 }
@@ -214,11 +216,10 @@ function readMetaspace(file: ConfigFile, found: Found): void {
 /** The parts put together, with the places where long texts are cut. */
 function finish(found: Found): Splitting {
   const { nodes, patterns, bytes, prefix, blanks } = found;
-  const most = patterns.some(({ slow }) => slow) ? MAX_SLOW_RUN : MAX_RUN;
   let cut: Cut | null = null;
-  if (blanks === "split") cut = cutWhere(/(?=\u2581)/gu, most);
+  if (blanks === "split") cut = cutWhere(/(?=\u2581)/gu);
   else if (bytes || found.split) {
-    cut = cutWhere(cutPattern(patterns) ?? /(?!)/gu, most);
+    cut = cutWhere(cutPattern(patterns) ?? /(?!)/gu);
   }
   return {
     json: nodes.length === 0
@@ -226,6 +227,7 @@ function finish(found: Found): Splitting {
       : { type: "Sequence", pretokenizers: nodes },
     bytes,
     cut,
+    slow: patterns.some((pattern) => pattern.slow),
     ...(prefix && { prefix }),
   };
 }

@@ -73,6 +73,7 @@ export function readTokenizerJson(
       byteFallback: model.boolean("byte_fallback", false),
       fuseUnknown: model.boolean("fuse_unk", false),
       unknown: readUnknown(model, bpe),
+      slow: splitting.slow,
       cut: splitting.cut ?? cutBetweenTokens(() => mergedTokens(bpe)),
     },
     parts: {

@@ -9,7 +9,9 @@ Vocabularies are trained without splitting text into words, so that a split in t
 import json
 import os
 import tempfile
+from collections import Counter
 
+import sentencepiece
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,12 +62,30 @@ def train_bytes():
 
 
 def train_text():
+    counts = Counter("".join(training(TEXT)).replace(" ", "\u2581"))
+    alphabet = sorted(counts, key=lambda character: (-counts[character], character))[:200]
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     return train(
         models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True),
         normalizers.Replace(" ", "\u2581"), None,
-        vocab_size=1300, limit_alphabet=200, special_tokens=special,
+        vocab_size=1300, initial_alphabet=alphabet, limit_alphabet=len(alphabet), special_tokens=special,
     )
+
+
+def train_scores():
+    """SentencePiece's BPE; the script checks nothing of it, llama.cpp does (vocabularies.mjs)."""
+    with tempfile.TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=training(TEXT), model_prefix=f"{folder}/m", model_type="bpe", vocab_size=1300,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            split_by_whitespace=False, split_digits=False, split_by_unicode_script=False, split_by_number=False,
+            character_coverage=0.98, max_sentencepiece_length=12, user_defined_symbols=["<tool>"],
+            num_threads=1, minloglevel=2,
+        )
+        model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/m.model")
+    ids = range(model.get_piece_size())
+    kind = lambda id: 2 if model.is_unknown(id) else 3 if model.is_control(id) else 6 if model.is_byte(id) else 4 if id == 3 else 1
+    return {"tokens": [model.id_to_piece(id) for id in ids], "scores": [model.get_score(id) for id in ids], "types": [kind(id) for id in ids]}
 
 
 def byte_level(regex=False, prefix=False):
@@ -233,6 +253,7 @@ if __name__ == "__main__":
     by_bytes, by_text = train_bytes(), train_text()
     write("bytes", by_bytes)
     write("text", by_text)
+    write("scores", train_scores())
     names = ["pre_tokenizer", "normalizer", "tokens"]
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     write("bytes_ids", golden(by_bytes, {
