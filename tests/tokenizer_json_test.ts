@@ -326,6 +326,8 @@ describe("a tokenizer.json that is wrong", () => {
       "(?:a|a)*b",
       "\\s+(a+)+$|\\s+",
       "\\s+|".repeat(40) + "\\s+",
+      // Half of a pattern, which takes the square of a run's time.
+      "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+|\\s+",
       "",
     ];
     for (const expression of evil) {
@@ -587,6 +589,38 @@ describe("Tokenizer of a tokenizer.json", () => {
       const run = "ab".repeat(5e5);
       const found = await tokenizer.encode(run);
       assertEquals(tokenizer.decode(found) === run, true);
+    }
+  });
+
+  it("T14 refuses runs that some patterns would take minutes for", async () => {
+    for (
+      const [expression, run] of [
+        ["\\d{1,3}(?=(?:\\d{3})*\\b)", "1"],
+        ["\\s*[\\r\\n]+", " "],
+      ] as const
+    ) {
+      const file = compose(bytes, {
+        ...cases.bytes["llama3"]!,
+        pre_tokenizer: {
+          type: "Sequence",
+          pretokenizers: [
+            {
+              type: "Split",
+              pattern: { Regex: expression },
+              behavior: "Isolated",
+            },
+            { type: "ByteLevel", use_regex: false },
+          ],
+        },
+      });
+      using tokenizer = await open({ "tokenizer.json": file });
+      const text = run.repeat(4096);
+      assertEquals(tokenizer.decode(await tokenizer.encode(text)), text);
+      await assertRejects(
+        () => tokenizer.encode(text + run),
+        RangeError,
+        "more than 4096 digits or blanks in a row",
+      );
     }
   });
 

@@ -82,6 +82,15 @@ const untilBlank: Alternative = { takes: "letters", unless: "(?= )" };
 /** The most alternatives of one expression; real ones have up to a dozen. */
 const MAX_ALTERNATIVES = 32;
 
+/** Alternatives that come in twos: each alone would try every start of a run. */
+const BY_CASE = [
+  cased(UPPER, LOWER, ""),
+  cased(UPPER, LOWER, `${ENDINGS}?`),
+  asciiCased("\\p{L}", ""),
+  asciiCased("\\p{L}", `${ASCII_ENDINGS}?`),
+  asciiCased("\\p{L}\\p{M}", `${ASCII_ENDINGS}?`),
+];
+
 /** Every alternative that is known, by its text. */
 const ALTERNATIVES: ReadonlyMap<string, Alternative> = new Map([
   // What ends English words, as words of their own.
@@ -101,11 +110,7 @@ const ALTERNATIVES: ReadonlyMap<string, Alternative> = new Map([
     `${EDGE}[\\p{L}\\p{M}]+`,
     "[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+",
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+",
-    ...cased(UPPER, LOWER, ""),
-    ...cased(UPPER, LOWER, `${ENDINGS}?`),
-    ...asciiCased("\\p{L}", ""),
-    ...asciiCased("\\p{L}", `${ASCII_ENDINGS}?`),
-    ...asciiCased("\\p{L}\\p{M}", `${ASCII_ENDINGS}?`),
+    ...BY_CASE.flat(),
     `${EDGE}[\\p{L}&&[^${HAN}]]+${ASCII_ENDINGS}?`,
     `${EDGE}[\\p{L}\\p{M}]+${ASCII_ENDINGS}?`,
   ].map((text) => [text, letters] as const),
@@ -152,7 +157,7 @@ const ALTERNATIVES: ReadonlyMap<string, Alternative> = new Map([
   [`\\s?[${CASED_ALPHABETS}]+`, latin],
   [`\\s?[${WIDE_SIGNS}]+`, blanks],
   [`\\s?[[${WIDE_SIGNS}]&&[^\\s]]+`, blanks],
-  ["\\s+$", blanks],
+  ["\\s+$", slow],
   [`[${HAN}]+`, blanks],
   [`[${UNSPACED}]+`, blanks],
   // Runs of blanks of a few lengths (Jais).
@@ -183,9 +188,16 @@ const ALTERNATIVES: ReadonlyMap<string, Alternative> = new Map([
 export function findPattern(text: string): Alternative[] | null {
   // Some files have the line breaks themselves.
   const escaped = text.replaceAll("\r", "\\r").replaceAll("\n", "\\n");
-  const found = topLevel(escaped).map((part) => ALTERNATIVES.get(part));
-  if (found.length > MAX_ALTERNATIVES) return null;
-  return found.includes(undefined) ? null : found as Alternative[];
+  const parts = topLevel(escaped);
+  if (parts.length > MAX_ALTERNATIVES) return null;
+  const found = parts.map((part) => ALTERNATIVES.get(part));
+  if (found.includes(undefined)) return null;
+  const has = (part: string): boolean => parts.includes(part);
+  if (BY_CASE.some((two) => two.some(has) && !two.every(has))) return null;
+  // So would this one, if nothing else took a run of blanks.
+  const alone = parts.some((part) => part.startsWith("\\s*")) &&
+    !has("\\s+") && !has("\\s{1}");
+  return alone ? [...found as Alternative[], slow] : found as Alternative[];
 }
 
 /**
