@@ -7,6 +7,7 @@ import {
   assertStringIncludes,
 } from "@std/assert";
 import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
+import { Random } from "../src/evaluate/tasks/random.ts";
 import { FormatError } from "../src/formats/error.ts";
 import { openModelFile } from "../src/models/file.ts";
 import { openNative } from "../src/tokenizer/addon.ts";
@@ -561,6 +562,58 @@ describe("a tokenizer.json that is wrong", () => {
       message: "Found 1, expected an object",
     });
   });
+});
+
+/** What a value of a file is changed to. */
+const OTHERS: unknown[] = [
+  ...[null, true, false, 0, 1, -1, 4294967295, 0.5, [], {}, ["a", "b"]],
+  ..."a|▁|<s>|(a+)+$|Sequence|ByteLevel|Metaspace|NFC|Split|always|first|Isolated"
+    .split("|"),
+  ...["", " ", { String: " " }, { Regex: "\\s+" }, { type: "Digits" }],
+];
+
+/** Changes one value somewhere in a file, seldom in its vocabulary. */
+function mutate(file: Any, next: (n: number) => number): void {
+  for (let parent = file;;) {
+    const keys = Object.keys(parent);
+    const key = keys[next(keys.length)]!;
+    const child = parent[key];
+    const deeper = child !== null && typeof child === "object" &&
+      Object.keys(child).length > 0 && next(8) > 0;
+    if (deeper) parent = child;
+    else {
+      if (next(4) === 0 && !Array.isArray(parent)) delete parent[key];
+      else parent[key] = structuredClone(OTHERS[next(OTHERS.length)]);
+      return;
+    }
+  }
+}
+
+describe("a tokenizer.json that was changed somewhere", () => {
+  for (const kind of ["bytes", "text"] as const) {
+    it(`is refused by name or works: ${kind}`, async () => {
+      const random = new Random(1, kind);
+      const next = (n: number): number => random.below(n);
+      const known = Object.values(cases[kind]);
+      let worked = 0;
+      for (let i = 0; i < 300; i++) {
+        const file = compose(
+          kind === "bytes" ? bytes : texts,
+          structuredClone(known[next(known.length)]!),
+        );
+        for (let changes = next(3); changes >= 0; changes--) mutate(file, next);
+        try {
+          using tokenizer = await open({ "tokenizer.json": file });
+          const line = lines[next(lines.length)]!;
+          tokenizer.decode(await tokenizer.encode(line, { special: true }));
+          worked++;
+        } catch (error) {
+          assert(error instanceof FormatError, `${i}: ${error}`);
+        }
+      }
+      assert(worked > 10 && worked < 290, `${worked}`);
+    });
+  }
 });
 
 describe("Tokenizer of a tokenizer.json", () => {
