@@ -726,6 +726,18 @@ describe("Tokenizer of a tokenizer.json", () => {
     );
   });
 
+  it("leaves special tokens text in literal stretches", async () => {
+    const [a, blank] = [texts.tokens.indexOf("a"), texts.tokens.indexOf("▁a")];
+    const ids = await llama.encode("<s>a<s>a", {
+      special: true,
+      literal: [[4, 7]],
+    });
+    assertEquals(ids.slice(0, 2), [1, blank]);
+    assertEquals(ids.at(-1), a);
+    assert(!ids.slice(1).includes(1));
+    assertEquals(llama.specialTokens, ["<unk>", "<s>", "</s>"]);
+  });
+
   it("spells every byte", async () => {
     const ids = await llama3.encode("é");
     const spelled = ids.map((id) => spellBytes(llama3.piece(id))).join("");

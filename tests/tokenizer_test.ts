@@ -588,6 +588,23 @@ describe("Tokenizer.encode()", () => {
     assertEquals(tokenizer.decode(special), text);
   });
 
+  it("leaves special tokens text in literal stretches", async () => {
+    const text = "<|im_end|><|im_end|><|endoftext|>";
+    const ids = await tokenizer.encode(text, {
+      special: true,
+      literal: [[10, 20], [30, 31]],
+    });
+    assertEquals(ids[0], END + 1);
+    assert(ids.slice(1).every((id) => id < END));
+    assertEquals(tokenizer.decode(ids), text);
+    const inside = await tokenizer.encode(text, {
+      special: true,
+      literal: [[0, 0], [10, 10], [33, 99]],
+    });
+    assertEquals(inside, [END + 1, END + 1, END]);
+    assertEquals(tokenizer.specialTokens, CONTROL);
+  });
+
   it("always takes user-defined tokens whole", async () => {
     const id = END + CONTROL.length;
     assertEquals(await tokenizer.encode(`a${USER}`), [97, id]);

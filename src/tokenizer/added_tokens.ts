@@ -26,6 +26,9 @@ export interface Part {
   readonly id: number | null;
 }
 
+/** Begin and end of a stretch of text, in UTF-16 units. */
+type Stretch = readonly [start: number, end: number];
+
 /** What a word is made of for `singleWord`, as Rust's `\w` has it. */
 const WORD_BEFORE = /[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]$/u;
 const WORD_AFTER = /^[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]/u;
@@ -35,6 +38,8 @@ const ASCII_SPACE = /[\t-\r ]*/y;
 
 /** The added tokens of a vocabulary. */
 export class AddedTokens {
+  /** Texts of those that are special. */
+  readonly special: readonly string[];
   readonly #tokens: ReadonlyMap<string, AddedToken>;
   readonly #order: "leftmost" | "longest";
   /** Any token, the longest where several fit; null when there are none. */
@@ -54,6 +59,8 @@ export class AddedTokens {
     this.#tokens = new Map(
       tokens.toReversed().map((token) => [token.text, token]),
     );
+    this.special = tokens.filter(({ special }) => special)
+      .map(({ text }) => text);
     this.#order = order;
     const texts = [...this.#tokens.keys()]
       .sort((a, b) => b.length - a.length)
@@ -69,25 +76,38 @@ export class AddedTokens {
    *
    * @param text A text without lone surrogates.
    * @param special Whether special tokens count; otherwise they are text.
+   * @param literal Stretches in which they are text all the same, in order.
    * @returns The parts in order, none empty; white space that a token takes
    * along is in none.
    */
-  split(text: string, special: boolean): Part[] {
+  split(
+    text: string,
+    special: boolean,
+    literal: readonly Stretch[] = [],
+  ): Part[] {
     if (this.#pattern === null) return between(text, []);
+    let next = 0;
+    // Asked in the order of the text.
+    const counts = (token: AddedToken, start: number): boolean => {
+      if (!token.special) return true;
+      while (next < literal.length && literal[next]![1] <= start) next++;
+      const from = literal[next]?.[0] ?? Infinity;
+      return special && from >= start + token.text.length;
+    };
     const found = this.#order === "leftmost"
-      ? this.#leftmost(text, special)
-      : this.#longest(text, special);
+      ? this.#leftmost(text, counts)
+      : this.#longest(text, counts);
     return between(text, found);
   }
 
-  #leftmost(text: string, special: boolean): Found[] {
+  #leftmost(text: string, counts: Counts): Found[] {
     const found: Found[] = [];
     let free = 0;
     for (const match of text.matchAll(this.#pattern!)) {
       const token = this.#tokens.get(match[0])!;
       const start = match.index;
       const end = start + match[0].length;
-      if (token.special && !special) continue;
+      if (!counts(token, start)) continue;
       if (
         token.singleWord &&
         (WORD_BEFORE.test(text.slice(Math.max(0, start - 2), start)) ||
@@ -103,13 +123,13 @@ export class AddedTokens {
     return found;
   }
 
-  #longest(text: string, special: boolean): Found[] {
+  #longest(text: string, counts: Counts): Found[] {
     const all: { token: AddedToken; start: number }[] = [];
     for (const match of text.matchAll(this.#pattern!)) {
       const longest = match[1]!;
       for (let length = longest.length; length > 0; length--) {
         const token = this.#tokens.get(longest.slice(0, length));
-        if (token && (special || !token.special)) {
+        if (token && counts(token, match.index)) {
           all.push({ token, start: match.index });
         }
       }
@@ -135,6 +155,9 @@ export class AddedTokens {
     return found.sort((a, b) => a.start - b.start);
   }
 }
+
+/** Whether a token that stands at an index is one there. */
+type Counts = (token: AddedToken, start: number) => boolean;
 
 /** A match: the token's own place, and with the white space it takes along. */
 interface Found {

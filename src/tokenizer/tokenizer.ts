@@ -10,6 +10,11 @@ export interface EncodeOptions {
    */
   special?: boolean;
   /**
+   * Stretches of the text in which special tokens stay text all the same: begin
+   * and end in UTF-16 units, in order.
+   */
+  literal?: readonly (readonly [start: number, end: number])[];
+  /**
    * Whether the text goes on from one that was encoded before: then no blank
    * is put before it, as some vocabularies do at the beginning of a text.
    *
@@ -30,6 +35,8 @@ export interface Tokenizer extends Disposable {
   readonly eos: number | null;
   /** Ids that end generation. */
   readonly endTokens: ReadonlySet<number>;
+  /** Texts that are tokens where `special` is asked for, and text elsewhere. */
+  readonly specialTokens: readonly string[];
   /** Whether the model file asks for `bos` first; `encode` never adds it. */
   readonly addBos: boolean;
   /**

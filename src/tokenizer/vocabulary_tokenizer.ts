@@ -62,6 +62,7 @@ export class VocabularyTokenizer implements Tokenizer {
   readonly bos: number | null;
   readonly eos: number | null;
   readonly endTokens: ReadonlySet<number>;
+  readonly specialTokens: readonly string[];
   readonly addBos: boolean;
 
   /** Null once closed. */
@@ -76,11 +77,16 @@ export class VocabularyTokenizer implements Tokenizer {
     this.bos = parts.special.bos;
     this.eos = parts.special.eos;
     this.endTokens = parts.special.endTokens;
+    this.specialTokens = [
+      ...parts.added.special,
+      ...parts.addedLater?.special ?? [],
+    ];
     this.addBos = parts.special.addBos;
   }
 
   async encode(text: string, options: EncodeOptions = {}): Promise<number[]> {
-    const { special = false, continues = false, signal } = options;
+    const { special = false, literal = [], continues = false, signal } =
+      options;
     if (typeof text !== "string") {
       throw new TypeError(
         `Cannot encode: text is ${typeof text}, expected a string`,
@@ -96,7 +102,7 @@ export class VocabularyTokenizer implements Tokenizer {
     text = text.toWellFormed();
     const first = continues ? "behind" : "start";
     const ids: number[] = [];
-    for (const part of added.split(text, special)) {
+    for (const part of added.split(text, special, literal)) {
       if (part.id !== null) {
         ids.push(part.id);
         continue;
@@ -104,8 +110,11 @@ export class VocabularyTokenizer implements Tokenizer {
       const place = part.start === 0 ? first : "inside";
       let plain = text.slice(part.start, part.end);
       if (normalize) plain = normalize(plain, place);
+      // Where the stretches are now is not known.
+      const later = special &&
+        !literal.some(([start, end]) => start < part.end && end > part.start);
       for (
-        const { start, end, id } of addedLater?.split(plain, special) ??
+        const { start, end, id } of addedLater?.split(plain, later) ??
           [{ start: 0, end: plain.length, id: null }]
       ) {
         if (id !== null) {
