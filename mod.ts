@@ -92,6 +92,7 @@ export {
 export {
   type EncodeOptions,
   TextStream,
+  type TextStreamOptions,
   type Tokenizer,
 } from "./src/tokenizer/tokenizer.ts";
 export type {

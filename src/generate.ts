@@ -157,7 +157,7 @@ export async function* generate(
     checkRoom(cache, ids.length);
     using session = new Session(model, cache);
     session.setSampler(options);
-    const stream = new TextStream(model.tokenizer);
+    const stream = new TextStream(model.tokenizer, { continues: true });
     const tokens: number[] = [];
     let text = "";
     let finishReason: FinishReason = "length";

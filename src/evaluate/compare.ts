@@ -122,7 +122,7 @@ export async function compare(
     session.setSampler({ ...options, seed });
     return {
       session,
-      stream: new TextStream(model.tokenizer),
+      stream: new TextStream(model.tokenizer, { continues: true }),
       tokens: [],
       pieces: [],
       drawn: -1,

@@ -357,7 +357,9 @@ async function ask(
     if (made.prompt.length <= room) [low, best] = [units, made];
     else high = units;
   }
-  const answer = await tokenizer.encode(best.question.answer);
+  const answer = await tokenizer.encode(best.question.answer, {
+    continues: true,
+  });
   return { task, length, depth, index, ...best, answer };
 }
 

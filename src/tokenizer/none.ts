@@ -1,4 +1,4 @@
-/** The tokenizer of a model that has none: token ids go in and out, text does not; used for Hugging Face folders and by benchmarks. */
+/** The tokenizer of a model that has none: token ids go in and out, text does not; used for folders without a tokenizer.json and by benchmarks. */
 
 import type { Tokenizer } from "./tokenizer.ts";
 
@@ -20,6 +20,7 @@ export function noTokenizer(
     bos: null,
     eos: endTokens[0] ?? null,
     endTokens: new Set(endTokens),
+    specialTokens: [],
     addBos: false,
     encode: () => Promise.reject(new RangeError(why)),
     piece: none,
