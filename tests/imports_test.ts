@@ -33,7 +33,7 @@ const layers: readonly (readonly string[])[] = [
 
 /** What the lower layers import from below, and nothing else. */
 const leaves: Readonly<Record<string, readonly string[]>> = {
-  "src/backend/": ["src/formats/", "src/user_cache.ts"],
+  "src/backend/": ["src/formats/ggml_types.ts", "src/user_cache.ts"],
   "src/tokenizer/": ["src/formats/"],
   "src/hub/": ["src/user_cache.ts"],
 };
