@@ -116,7 +116,7 @@ function fault(from: string, to: string): string | null {
   if (upper.name === lower.name) return null;
   if (lower.layer <= upper.layer) return `${from} imports ${to}, not below it`;
   const allowed = leaves[upper.name];
-  if (allowed && !allowed.includes(lower.name)) {
+  if (allowed && !allowed.includes(lower.name) && !allowed.includes(to)) {
     return `${from} imports ${to}, but its folder may import only ${
       allowed.join(", ")
     }`;
