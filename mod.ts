@@ -82,11 +82,14 @@ export {
 export { findPolicy, policies, policyNames } from "./src/cache/registry.ts";
 export {
   DEFAULT_MODEL,
+  describeModel,
   type ListedModel,
   listModels,
+  type ModelDetails,
   type ModelOptions,
   type Progress,
   pullModel,
+  removeModel,
   resolveModel,
 } from "./src/hub/models.ts";
 export {

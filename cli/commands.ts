@@ -44,6 +44,14 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: "List the models that are here",
     load: async () => (await import("./list.ts")).listCommand,
   },
+  show: {
+    summary: "Show where a model's files are, and of which revision",
+    load: async () => (await import("./show.ts")).showCommand,
+  },
+  rm: {
+    summary: "Remove a model",
+    load: async () => (await import("./rm.ts")).rmCommand,
+  },
   info: {
     summary: "Show what a model file holds and what its cache takes",
     load: async () => (await import("./info.ts")).infoCommand,

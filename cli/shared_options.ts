@@ -30,7 +30,7 @@ export const outputOptions = {
 export const modelOption = {
   model: text(
     "NAME",
-    `A name, a GGUF file or hf:org/repo[:file] (default ${DEFAULT_MODEL})`,
+    `A name, a GGUF file, a folder or hf:org/repo[:file] (default ${DEFAULT_MODEL})`,
     { short: "m", file: true, choices: [DEFAULT_MODEL] },
   ),
 };

@@ -284,7 +284,8 @@ function mostTokens(config: ModelConfig, rows: number): number {
 
 /**
  * Loads a model: a registry name, a path (of a GGUF file, of a folder with a
- * config.json and safetensors, or of one of these), or `hf:org/repo[:file]`. What is
+ * config.json and safetensors, or of one of these), or
+ * `hf:org/repo[@revision][:file or quant]`. What is
  * missing is pulled, and the native library built on first use.
  *
  * @example

@@ -251,6 +251,7 @@ describe("permissions", () => {
       ["info"],
       ["plan", "--memory", "1GiB"],
       ["list"],
+      ["show"],
       ["pull"],
       ["doctor"],
       ["completions", "bash"],

@@ -202,6 +202,29 @@ describe("models", () => {
     ]);
   });
 
+  it("show and rm say what is here, and take it away when told to", async () => {
+    const cache = `${temporary}/cache`;
+    const file = `${cache}/weightedkv/models/mine.gguf`;
+    await Deno.mkdir(`${cache}/weightedkv/models`, { recursive: true });
+    await Deno.writeTextFile(file, "mine");
+    const env = { XDG_CACHE_HOME: cache };
+    const { stdout } = await ok(["show", "mine.gguf", "--json"], { env });
+    const { name, path, bytes, revision } = JSON.parse(stdout);
+    assertEquals([name, path, bytes, revision], ["mine.gguf", file, 4, null]);
+    const asked = await wkv(["rm", "mine.gguf"], { env });
+    assertEquals(asked.code, 2);
+    assertStringIncludes(asked.stderr, `give --yes to remove ${file}`);
+    const gone = await ok(["rm", "mine.gguf", "--yes"], { env });
+    assertStringIncludes(gone.stderr, "Removed mine.gguf: 4 B free");
+    const again = await wkv(["rm", "mine.gguf", "--yes"], { env });
+    assertEquals(again.code, 2);
+    assertStringIncludes(again.stderr, "No such model is here");
+    await expectErrors([
+      { args: ["rm"], code: 2, says: ["Name the model"] },
+      { args: ["show", "hf:org/none"], code: 2, says: ["No such model"] },
+    ]);
+  });
+
   it("list and pull find what is here", async () => {
     const { stdout } = await ok(["list", "--json"]);
     const models = stdout.trim().split("\n").map((line) => JSON.parse(line));
@@ -210,6 +233,7 @@ describe("models", () => {
       name: "smollm2-135m-instruct",
       path: model,
       bytes: 98_362_432,
+      revision: null,
     });
     assertStringIncludes((await ok(["list"])).stdout, "93.8 MiB");
     const pull = await ok(["pull", "smollm2-135m-instruct"]);
