@@ -60,6 +60,7 @@ export function readTokenizerJson(
   });
   const added = file.objects("added_tokens").map(readAddedToken);
   const bpe = readBpe(file, { model, splitting, added, rows });
+  const scores = readScores(model);
   const first = readPostProcessor(file.object("post_processor"), bpe);
   // Those of a second pass are looked for as the normalizer leaves them.
   const later = added.filter(({ normalized }) => normalized).map((token) =>
@@ -72,7 +73,9 @@ export function readTokenizerJson(
       ignoreMerges: model.boolean("ignore_merges", false),
       byteFallback: model.boolean("byte_fallback", false),
       fuseUnknown: model.boolean("fuse_unk", false),
-      unknown: readUnknown(model, bpe),
+      ...(scores
+        ? { unigram: { scores, unknown: readUnknownId(model, scores.length) } }
+        : { unknown: readUnknown(model, bpe) }),
       slow: splitting.slow,
       cut: splitting.cut ?? cutBetweenTokens(() => mergedTokens(bpe)),
     },
@@ -97,7 +100,9 @@ function readModel(file: ConfigFile): ConfigFile {
   if (model === null) throw file.error("model", "an object");
   // The oldest files leave the type out.
   const type = model.string("type", model.has("merges") ? "BPE" : "unknown");
-  if (type !== "BPE") throw model.error("type", '"BPE"');
+  if (type !== "BPE" && type !== "Unigram") {
+    throw model.error("type", '"BPE" or "Unigram"');
+  }
   if (model.has("dropout")) {
     model.float("dropout", { min: 0, max: 0 });
   }
@@ -135,22 +140,16 @@ function readBpe(
     rows: number;
   },
 ): Bpe {
-  const vocab = model.value("vocab");
-  if (!(vocab instanceof Map)) {
-    throw model.error("vocab", "an object of ids by token");
-  }
-  const merges = model.value("merges");
-  if (!Array.isArray(merges) || !merges.every(isMerge)) {
-    throw model.error("merges", 'a list of pairs as "a b" or ["a", "b"]');
-  }
+  const vocab = readVocab(model);
   const byteFallback = model.boolean("byte_fallback", false);
   const addedByText = new Map(added.map((token) => [token.text, token]));
+  const placeByText = new Map(vocab.entries.map(([text], i) => [text, i]));
   const tokens: string[] = [];
   const ids: number[] = [];
   const types: number[] = [];
   const kindOf = ({ special }: JsonAddedToken): number =>
     special ? KIND.control : KIND.userDefined;
-  for (const [token, id] of vocab) {
+  for (const [token, id] of vocab.entries) {
     const same = addedByText.get(token);
     const plain = byteFallback && isByte(token) ? KIND.byte : KIND.normal;
     tokens.push(token);
@@ -158,7 +157,8 @@ function readBpe(
     types.push(same ? kindOf(same) : plain);
   }
   for (const token of added) {
-    if (vocab.get(token.text) === token.id) continue;
+    const same = vocab.entries[placeByText.get(token.text) ?? -1];
+    if (same?.[1] === token.id) continue;
     tokens.push(token.text);
     ids.push(token.id);
     types.push(kindOf(token));
@@ -175,9 +175,51 @@ function readBpe(
     tokens,
     ids,
     types,
-    merges,
+    merges: vocab.merges,
     rows,
   });
+}
+
+/** Tokens with their ids, nothing of them checked, and merges. */
+function readVocab(
+  model: ConfigFile,
+): { entries: [string, Json][]; merges: (string | string[])[] } {
+  const vocab = model.value("vocab");
+  if (isUnigram(model)) {
+    if (!Array.isArray(vocab) || !vocab.every(isScored)) {
+      throw model.error("vocab", 'a list of scored tokens as ["a", -1.5]');
+    }
+    return { entries: vocab.map(([text], id) => [text, id]), merges: [] };
+  }
+  if (!(vocab instanceof Map)) {
+    throw model.error("vocab", "an object of ids by token");
+  }
+  const merges = model.value("merges");
+  if (!Array.isArray(merges) || !merges.every(isMerge)) {
+    throw model.error("merges", 'a list of pairs as "a b" or ["a", "b"]');
+  }
+  return { entries: [...vocab], merges };
+}
+
+function isUnigram(model: ConfigFile): boolean {
+  return model.value("type") === "Unigram";
+}
+
+/** Scores of a Unigram model; null for BPE. */
+function readScores(model: ConfigFile): number[] | null {
+  const vocab = model.value("vocab");
+  if (!isUnigram(model) || !Array.isArray(vocab)) return null;
+  return vocab.filter(isScored).map(([, score]) => score);
+}
+
+function isScored(value: Json): value is [string, number] {
+  return Array.isArray(value) && value.length === 2 &&
+    typeof value[0] === "string" && typeof value[1] === "number";
+}
+
+/** Id of the token of characters without one, which Unigram needs. */
+function readUnknownId(model: ConfigFile, count: number): number {
+  return model.integer("unk_id", { min: 0, max: count - 1 });
 }
 
 function isMerge(value: Json): value is string | string[] {
@@ -217,8 +259,9 @@ function readBytes(
   return (id, first) => textBytes(textOf(id), decoding, first);
 }
 
-/** Tokens that merges make, and those of single characters. */
+/** Tokens that merges make, and those of single characters; Unigram's all. */
 function* mergedTokens(bpe: Bpe): Generator<string> {
+  if (bpe.merges.length === 0) yield* bpe.tokens;
   for (const [left, right] of bpe.merges) yield left + right;
   for (const token of bpe.tokens) {
     if (/^.$/su.test(token)) yield token;
