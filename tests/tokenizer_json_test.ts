@@ -560,6 +560,29 @@ describe("a tokenizer.json that is wrong", () => {
     });
   });
 
+  it("is refused for a normalizer that grows a text without end", async () => {
+    const replace = (content: string): unknown => ({
+      type: "Replace",
+      pattern: { String: "a" },
+      content,
+    });
+    for (
+      const normalizers of [
+        [replace("aaa"), replace("aaa")],
+        [replace("a".repeat(100))],
+        Array(9).fill(replace("b")),
+      ]
+    ) {
+      await refusesChange(
+        (file) => file.normalizer = { type: "Sequence", normalizers },
+        {
+          field: "normalizer.type",
+          message: "expected at most 8 steps, which put in at most 8",
+        },
+      );
+    }
+  });
+
   it("is refused for Unigram scores or an unknown token that are wrong", async () => {
     for (
       const [key, value] of [

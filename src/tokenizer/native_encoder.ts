@@ -36,6 +36,7 @@ export interface NativeOptions {
 /** What the addon is told of a vocabulary itself. */
 export type NativeModel = Omit<NativeOptions, "cut" | "slow">;
 
+/** What a slow pattern would take minutes for. */
 const LONG_RUN = /\p{N}{4097}|\p{White_Space}{4097}/u;
 
 /** The addon as an encoder. */

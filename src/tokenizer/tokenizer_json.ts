@@ -6,7 +6,7 @@ import type { Json } from "../formats/json.ts";
 import { type AddedToken, AddedTokens } from "./added_tokens.ts";
 import { type Bpe, KIND, validateBpe } from "./bpe.ts";
 import { cutBetweenTokens } from "./cuts.ts";
-import type { NativeOptions } from "./native_encoder.ts";
+import type { NativeOptions, Unigram } from "./native_encoder.ts";
 import { readNormalizer } from "./normalizer.ts";
 import { BLANK, readSplitting, type Splitting } from "./splitting.ts";
 import {
@@ -59,13 +59,13 @@ export function readTokenizerJson(
     blanksGone: normalize?.("a b", "behind").includes(" ") === false,
   });
   const added = file.objects("added_tokens").map(readAddedToken);
-  const bpe = readBpe(file, { model, splitting, added, rows });
-  const scores = readScores(model);
+  const vocab = readVocab(model);
+  const bpe = readBpe(file, { model, vocab, splitting, added, rows });
   const first = readPostProcessor(file.object("post_processor"), bpe);
   // Those of a second pass are looked for as the normalizer leaves them.
   const later = added.filter(({ normalized }) => normalized).map((token) =>
     normalize ? { ...token, text: normalize(token.text, "inside") } : token
-  );
+  ).filter(({ text }) => text !== "");
   return {
     bpe,
     native: {
@@ -73,8 +73,8 @@ export function readTokenizerJson(
       ignoreMerges: model.boolean("ignore_merges", false),
       byteFallback: model.boolean("byte_fallback", false),
       fuseUnknown: model.boolean("fuse_unk", false),
-      ...(scores
-        ? { unigram: { scores, unknown: readUnknownId(model, scores.length) } }
+      ...(vocab.unigram
+        ? { unigram: vocab.unigram }
         : { unknown: readUnknown(model, bpe) }),
       slow: splitting.slow,
       cut: splitting.cut ?? cutBetweenTokens(() => mergedTokens(bpe)),
@@ -133,14 +133,14 @@ function readAddedToken(file: ConfigFile): JsonAddedToken {
 /** The vocabulary with the added tokens, checked. */
 function readBpe(
   file: ConfigFile,
-  { model, splitting, added, rows }: {
+  { model, vocab, splitting, added, rows }: {
     model: ConfigFile;
+    vocab: Vocab;
     splitting: Splitting;
     added: readonly JsonAddedToken[];
     rows: number;
   },
 ): Bpe {
-  const vocab = readVocab(model);
   const byteFallback = model.boolean("byte_fallback", false);
   const addedByText = new Map(added.map((token) => [token.text, token]));
   const placeByText = new Map(vocab.entries.map(([text], i) => [text, i]));
@@ -180,16 +180,29 @@ function readBpe(
   });
 }
 
-/** Tokens with their ids, nothing of them checked, and merges. */
-function readVocab(
-  model: ConfigFile,
-): { entries: [string, Json][]; merges: (string | string[])[] } {
+/** The vocabulary of a model, its tokens and ids not yet checked. */
+interface Vocab {
+  entries: [string, Json][];
+  /** Of BPE. */
+  merges: (string | string[])[];
+  /** Of Unigram. */
+  unigram?: Unigram;
+}
+
+function readVocab(model: ConfigFile): Vocab {
   const vocab = model.value("vocab");
-  if (isUnigram(model)) {
+  if (model.value("type") === "Unigram") {
     if (!Array.isArray(vocab) || !vocab.every(isScored)) {
       throw model.error("vocab", 'a list of scored tokens as ["a", -1.5]');
     }
-    return { entries: vocab.map(([text], id) => [text, id]), merges: [] };
+    return {
+      entries: vocab.map(([text], id) => [text, id]),
+      merges: [],
+      unigram: {
+        scores: vocab.map(([, score]) => score),
+        unknown: model.integer("unk_id", { min: 0, max: vocab.length - 1 }),
+      },
+    };
   }
   if (!(vocab instanceof Map)) {
     throw model.error("vocab", "an object of ids by token");
@@ -201,25 +214,9 @@ function readVocab(
   return { entries: [...vocab], merges };
 }
 
-function isUnigram(model: ConfigFile): boolean {
-  return model.value("type") === "Unigram";
-}
-
-/** Scores of a Unigram model; null for BPE. */
-function readScores(model: ConfigFile): number[] | null {
-  const vocab = model.value("vocab");
-  if (!isUnigram(model) || !Array.isArray(vocab)) return null;
-  return vocab.filter(isScored).map(([, score]) => score);
-}
-
 function isScored(value: Json): value is [string, number] {
   return Array.isArray(value) && value.length === 2 &&
     typeof value[0] === "string" && typeof value[1] === "number";
-}
-
-/** Id of the token of characters without one, which Unigram needs. */
-function readUnknownId(model: ConfigFile, count: number): number {
-  return model.integer("unk_id", { min: 0, max: count - 1 });
 }
 
 function isMerge(value: Json): value is string | string[] {
