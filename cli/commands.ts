@@ -48,6 +48,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: "Show what a model file holds and what its cache takes",
     load: async () => (await import("./info.ts")).infoCommand,
   },
+  plan: {
+    summary: "Say which budget or batch fits a memory size",
+    load: async () => (await import("./plan.ts")).planCommand,
+  },
   build: {
     summary: "Compile the native library anew",
     load: async () => (await import("./build.ts")).buildCommand,

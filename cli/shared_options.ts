@@ -83,6 +83,10 @@ export const cacheOptions = {
     "Tokens that leave at once when the cache overflows (default by policy)",
     MAX_SLOTS,
   ),
+  "layer-budgets": choice(
+    ["constant", "pyramid", "inverse"],
+    "How the budget is spread over the layers, at the same total (default constant)",
+  ),
   positions: choice(
     ["cache", "text"],
     "Where keys are rotated: rank in the cache or place in the text (default cache)",

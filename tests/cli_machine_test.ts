@@ -249,6 +249,7 @@ describe("permissions", () => {
       ["perplexity", "--model", model, "--text", text, "--dump-cache", dump]
         .concat("--window", "16", "--windows", "1"),
       ["info"],
+      ["plan", "--memory", "1GiB"],
       ["list"],
       ["pull"],
       ["doctor"],

@@ -42,7 +42,7 @@ describe("help and usage", () => {
       ) {
         assertStringIncludes(stdout, `\n  ${name} `);
       }
-      for (const name of ["chat", "plan"]) {
+      for (const name of ["chat"]) {
         assert(!stdout.includes(`\n  ${name} `), name);
       }
     }
@@ -164,9 +164,42 @@ describe("models", () => {
     assertEquals(info.cache.bytesPerToken, 23040);
     assertEquals(info.cache.budgetBytes, 2_304_000);
     assertEquals(info.types.Q4_1.tensors, 210);
+    assertEquals([info.runs, info.window], [true, null]);
     const text = await ok(["info", "--model", model]);
     assertStringIncludes(text.stdout, "134.5 million");
     assertStringIncludes(text.stdout, "22.5 KiB a token");
+  });
+
+  it("info counts a sliding window once it is full", async () => {
+    const folder = new URL("golden/models/gemma2", import.meta.url).pathname;
+    const { stdout } = await ok(["info", folder, "--json", "--budget", "100"]);
+    const { window, windowLayers, cache, runs } = JSON.parse(stdout);
+    assertEquals([window, windowLayers, runs], [8, 2, true]);
+    // Of three layers two keep 7 tokens; 2 KV heads of 32 dimensions in f16.
+    assertEquals(cache.budgetBytes, (100 + 7 + 7) * 2 * 2 * 32 * 2);
+    assertEquals(cache.contextBytes, (64 + 7 + 7) * 2 * 2 * 32 * 2);
+  });
+
+  it("plan says what fits, and refuses what is no size", async () => {
+    const { stdout } = await ok(["plan", model, "--memory", "300MB", "--json"]);
+    const rows = stdout.trim().split("\n").map((line) => JSON.parse(line));
+    assertEquals(rows.map(({ batch }) => batch), [1, 2, 4, 8, 16, 32]);
+    for (const { budget, total, memory } of rows) {
+      assert(total <= memory && total > 0.99 * memory, `${budget}: ${total}`);
+    }
+    const { stdout: none } = await ok(
+      ["plan", model, "--memory", "120MB", "--budget", "8192", "--batch", "9"],
+    );
+    assertStringIncludes(none, "does not fit");
+    await expectErrors([
+      { args: ["plan"], code: 2, says: ["--memory"] },
+      { args: ["plan", "--memory", "8"], code: 2, says: ["such as 8GiB"] },
+      {
+        args: ["plan", model, "--memory", "1MB"],
+        code: 2,
+        says: ["The weights alone take 92.1 MiB"],
+      },
+    ]);
   });
 
   it("list and pull find what is here", async () => {
@@ -249,7 +282,7 @@ _wkv; printf '%s\\n' "\${COMPREPLY[@]}"`,
       return stdout.split("\n").filter((line) => line !== "");
     };
     assertEquals(await complete("wkv", "gen"), ["generate"]);
-    assertEquals(await complete("wkv", "p"), ["perplexity", "pull"]);
+    assertEquals(await complete("wkv", "p"), ["perplexity", "pull", "plan"]);
     assertEquals(await complete("wkv", "generate", "--bud"), ["--budget"]);
     assertEquals(await complete("wkv", "generate", "--device", "c"), [
       "cpu",

@@ -1,6 +1,6 @@
 /** compare(): continues one prompt under several policies in lock-step; called by users and by `wkv compare`. */
 
-import type { CacheOptions } from "../cache/cache.ts";
+import type { CacheOptions } from "../cache/layout.ts";
 import {
   type CacheReport,
   checkRoom,
