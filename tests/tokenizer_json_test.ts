@@ -805,6 +805,31 @@ describe("Tokenizer of a tokenizer.json", () => {
     assertEquals(llama.specialTokens, ["<unk>", "<s>", "</s>"]);
   });
 
+  it("leaves out last tokens that the model has no row for", async () => {
+    const file = compose(texts, cases.text["llama-first"]!);
+    const size = texts.tokens.length;
+    file.added_tokens.push(
+      { id: size, content: "<image>", special: true },
+      { id: size + 1, content: "<sound>", special: true },
+    );
+    const folder = await folderOf({ "tokenizer.json": file });
+    const text = "a<image>b<sound>";
+    for (const rows of [size, size + 1, size + 2]) {
+      using tokenizer = (await tokenizerFromFolder(folder, { rows }))!;
+      assertEquals(tokenizer.size, rows);
+      const ids = await tokenizer.encode(text, { special: true });
+      assert(ids.every((id) => id < rows));
+      assertEquals(ids.includes(size), rows > size);
+      assertEquals(ids.includes(size + 1), rows > size + 1);
+      assertEquals(tokenizer.decode(ids), text);
+    }
+    await assertRejects(
+      () => tokenizerFromFolder(folder, { rows: size - 1 }),
+      FormatError,
+      `Found ${size} tokens, expected 1 to ${size - 1}`,
+    );
+  });
+
   it("spells every byte", async () => {
     const ids = await llama3.encode("é");
     const spelled = ids.map((id) => spellBytes(llama3.piece(id))).join("");

@@ -58,8 +58,12 @@ export function readTokenizerJson(
   const splitting = readSplitting(file.object("pre_tokenizer"), {
     blanksGone: normalize?.("a b", "behind").includes(" ") === false,
   });
-  const added = file.objects("added_tokens").map(readAddedToken);
   const vocab = readVocab(model);
+  const added = withRows(
+    file.objects("added_tokens").map(readAddedToken),
+    vocab,
+    rows,
+  );
   const bpe = readBpe(file, { model, vocab, splitting, added, rows });
   const first = readPostProcessor(file.object("post_processor"), bpe);
   // Those of a second pass are looked for as the normalizer leaves them.
@@ -128,6 +132,28 @@ function readAddedToken(file: ConfigFile): JsonAddedToken {
     rightStrip: file.boolean("rstrip", false),
     normalized: file.boolean("normalized", !special),
   };
+}
+
+/**
+ * Added tokens but the last ones that the model has no row for, as where a
+ * family shares a file and only some models see images. They are text here.
+ */
+function withRows(
+  added: readonly JsonAddedToken[],
+  vocab: Vocab,
+  rows: number,
+): readonly JsonAddedToken[] {
+  const texts = new Set(vocab.entries.map(([text]) => text));
+  const own = added.filter(({ text }) => !texts.has(text))
+    .sort((a, b) => b.id - a.id);
+  let total = texts.size + own.length;
+  const left = new Set<JsonAddedToken>();
+  for (const token of own) {
+    if (total <= rows || token.id !== total - 1) break;
+    left.add(token);
+    total--;
+  }
+  return added.filter((token) => !left.has(token));
 }
 
 /** The vocabulary with the added tokens, checked. */
