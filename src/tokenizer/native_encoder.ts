@@ -1,9 +1,17 @@
-/** BPE in the native addon, which is given only what was checked; used by the tokenizers of GGUF files and of tokenizer.json. */
+/** BPE and Unigram in the native addon, which is given only what was checked; used by the tokenizers of GGUF files and of tokenizer.json. */
 
 import { type NativeTokenizer, openNative } from "./addon.ts";
 import { type Bpe, KIND } from "./bpe.ts";
 import type { Cut } from "./cuts.ts";
 import type { Encoder } from "./vocabulary_tokenizer.ts";
+
+/** What makes a vocabulary a Unigram model, by the score of a whole text. */
+export interface Unigram {
+  /** Scores of the first tokens; others are added ones. */
+  readonly scores: readonly number[];
+  /** Id of the token for characters without one. */
+  readonly unknown: number;
+}
 
 /** What the addon is told beside the vocabulary. */
 export interface NativeOptions {
@@ -17,12 +25,18 @@ export interface NativeOptions {
   readonly unknown?: string | null;
   /** Whether a run of such characters is one token. @default `false` */
   readonly fuseUnknown?: boolean;
+  /** The scores of a Unigram model; BPE without. */
+  readonly unigram?: Unigram;
   /** Where a text can be cut without a change to its tokens. */
   readonly cut: Cut;
   /** Whether splitting takes the square of a run's time. @default `false` */
   readonly slow?: boolean;
 }
 
+/** What the addon is told of a vocabulary itself. */
+export type NativeModel = Omit<NativeOptions, "cut" | "slow">;
+
+/** What a slow pattern would take minutes for. */
 const LONG_RUN = /\p{N}{4097}|\p{White_Space}{4097}/u;
 
 /** The addon as an encoder. */
@@ -88,8 +102,47 @@ export class NativeEncoder implements Encoder {
  */
 export function tokenizerJson(
   bpe: Bpe,
-  options: Omit<NativeOptions, "cut" | "slow">,
+  options: NativeModel,
 ): string {
+  const rest = JSON.stringify({
+    version: "1.0",
+    truncation: null,
+    padding: null,
+    added_tokens: [],
+    normalizer: null,
+    pre_tokenizer: options.preTokenizer,
+    post_processor: null,
+    decoder: null,
+  });
+  const model = options.unigram
+    ? unigramJson(bpe, options.unigram, options.byteFallback ?? false)
+    : bpeJson(bpe, options);
+  return `${rest.slice(0, -1)},"model":${model}}`;
+}
+
+function unigramJson(
+  bpe: Bpe,
+  { scores, unknown }: Unigram,
+  byteFallback: boolean,
+): string {
+  // Ids are places, so what text must not become keeps its own, under a name
+  // that no text can know.
+  const secret = crypto.randomUUID();
+  const text = (id: number): string => {
+    const kind = bpe.kinds[id];
+    const hidden = kind === KIND.control || kind === KIND.unknown ||
+      id === unknown;
+    return hidden ? `${secret} ${id}` : bpe.tokens[id]!;
+  };
+  return JSON.stringify({
+    type: "Unigram",
+    unk_id: unknown,
+    byte_fallback: byteFallback,
+    vocab: scores.map((score, id) => [text(id), score]),
+  });
+}
+
+function bpeJson(bpe: Bpe, options: NativeModel): string {
   const { unknown = null } = options;
   const merged = new Set<string>();
   for (const [left, right] of bpe.merges) {
@@ -113,18 +166,6 @@ export function tokenizerJson(
     ignore_merges: options.ignoreMerges,
     merges: bpe.merges,
   });
-  const rest = JSON.stringify({
-    version: "1.0",
-    truncation: null,
-    padding: null,
-    added_tokens: [],
-    normalizer: null,
-    pre_tokenizer: options.preTokenizer,
-    post_processor: null,
-    decoder: null,
-  });
   // Written by hand: an object would lose the token "__proto__".
-  return `${rest.slice(0, -1)},"model":${model.slice(0, -1)},"vocab":{${
-    vocab.join(",")
-  }}}}`;
+  return `${model.slice(0, -1)},"vocab":{${vocab.join(",")}}}`;
 }

@@ -6,9 +6,15 @@ import type { Place } from "./vocabulary_tokenizer.ts";
 /** Changes a piece of text. */
 export type Normalize = (text: string, place: Place) => string;
 
-/** The most steps, and the most characters that one puts in. */
+/** A step, with the most characters that it puts in for one. */
+interface Step {
+  apply: Normalize;
+  growth: number;
+}
+
+/** The most steps, and the most characters that all put in for one. */
 const MAX_STEPS = 8;
-const MAX_CONTENT = 8;
+const MAX_GROWTH = 8;
 
 /** The most UTF-16 units that a text may grow to. */
 const MAX_GROWN = 128 * 1024 * 1024;
@@ -20,17 +26,21 @@ const FORMS = ["NFC", "NFD", "NFKC", "NFKD"];
  *
  * @param file Its object; null when there is none.
  * @returns What it does; null when nothing.
- * @throws {FormatError} When a step is not known.
+ * @throws {FormatError} When a step is not known, or text would grow too much.
  */
 export function readNormalizer(file: ConfigFile | null): Normalize | null {
   const steps = file === null ? [] : readSteps(file);
   if (steps.length === 0) return null;
-  if (steps.length > MAX_STEPS) {
-    throw file!.error("normalizers", `at most ${MAX_STEPS} steps`);
+  const growth = steps.reduce((product, step) => product * step.growth, 1);
+  if (steps.length > MAX_STEPS || growth > MAX_GROWTH) {
+    throw file!.error(
+      "type",
+      `at most ${MAX_STEPS} steps, which put in at most ${MAX_GROWTH} characters for one`,
+    );
   }
   return (text, place) => {
-    for (const step of steps) {
-      text = step(text, place);
+    for (const { apply } of steps) {
+      text = apply(text, place);
       if (text.length > MAX_GROWN) {
         throw new RangeError(
           `Cannot encode: the text grows to ${text.length} characters, expected at most ${MAX_GROWN}`,
@@ -41,17 +51,19 @@ export function readNormalizer(file: ConfigFile | null): Normalize | null {
   };
 }
 
-function readSteps(file: ConfigFile): Normalize[] {
+function readSteps(file: ConfigFile): Step[] {
   const type = file.string("type");
   if (type === "Sequence") {
     return file.objects("normalizers").flatMap(readSteps);
   }
-  if (FORMS.includes(type)) return [(text) => text.normalize(type)];
+  if (FORMS.includes(type)) {
+    return [{ apply: (text) => text.normalize(type), growth: 1 }];
+  }
   if (type === "Prepend") {
-    const blank = content(file, "prepend");
-    return [
-      (text, place) => place === "behind" || text === "" ? text : blank + text,
-    ];
+    const put = file.string("prepend");
+    const apply: Normalize = (text, place) =>
+      place === "behind" || text === "" ? text : put + text;
+    return [{ apply, growth: Math.max(1, put.length) }];
   }
   if (type === "Replace") {
     const pattern = file.object("pattern");
@@ -59,8 +71,9 @@ function readSteps(file: ConfigFile): Normalize[] {
     if (from === "") {
       throw file.error("pattern", 'a text to look for, as {"String": " "}');
     }
-    const to = content(file, "content");
-    return [(text) => text.replaceAll(from, () => to)];
+    const to = file.string("content");
+    const growth = Math.max(1, to.length / from.length);
+    return [{ apply: (text) => text.replaceAll(from, () => to), growth }];
   }
   throw file.error(
     "type",
@@ -68,11 +81,4 @@ function readSteps(file: ConfigFile): Normalize[] {
       FORMS.join(", ")
     }, Prepend, Replace, Sequence`,
   );
-}
-
-/** A short text that is put in. */
-function content(file: ConfigFile, key: string): string {
-  const text = file.string(key);
-  if (text.length <= MAX_CONTENT) return text;
-  throw file.error(key, `at most ${MAX_CONTENT} characters`);
 }

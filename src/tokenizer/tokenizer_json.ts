@@ -6,7 +6,7 @@ import type { Json } from "../formats/json.ts";
 import { type AddedToken, AddedTokens } from "./added_tokens.ts";
 import { type Bpe, KIND, validateBpe } from "./bpe.ts";
 import { cutBetweenTokens } from "./cuts.ts";
-import type { NativeOptions } from "./native_encoder.ts";
+import type { NativeOptions, Unigram } from "./native_encoder.ts";
 import { readNormalizer } from "./normalizer.ts";
 import { BLANK, readSplitting, type Splitting } from "./splitting.ts";
 import {
@@ -58,13 +58,18 @@ export function readTokenizerJson(
   const splitting = readSplitting(file.object("pre_tokenizer"), {
     blanksGone: normalize?.("a b", "behind").includes(" ") === false,
   });
-  const added = file.objects("added_tokens").map(readAddedToken);
-  const bpe = readBpe(file, { model, splitting, added, rows });
+  const vocab = readVocab(model);
+  const added = withRows(
+    file.objects("added_tokens").map(readAddedToken),
+    vocab,
+    rows,
+  );
+  const bpe = readBpe(file, { model, vocab, splitting, added, rows });
   const first = readPostProcessor(file.object("post_processor"), bpe);
   // Those of a second pass are looked for as the normalizer leaves them.
   const later = added.filter(({ normalized }) => normalized).map((token) =>
     normalize ? { ...token, text: normalize(token.text, "inside") } : token
-  );
+  ).filter(({ text }) => text !== "");
   return {
     bpe,
     native: {
@@ -72,7 +77,9 @@ export function readTokenizerJson(
       ignoreMerges: model.boolean("ignore_merges", false),
       byteFallback: model.boolean("byte_fallback", false),
       fuseUnknown: model.boolean("fuse_unk", false),
-      unknown: readUnknown(model, bpe),
+      ...(vocab.unigram
+        ? { unigram: vocab.unigram }
+        : { unknown: readUnknown(model, bpe) }),
       slow: splitting.slow,
       cut: splitting.cut ?? cutBetweenTokens(() => mergedTokens(bpe)),
     },
@@ -97,7 +104,9 @@ function readModel(file: ConfigFile): ConfigFile {
   if (model === null) throw file.error("model", "an object");
   // The oldest files leave the type out.
   const type = model.string("type", model.has("merges") ? "BPE" : "unknown");
-  if (type !== "BPE") throw model.error("type", '"BPE"');
+  if (type !== "BPE" && type !== "Unigram") {
+    throw model.error("type", '"BPE" or "Unigram"');
+  }
   if (model.has("dropout")) {
     model.float("dropout", { min: 0, max: 0 });
   }
@@ -125,32 +134,48 @@ function readAddedToken(file: ConfigFile): JsonAddedToken {
   };
 }
 
+/**
+ * Added tokens but the last ones that the model has no row for, as where a
+ * family shares a file and only some models see images. They are text here.
+ */
+function withRows(
+  added: readonly JsonAddedToken[],
+  vocab: Vocab,
+  rows: number,
+): readonly JsonAddedToken[] {
+  const texts = new Set(vocab.entries.map(([text]) => text));
+  const own = added.filter(({ text }) => !texts.has(text))
+    .sort((a, b) => b.id - a.id);
+  let total = texts.size + own.length;
+  const left = new Set<JsonAddedToken>();
+  for (const token of own) {
+    if (total <= rows || token.id !== total - 1) break;
+    left.add(token);
+    total--;
+  }
+  return added.filter((token) => !left.has(token));
+}
+
 /** The vocabulary with the added tokens, checked. */
 function readBpe(
   file: ConfigFile,
-  { model, splitting, added, rows }: {
+  { model, vocab, splitting, added, rows }: {
     model: ConfigFile;
+    vocab: Vocab;
     splitting: Splitting;
     added: readonly JsonAddedToken[];
     rows: number;
   },
 ): Bpe {
-  const vocab = model.value("vocab");
-  if (!(vocab instanceof Map)) {
-    throw model.error("vocab", "an object of ids by token");
-  }
-  const merges = model.value("merges");
-  if (!Array.isArray(merges) || !merges.every(isMerge)) {
-    throw model.error("merges", 'a list of pairs as "a b" or ["a", "b"]');
-  }
   const byteFallback = model.boolean("byte_fallback", false);
   const addedByText = new Map(added.map((token) => [token.text, token]));
+  const placeByText = new Map(vocab.entries.map(([text], i) => [text, i]));
   const tokens: string[] = [];
   const ids: number[] = [];
   const types: number[] = [];
   const kindOf = ({ special }: JsonAddedToken): number =>
     special ? KIND.control : KIND.userDefined;
-  for (const [token, id] of vocab) {
+  for (const [token, id] of vocab.entries) {
     const same = addedByText.get(token);
     const plain = byteFallback && isByte(token) ? KIND.byte : KIND.normal;
     tokens.push(token);
@@ -158,7 +183,8 @@ function readBpe(
     types.push(same ? kindOf(same) : plain);
   }
   for (const token of added) {
-    if (vocab.get(token.text) === token.id) continue;
+    const same = vocab.entries[placeByText.get(token.text) ?? -1];
+    if (same?.[1] === token.id) continue;
     tokens.push(token.text);
     ids.push(token.id);
     types.push(kindOf(token));
@@ -175,9 +201,48 @@ function readBpe(
     tokens,
     ids,
     types,
-    merges,
+    merges: vocab.merges,
     rows,
   });
+}
+
+/** The vocabulary of a model, its tokens and ids not yet checked. */
+interface Vocab {
+  entries: [string, Json][];
+  /** Of BPE. */
+  merges: (string | string[])[];
+  /** Of Unigram. */
+  unigram?: Unigram;
+}
+
+function readVocab(model: ConfigFile): Vocab {
+  const vocab = model.value("vocab");
+  if (model.value("type") === "Unigram") {
+    if (!Array.isArray(vocab) || !vocab.every(isScored)) {
+      throw model.error("vocab", 'a list of scored tokens as ["a", -1.5]');
+    }
+    return {
+      entries: vocab.map(([text], id) => [text, id]),
+      merges: [],
+      unigram: {
+        scores: vocab.map(([, score]) => score),
+        unknown: model.integer("unk_id", { min: 0, max: vocab.length - 1 }),
+      },
+    };
+  }
+  if (!(vocab instanceof Map)) {
+    throw model.error("vocab", "an object of ids by token");
+  }
+  const merges = model.value("merges");
+  if (!Array.isArray(merges) || !merges.every(isMerge)) {
+    throw model.error("merges", 'a list of pairs as "a b" or ["a", "b"]');
+  }
+  return { entries: [...vocab], merges };
+}
+
+function isScored(value: Json): value is [string, number] {
+  return Array.isArray(value) && value.length === 2 &&
+    typeof value[0] === "string" && typeof value[1] === "number";
 }
 
 function isMerge(value: Json): value is string | string[] {
@@ -217,8 +282,9 @@ function readBytes(
   return (id, first) => textBytes(textOf(id), decoding, first);
 }
 
-/** Tokens that merges make, and those of single characters. */
+/** Tokens that merges make, and those of single characters; Unigram's all. */
 function* mergedTokens(bpe: Bpe): Generator<string> {
+  if (bpe.merges.length === 0) yield* bpe.tokens;
   for (const [left, right] of bpe.merges) yield left + right;
   for (const token of bpe.tokens) {
     if (/^.$/su.test(token)) yield token;

@@ -72,11 +72,11 @@ def train_text():
     )
 
 
-def train_scores():
-    """SentencePiece's BPE; the script checks nothing of it, llama.cpp does (vocabularies.mjs)."""
+def train_scores(kind, size):
+    """A vocabulary of SentencePiece: its BPE is for llama.cpp (vocabularies.mjs)."""
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training(TEXT), model_prefix=f"{folder}/m", model_type="bpe", vocab_size=1300,
+            sentence_iterator=training(TEXT), model_prefix=f"{folder}/m", model_type=kind, vocab_size=size,
             byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
             split_by_whitespace=False, split_digits=False, split_by_unicode_script=False, split_by_number=False,
             character_coverage=0.98, max_sentencepiece_length=12, user_defined_symbols=["<tool>"],
@@ -84,8 +84,8 @@ def train_scores():
         )
         model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/m.model")
     ids = range(model.get_piece_size())
-    kind = lambda id: 2 if model.is_unknown(id) else 3 if model.is_control(id) else 6 if model.is_byte(id) else 4 if id == 3 else 1
-    return {"tokens": [model.id_to_piece(id) for id in ids], "scores": [model.get_score(id) for id in ids], "types": [kind(id) for id in ids]}
+    type = lambda id: 2 if model.is_unknown(id) else 3 if model.is_control(id) else 6 if model.is_byte(id) else 4 if id == 3 else 1
+    return {"tokens": [model.id_to_piece(id) for id in ids], "scores": [round(model.get_score(id), 4) for id in ids], "types": [type(id) for id in ids]}
 
 
 def byte_level(regex=False, prefix=False):
@@ -158,6 +158,12 @@ UNDO = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"
 STRIP = {"type": "Sequence", "decoders": [*UNDO, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
 KEEP = {"type": "Sequence", "decoders": UNDO}
 
+# name: pre_tokenizer, normalizer, added tokens, decoder, flags of the model
+UNIGRAMS = {
+    "unigram": (metaspace("always", True), {"type": "NFKC"}, S, metaspace("always", True), {"byte_fallback": False}),
+    "unigram-bytes": (metaspace("first", False), None, S, STRIP, {"byte_fallback": True}),
+}
+
 # name: pre_tokenizer, normalizer, added tokens, decoder
 TEXTS = {
     "llama": (None, PREPEND, S, STRIP),
@@ -177,12 +183,16 @@ def compose(vocabulary, pre_tokenizer, normalizer, tokens, model, decoder):
     for token in tokens:
         listed.append({"id": ids.setdefault(token["content"], len(ids)), **token})
     in_model = {token: ids[token] for token in vocabulary["tokens"]}
+    if "scores" in vocabulary:
+        of_model = {"type": "Unigram", "unk_id": 0, **model, "vocab": [*zip(vocabulary["tokens"], vocabulary["scores"])]}
+    else:
+        of_model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                    **model, "vocab": in_model, "merges": vocabulary["merges"]}
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": sorted(listed, key=lambda token: token["id"]),
         "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  **model, "vocab": in_model, "merges": vocabulary["merges"]},
+        "model": of_model,
     }
 
 
@@ -253,7 +263,9 @@ if __name__ == "__main__":
     by_bytes, by_text = train_bytes(), train_text()
     write("bytes", by_bytes)
     write("text", by_text)
-    write("scores", train_scores())
+    write("scores", train_scores("bpe", 1300))
+    by_unigram = train_scores("unigram", 1000)
+    write("unigram", by_unigram)
     names = ["pre_tokenizer", "normalizer", "tokens"]
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     write("bytes_ids", golden(by_bytes, {
@@ -261,5 +273,8 @@ if __name__ == "__main__":
     }))
     write("text_ids", golden(by_text, {
         name: {**dict(zip(names, parts)), "model": TEXT_MODEL, "decoder": parts[3]} for name, parts in TEXTS.items()
+    }))
+    write("unigram_ids", golden(by_unigram, {
+        name: {**dict(zip(names, parts)), "decoder": parts[3], "model": parts[4]} for name, parts in UNIGRAMS.items()
     }))
     write("configs", configs(by_text))
