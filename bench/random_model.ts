@@ -206,5 +206,6 @@ function assemble(
     activations,
     loadMs,
     network,
+    chatTemplates: () => Promise.resolve(new Map()),
   });
 }

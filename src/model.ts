@@ -8,6 +8,7 @@ import { parseBudget } from "./cache/budget.ts";
 import { type CacheOptions, KvCache } from "./cache/cache.ts";
 import { MAX_SLOTS } from "./cache/policy.ts";
 import { findPolicy } from "./cache/registry.ts";
+import type { ChatTemplates } from "./chat/sources.ts";
 import { type Progress, resolveModel } from "./hub/models.ts";
 import type {
   Activations,
@@ -69,6 +70,8 @@ export class Model implements Disposable {
   readonly weightBytes: number;
   /** The weights with the pass over them; used by sessions. */
   readonly network: Network;
+  /** Reads its chat templates, by name; `createChat` takes them from here. */
+  readonly chatTemplates: () => Promise<ChatTemplates>;
   readonly #memory = new Map<number, Activations>();
 
   /**
@@ -86,6 +89,7 @@ export class Model implements Disposable {
       | "activations"
       | "loadMs"
       | "network"
+      | "chatTemplates"
     >,
   ) {
     this.name = parts.name;
@@ -96,6 +100,7 @@ export class Model implements Disposable {
     this.activations = parts.activations;
     this.loadMs = parts.loadMs;
     this.network = parts.network;
+    this.chatTemplates = parts.chatTemplates;
     this.weightBytes = parts.network.bytes;
   }
 
@@ -153,6 +158,7 @@ export class Model implements Disposable {
         backend,
         activations,
         network,
+        chatTemplates: file.chatTemplates,
         loadMs: performance.now() - start,
       });
     } catch (error) {

@@ -1,5 +1,10 @@
 /** A model on disk, whatever its format: a GGUF file, or a Hugging Face folder; opened by Model.load and `wkv info`. */
 
+import {
+  type ChatTemplates,
+  folderChatTemplates,
+  ggufChatTemplates,
+} from "../chat/sources.ts";
 import { ConfigFile } from "../formats/config.ts";
 import { FormatError, quote } from "../formats/error.ts";
 import { GgufFile } from "../formats/gguf.ts";
@@ -27,6 +32,8 @@ export interface ModelFile extends Disposable {
   readonly weights: WeightFile;
   /** Opens its tokenizer. */
   tokenizer(): Promise<Tokenizer>;
+  /** Reads its chat templates; the file may be closed by then. */
+  readonly chatTemplates: () => Promise<ChatTemplates>;
 }
 
 const known: Architecture[] = Object.values(architectures);
@@ -62,6 +69,7 @@ async function openGguf(path: string): Promise<ModelFile> {
       );
     }
     const config = found.gguf.config(file);
+    const templates = ggufChatTemplates(file);
     return {
       size: file.size,
       architecture: found,
@@ -69,6 +77,7 @@ async function openGguf(path: string): Promise<ModelFile> {
       tensors: file.tensors.values(),
       weights: ggufWeights(file),
       tokenizer: () => tokenizerFromGguf(file, { rows: config.vocabulary }),
+      chatTemplates: () => Promise.resolve(templates),
       [Symbol.dispose]: () => file.close(),
     };
   } catch (error) {
@@ -117,6 +126,7 @@ async function openFolder(folder: string, path: string): Promise<ModelFile> {
         `${folder}: The tokenizer of a Hugging Face folder is not read yet, give token ids instead of text`,
         config.endTokens,
       )),
+    chatTemplates: () => folderChatTemplates(folder),
     [Symbol.dispose]: () => file.close(),
   };
 }

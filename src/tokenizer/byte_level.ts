@@ -30,6 +30,7 @@ export class ByteLevelTokenizer implements Tokenizer {
   readonly bos: number | null;
   readonly eos: number | null;
   readonly endTokens: ReadonlySet<number>;
+  readonly specialTokens: readonly string[];
   readonly addBos: boolean;
 
   /** Null once closed. */
@@ -53,10 +54,12 @@ export class ByteLevelTokenizer implements Tokenizer {
     this.eos = special.eos;
     this.endTokens = special.endTokens;
     this.addBos = special.addBos;
-    const ofKinds = (...kinds: number[]): RegExp | null =>
-      anyOf(bpe.tokens.filter((_, id) => kinds.includes(bpe.kinds[id]!)));
-    this.#always = ofKinds(KIND.userDefined);
-    this.#special = ofKinds(KIND.userDefined, KIND.control, KIND.unknown);
+    const ofKinds = (...kinds: number[]): string[] =>
+      bpe.tokens.filter((_, id) => kinds.includes(bpe.kinds[id]!));
+    const always = ofKinds(KIND.userDefined);
+    this.specialTokens = ofKinds(KIND.control, KIND.unknown);
+    this.#always = anyOf(always);
+    this.#special = anyOf([...always, ...this.specialTokens]);
   }
 
   /**
@@ -77,7 +80,7 @@ export class ByteLevelTokenizer implements Tokenizer {
   }
 
   async encode(text: string, options: EncodeOptions = {}): Promise<number[]> {
-    const { special = false, signal } = options;
+    const { special = false, literal = [], signal } = options;
     if (typeof text !== "string") {
       throw new TypeError(
         `Cannot encode: text is ${typeof text}, expected a string`,
@@ -92,7 +95,7 @@ export class ByteLevelTokenizer implements Tokenizer {
     const { bpe } = this.#open();
     const ids: number[] = [];
     const pattern = special ? this.#special : this.#always;
-    for (const part of parts(text.toWellFormed(), pattern)) {
+    for (const part of parts(text.toWellFormed(), pattern, literal)) {
       if (part.token) ids.push(bpe.ids.get(part.text)!);
       else await this.#encodePlain(part.text, ids, signal);
     }
@@ -238,13 +241,18 @@ function anyOf(tokens: string[]): RegExp | null {
   return new RegExp(escaped.join("|"), "gu");
 }
 
-/** Text between the tokens that a pattern matches, and those tokens. */
+/** Text between the tokens that a pattern matches outside of literal stretches, and those tokens. */
 function* parts(
   text: string,
   pattern: RegExp | null,
+  literal: readonly (readonly [number, number])[],
 ): Generator<{ text: string; token: boolean }> {
   let start = 0;
+  let next = 0;
   for (const match of pattern ? text.matchAll(pattern) : []) {
+    while (next < literal.length && literal[next]![1] <= match.index) next++;
+    const from = literal[next]?.[0] ?? Infinity;
+    if (from < match.index + match[0].length) continue;
     if (match.index > start) {
       yield { text: text.slice(start, match.index), token: false };
     }

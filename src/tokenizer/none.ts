@@ -20,6 +20,7 @@ export function noTokenizer(
     bos: null,
     eos: endTokens[0] ?? null,
     endTokens: new Set(endTokens),
+    specialTokens: [],
     addBos: false,
     encode: () => Promise.reject(new RangeError(why)),
     piece: none,

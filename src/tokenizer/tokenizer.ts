@@ -9,6 +9,11 @@ export interface EncodeOptions {
    * @default {false}
    */
   special?: boolean;
+  /**
+   * Stretches of the text in which special tokens stay text all the same: begin
+   * and end in UTF-16 units, in order.
+   */
+  literal?: readonly (readonly [start: number, end: number])[];
   /** Stops the work between two pieces of a long text. */
   signal?: AbortSignal;
 }
@@ -23,6 +28,8 @@ export interface Tokenizer extends Disposable {
   readonly eos: number | null;
   /** Ids that end generation. */
   readonly endTokens: ReadonlySet<number>;
+  /** Texts that are tokens where `special` is asked for, and text elsewhere. */
+  readonly specialTokens: readonly string[];
   /** Whether the model file asks for `bos` first; `encode` never adds it. */
   readonly addBos: boolean;
   /**
