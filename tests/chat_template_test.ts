@@ -184,8 +184,8 @@ for (const [name, source] of Object.entries(all)) {
       const name of ["constructor", "__proto__", "toString", "prototype"]
     ) {
       for (const  of of["messages", "messages[0]", "''", "range", "loop"]) {
-        assertEquals(render(`[{{ ${of}.${name} }}]`), "[]");
-        assertEquals(render(`[{{ ${of}['${name}'] }}]`), "[]");
+        assertEquals(render(`[{{ ${base}.${name} }}]`), "[]");
+        assertEquals(render(`[{{ ${base}['${name}'] }}]`), "[]");
       }
     }
     for (const name of ["Deno", "globalThis", "process", "self", "import"]) {
