@@ -32,6 +32,15 @@ export {
   type TokenEvent,
 } from "./src/generate.ts";
 export {
+  Chat,
+  type ChatOptions,
+  type ChatResult,
+  createChat,
+  type SendOptions,
+} from "./src/chat.ts";
+export type { ChatMessage } from "./src/chat/template.ts";
+export type { ChatTemplates, TemplateSource } from "./src/chat/sources.ts";
+export {
   perplexity,
   type PerplexityOptions,
   type PerplexityRow,

@@ -220,5 +220,6 @@ function assemble(
     activations,
     loadMs,
     network,
+    chatTemplates: () => Promise.resolve(new Map()),
   });
 }

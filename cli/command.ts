@@ -1,5 +1,6 @@
 /** What a command is: each file of this folder that commands.ts names holds one. */
 
+import type { Interrupt } from "./interrupt.ts";
 import type { Options, Values } from "./option.ts";
 import type { Terminal } from "./terminal.ts";
 
@@ -13,6 +14,8 @@ export interface Run<O extends Options> {
   terminal: Terminal;
   /** Aborts at the first Ctrl-C. */
   signal: AbortSignal;
+  /** What Ctrl-C does, for a command that goes on after it. */
+  interrupt: Interrupt;
 }
 
 /** One command. */
@@ -28,7 +31,10 @@ export interface Command<O extends Options = Options> {
   /** Its options, `--help` excepted. */
   readonly options: O;
   /** The flags of `deno run` that it needs on this machine. */
-  readonly permissions: (values: Values<O>) => Promise<string[]>;
+  readonly permissions: (
+    values: Values<O>,
+    operands: readonly string[],
+  ) => Promise<string[]>;
   /**
    * Runs it.
    *

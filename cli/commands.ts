@@ -16,6 +16,10 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: "Continue a text with a cache of fixed size",
     load: async () => (await import("./generate.ts")).generateCommand,
   },
+  chat: {
+    summary: "Talk with a model through its chat template",
+    load: async () => (await import("./chat.ts")).chatCommand,
+  },
   perplexity: {
     summary: "Measure policies and budgets on a text",
     load: async () => (await import("./perplexity.ts")).perplexityCommand,

@@ -247,7 +247,7 @@ async function attempt(find: () => Promise<string>): Promise<Finding> {
 async function allPermissions(): Promise<Record<string, string[]>> {
   const all: Record<string, string[]> = {};
   for (const [name, { load }] of Object.entries(commands)) {
-    all[name] = await (await load()).permissions({});
+    all[name] = await (await load()).permissions({}, []);
   }
   return all;
 }

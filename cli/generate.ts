@@ -108,7 +108,9 @@ ${policyList()}`,
     }
     const result = next.value;
     if (json) {
-      await terminal.out.write(`${JSON.stringify(toJson(model, result))}\n`);
+      await terminal.out.write(
+        `${JSON.stringify(resultJson(model, result))}\n`,
+      );
     } else if (terminal.out.isTerminal && !result.text.endsWith("\n")) {
       await terminal.out.write("\n");
     }
@@ -117,7 +119,8 @@ ${policyList()}`,
   },
 });
 
-function toJson(model: Model, result: GenerateResult): unknown {
+/** A result as `--json` prints it. */
+export function resultJson(model: Model, result: GenerateResult): unknown {
   const { timings, cache, ...rest } = result;
   return {
     model: model.name,

@@ -32,6 +32,7 @@ export async function commandHelp(
   name: string,
   command: Command,
   values: Values<Options>,
+  operands: readonly string[],
 ): Promise<string> {
   const usage = ["wkv", name, command.operands, "[options]"]
     .filter((part) => part !== "").join(" ");
@@ -49,15 +50,16 @@ ${command.description}
 Options:
 ${columns(options)}
 Permissions on this machine:
-${await permissionLines(command, values)}`;
+${await permissionLines(command, values, operands)}`;
 }
 
 async function permissionLines(
   command: Command,
   values: Values<Options>,
+  operands: readonly string[],
 ): Promise<string> {
   try {
-    const flags = await command.permissions(values);
+    const flags = await command.permissions(values, operands);
     return flags.length === 0
       ? "  none\n"
       : flags.map((flag) => `  ${shellQuote(flag)}\n`).join("");

@@ -14,27 +14,30 @@ import { nearest, readArguments } from "./arguments.ts";
 import { commands } from "./commands.ts";
 import { errorMessage, exitCode, wantsStack } from "./errors.ts";
 import { commandHelp, mainHelp } from "./help.ts";
+import { Interrupt } from "./interrupt.ts";
 import { UsageError } from "./option.ts";
 import { ClosedOutput, processTerminal } from "./terminal.ts";
+
+export { Interrupt };
 
 /**
  * Runs one command line.
  *
  * @param args What stands behind `wkv`.
- * @param signal Aborts at the first Ctrl-C.
+ * @param interrupt What Ctrl-C does.
  * @returns The exit code: 0 done, 2 wrong options or files, 1 anything else
  * that fails, 130 interrupted.
  */
 export async function main(
   args: readonly string[],
-  signal: AbortSignal = new AbortController().signal,
+  interrupt: Interrupt = new Interrupt(),
 ): Promise<number> {
   const terminal = processTerminal();
   try {
-    return await dispatch(args, signal, terminal);
+    return await dispatch(args, interrupt, terminal);
   } catch (error) {
     if (error instanceof ClosedOutput) return 0;
-    const interrupted = signal.aborted;
+    const interrupted = interrupt.signal.aborted;
     await terminal.err.write(
       interrupted ? "wkv: Interrupted\n" : `wkv: ${errorMessage(error)}\n`,
     );
@@ -47,7 +50,7 @@ export async function main(
 
 async function dispatch(
   args: readonly string[],
-  signal: AbortSignal,
+  interrupt: Interrupt,
   terminal: ReturnType<typeof processTerminal>,
 ): Promise<number> {
   const [name, ...rest] = args[0] === "help" && args[1] !== undefined
@@ -80,8 +83,10 @@ async function dispatch(
   const before = end < 0 ? rest : rest.slice(0, end);
   if (before.includes("--help") || before.includes("-h")) {
     const given = before.filter((arg) => arg !== "--help" && arg !== "-h");
-    const { values } = readArguments(given, command.options);
-    await terminal.out.write(await commandHelp(name, command, values));
+    const { values, operands } = readArguments(given, command.options);
+    await terminal.out.write(
+      await commandHelp(name, command, values, operands),
+    );
     return 0;
   }
   checkPlatform(Deno.build.os);
@@ -94,7 +99,8 @@ async function dispatch(
       }`,
     );
   }
-  return await command.run({ values, operands, terminal, signal });
+  const { signal } = interrupt;
+  return await command.run({ values, operands, terminal, signal, interrupt });
 }
 
 /**
@@ -107,10 +113,7 @@ export function checkPlatform(os: string): void {
 }
 
 if (import.meta.main) {
-  const interrupt = new AbortController();
-  Deno.addSignalListener("SIGINT", () => {
-    if (interrupt.signal.aborted) Deno.exit(130);
-    interrupt.abort();
-  });
-  Deno.exit(await main(Deno.args, interrupt.signal));
+  const interrupt = new Interrupt();
+  Deno.addSignalListener("SIGINT", () => interrupt.press());
+  Deno.exit(await main(Deno.args, interrupt));
 }

@@ -23,6 +23,8 @@ export interface GenerateOptions extends SamplerOptions {
   stop?: readonly string[] | undefined;
   /** Goes on past the model's end token. @default `false` */
   ignoreEos?: boolean | undefined;
+  /** Ids that end the text beside the model's own. */
+  endTokens?: ReadonlySet<number> | undefined;
   /** Reads special tokens spelled in the prompt as such. @default `false` */
   special?: boolean | undefined;
   /** How a prompt beyond the budget is fed. @default `"exact"` */
@@ -142,6 +144,9 @@ export async function* generate(
   }
   chunkSize(prefill);
   const stops = new StopStrings(options.stop ?? []);
+  const ends = (token: number): boolean =>
+    model.tokenizer.endTokens.has(token) ||
+    (options.endTokens?.has(token) ?? false);
   if (!options.stopOnAbort) signal?.throwIfAborted();
   const ids = await promptTokens(model, prompt, options);
   const own = !(options.cache instanceof KvCache);
@@ -169,7 +174,7 @@ export async function* generate(
       for (;;) {
         lastTime = performance.now();
         if (tokens.length === 0) firstTime = lastTime;
-        if (!options.ignoreEos && model.tokenizer.endTokens.has(token)) {
+        if (!options.ignoreEos && ends(token)) {
           finishReason = "eos";
           break;
         }

@@ -9,6 +9,7 @@ import { KvCache } from "./cache/cache.ts";
 import { type CacheOptions, layerRows, rowBytes } from "./cache/layout.ts";
 import { MAX_SLOTS } from "./cache/policy.ts";
 import { findPolicy } from "./cache/registry.ts";
+import type { ChatTemplates } from "./chat/sources.ts";
 import { type Progress, resolveModel } from "./hub/models.ts";
 import type {
   Activations,
@@ -70,6 +71,8 @@ export class Model implements Disposable {
   readonly weightBytes: number;
   /** The weights with the pass over them; used by sessions. */
   readonly network: Network;
+  /** Reads its chat templates, by name; `createChat` takes them from here. */
+  readonly chatTemplates: () => Promise<ChatTemplates>;
   readonly #memory = new Map<number, Activations>();
 
   /**
@@ -87,6 +90,7 @@ export class Model implements Disposable {
       | "activations"
       | "loadMs"
       | "network"
+      | "chatTemplates"
     >,
   ) {
     this.name = parts.name;
@@ -97,6 +101,7 @@ export class Model implements Disposable {
     this.activations = parts.activations;
     this.loadMs = parts.loadMs;
     this.network = parts.network;
+    this.chatTemplates = parts.chatTemplates;
     this.weightBytes = parts.network.bytes;
   }
 
@@ -154,6 +159,7 @@ export class Model implements Disposable {
         backend,
         activations,
         network,
+        chatTemplates: file.chatTemplates,
         loadMs: performance.now() - start,
       });
     } catch (error) {

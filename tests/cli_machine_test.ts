@@ -221,7 +221,7 @@ describe("wkv doctor", () => {
     assertEquals(found.model, { ok: true, text: model });
     assertEquals(
       Object.keys(found.permissions).slice(0, 6),
-      ["generate", "perplexity", "eval", "compare", "verify", "bench"],
+      ["generate", "chat", "perplexity", "eval", "compare", "verify"],
     );
     const text = (await ok(["doctor"])).stdout;
     assertStringIncludes(text, found.library);
@@ -246,6 +246,7 @@ describe("permissions", () => {
     await Deno.writeTextFile(short, PROMPT);
     const runs: string[][] = [
       ["generate", "--model", model, "--max-tokens", "2", "-f", short],
+      ["chat", model, "--max-tokens", "2", "--system-file", short],
       ["perplexity", "--model", model, "--text", text, "--dump-cache", dump]
         .concat("--window", "16", "--windows", "1"),
       ["info"],
@@ -259,7 +260,9 @@ describe("permissions", () => {
     for (const args of runs) {
       const allowed = await flags(args);
       assert(!allowed.includes("--allow-all"));
-      await ok(args, { flags: allowed });
+      // A turn for the command that waits for one.
+      const stdin = args[0] === "chat" ? "Hello\n" : undefined;
+      await ok(args, { flags: allowed, stdin });
     }
     // So are those of the default model by its name.
     const named = ["generate", PROMPT, "--max-tokens", "2", "--device", "cpu"];

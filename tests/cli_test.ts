@@ -38,12 +38,10 @@ describe("help and usage", () => {
       best = Math.min(best, ms);
       assertEquals(stderr, "");
       for (
-        const name of ["generate", "perplexity", "eval", "compare", "verify"]
+        const name of ["generate", "chat", "perplexity", "eval", "compare"]
+          .concat("verify")
       ) {
         assertStringIncludes(stdout, `\n  ${name} `);
-      }
-      for (const name of ["chat"]) {
-        assert(!stdout.includes(`\n  ${name} `), name);
       }
     }
     assertLess(best, 300);
@@ -68,7 +66,19 @@ describe("wrong command lines", () => {
     await Deno.writeFile(binary, Uint8Array.of(0x61, 0x0a, 0xff, 0));
     await expectErrors([
       { args: ["genrate", "x"], code: 2, says: ["did you mean generate?"] },
-      { args: ["chat"], code: 2, says: ['Unknown command "chat"'] },
+      { args: ["chatt"], code: 2, says: ["did you mean chat?"] },
+      ...([
+        [["--system", "a", "--system-file", binary], "exclude each other"],
+        [["--system-file", "-"], "Standard input is the conversation"],
+        [["--chat-template", "/nowhere"], "/nowhere: There is no such file"],
+        [["--budget", "4"], "sinks + recent"],
+        [["a", "b"], "one model"],
+        [["/nowhere.gguf"], "/nowhere.gguf"],
+      ] as [string[], string][]).map(([args, says]) => ({
+        args: ["chat", ...args],
+        code: 2,
+        says: [says],
+      })),
       { args: ["__proto__"], code: 2, says: ["Unknown command"] },
       { args: ["--jsn"], code: 2, says: ["Unknown option"] },
       ...([

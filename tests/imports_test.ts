@@ -19,6 +19,7 @@ const layers: readonly (readonly string[])[] = [
   ["bench/"],
   ["mod.ts"],
   ["src/evaluate/"],
+  ["src/chat.ts"],
   ["src/generate.ts"],
   ["src/session.ts", "src/plan.ts"],
   ["src/model.ts"],
@@ -26,7 +27,7 @@ const layers: readonly (readonly string[])[] = [
   ["src/selftest/"],
   ["src/cache/"],
   ["src/backend/"],
-  ["src/tokenizer/", "src/hub/"],
+  ["src/tokenizer/", "src/chat/", "src/hub/"],
   ["src/formats/", "src/user_cache.ts", "src/stop_strings.ts"],
   ["deno.json"],
 ];
@@ -35,6 +36,7 @@ const layers: readonly (readonly string[])[] = [
 const leaves: Readonly<Record<string, readonly string[]>> = {
   "src/backend/": ["src/formats/ggml_types.ts", "src/user_cache.ts"],
   "src/tokenizer/": ["src/formats/"],
+  "src/chat/": ["src/formats/"],
   "src/hub/": ["src/user_cache.ts"],
 };
 

@@ -1,5 +1,10 @@
 /** A model on disk, whatever its format: a GGUF file, or a Hugging Face folder; opened by Model.load and `wkv info`. */
 
+import {
+  type ChatTemplates,
+  folderChatTemplates,
+  ggufChatTemplates,
+} from "../chat/sources.ts";
 import { ConfigFile } from "../formats/config.ts";
 import { FormatError, quote } from "../formats/error.ts";
 import { GgufFile } from "../formats/gguf.ts";
@@ -28,6 +33,8 @@ export interface ModelFile extends Disposable {
   readonly weights: WeightFile;
   /** Opens its tokenizer. */
   tokenizer(): Promise<Tokenizer>;
+  /** Reads its chat templates; the file may be closed by then. */
+  readonly chatTemplates: () => Promise<ChatTemplates>;
 }
 
 const known: Architecture[] = Object.values(architectures);
@@ -63,6 +70,7 @@ async function openGguf(path: string): Promise<ModelFile> {
       );
     }
     const config = found.gguf.config(file);
+    const templates = ggufChatTemplates(file);
     return {
       size: file.size,
       architecture: found,
@@ -70,6 +78,7 @@ async function openGguf(path: string): Promise<ModelFile> {
       tensors: file.tensors.values(),
       weights: ggufWeights(file),
       tokenizer: () => tokenizerFromGguf(file, { rows: config.vocabulary }),
+      chatTemplates: () => Promise.resolve(templates),
       [Symbol.dispose]: () => file.close(),
     };
   } catch (error) {
@@ -121,6 +130,7 @@ async function openFolder(folder: string, path: string): Promise<ModelFile> {
         `${folder}: This folder has no tokenizer.json, give token ids instead of text`,
         config.endTokens,
       ),
+    chatTemplates: () => folderChatTemplates(folder),
     [Symbol.dispose]: () => file.close(),
   };
 }
