@@ -85,16 +85,16 @@ ${policyList()}`,
   async run({ values, operands, terminal, signal, interrupt }) {
     const { json = false, quiet = false } = values;
     checkCache(values, values.policy);
+    if (values.system !== undefined && values["system-file"] !== undefined) {
+      throw new UsageError(
+        "The options --system and --system-file exclude each other: give one",
+      );
+    }
     const input = processInput();
     const [system, template] = await Promise.all([
       readText(values["system-file"], signal),
       readText(values["chat-template"], signal),
     ]);
-    if (system !== undefined && values.system !== undefined) {
-      throw new UsageError(
-        "The options --system and --system-file exclude each other: give one",
-      );
-    }
     const [name = values.model] = operands;
     using model = await load(
       name === undefined ? values : { ...values, model: name },

@@ -183,7 +183,7 @@ for (const [name, source] of Object.entries(all)) {
     for (
       const name of ["constructor", "__proto__", "toString", "prototype"]
     ) {
-      for (const  of of["messages", "messages[0]", "''", "range", "loop"]) {
+      for (const base of ["messages", "messages[0]", "''", "range", "loop"]) {
         assertEquals(render(`[{{ ${base}.${name} }}]`), "[]");
         assertEquals(render(`[{{ ${base}['${name}'] }}]`), "[]");
       }
