@@ -303,6 +303,53 @@ const capped: AttendCase[] = pairwise(
   steps: 3,
 }));
 
+/** Groups between those of models, many sequences, and the longest full cache. */
+const wide: AttendCase[] = ([
+  [9, 64, 8192, 1],
+  [12, 128, 8192, 1],
+  [16, 64, 8192, 1],
+  [10, 96, 257, 2],
+  [11, 80, 130, 1],
+  [12, 64, 513, 2],
+  [13, 64, 64, 1],
+  [14, 128, 63, 3],
+  [15, 64, 1000, 1],
+  [1, 128, 65, 64],
+  [4, 64, 130, 64],
+  [8, 128, 33, 64],
+] as const).flatMap(([group, headDim, budget, sequences], i) =>
+  ["weighted-kv", "weighted-kv-ward"].map((policy, p): AttendCase => ({
+    kernel: "attend",
+    policy,
+    budget,
+    ...protects(policy, budget),
+    cacheType: cacheTypes[(i + p) % 3]!,
+    positions: placements[i % 2]!,
+    sequences,
+    group,
+    kvHeads: 1 + i % 2,
+    headDim,
+    pairs: pairsOf(i),
+    kept: budget,
+    steps: 2,
+  }))
+).concat(placements.map((positions, i): AttendCase => ({
+  kernel: "attend",
+  policy: "full",
+  budget: 131072,
+  sinks: 0,
+  recent: 0,
+  cacheType: cacheTypes[1 + i]!,
+  positions,
+  sequences: 1,
+  group: 4,
+  kvHeads: 1,
+  headDim: 64,
+  pairs: pairsOf(i),
+  kept: 131070,
+  steps: 2,
+})));
+
 /** Capped scores and sliding windows; one that the budget exceeds is all that is kept. */
 const bent: PrefillCase[] = pairwise(
   {
@@ -384,6 +431,7 @@ export const cacheCases: CacheRow[] = [
   ...odd,
   ...forced,
   ...prefill,
+  ...wide,
   ...capped,
   ...bent,
   ...insert,

@@ -74,6 +74,7 @@ export function isLarge(row: KernelCase): boolean {
 /** Whether a row takes the CPU seconds, as some of a model's own sizes do. */
 export function isHuge(row: KernelCase): boolean {
   if ("outputs" in row) return row.outputs * row.columns > 2e7;
+  if ("budget" in row && row.budget > 1e5) return true;
   // No other row has this many KV heads.
   return row.kernel === "attend" && row.kvHeads >= 8 &&
     row.budget * row.headDim * row.kvHeads * row.sequences > 2e6;
