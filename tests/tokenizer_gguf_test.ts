@@ -190,7 +190,7 @@ describe("a SentencePiece vocabulary", () => {
       "tokenizer.ggml.add_bos_token": false,
     });
     assertEquals([named.bos, named.eos, named.addBos], [5, 6, false]);
-    assertEquals([...named.endTokens], [6, 2]);
+    assertEquals([...named.endTokens], [6]);
   });
 
   it("never makes a control token or a byte of text", async () => {

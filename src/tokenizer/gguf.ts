@@ -43,7 +43,6 @@ const END_TOKENS = [
   "<end_of_utterance>",
   "<EOT>",
   "<｜end▁of▁sentence｜>",
-  "</s>",
 ];
 
 /** Keys of the vocabulary. */

@@ -81,7 +81,7 @@ export function readTokenizerJson(
         ? { unigram: vocab.unigram }
         : { unknown: readUnknown(model, bpe) }),
       slow: splitting.slow,
-      cut: splitting.cut ?? cutBetweenTokens(() => mergedTokens(bpe)),
+      cut: splitting.cut ?? cutBetweenTokens(() => plainTokens(bpe)),
     },
     parts: {
       size: bpe.tokens.length,
@@ -282,13 +282,11 @@ function readBytes(
   return (id, first) => textBytes(textOf(id), decoding, first);
 }
 
-/** Tokens that merges make, and those of single characters; Unigram's all. */
-function* mergedTokens(bpe: Bpe): Generator<string> {
-  if (bpe.merges.length === 0) yield* bpe.tokens;
-  for (const [left, right] of bpe.merges) yield left + right;
-  for (const token of bpe.tokens) {
-    if (/^.$/su.test(token)) yield token;
-  }
+/** Tokens that text may become without being matched whole. */
+function plainTokens(bpe: Bpe): string[] {
+  return bpe.tokens.filter((_, id) =>
+    bpe.kinds[id] !== KIND.control && bpe.kinds[id] !== KIND.byte
+  );
 }
 
 /** The special token that a template puts first; every token named must be one. */
