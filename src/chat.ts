@@ -4,6 +4,7 @@ import { KvCache } from "./cache/cache.ts";
 import type { CacheOptions } from "./cache/layout.ts";
 import { Mask } from "./chat/mask.ts";
 import { type ChatMessage, ChatTemplate } from "./chat/template.ts";
+import { quote } from "./formats/error.ts";
 import {
   generate,
   type GenerateOptions,
@@ -99,6 +100,12 @@ export class Chat implements Disposable {
   /** Begins a conversation; see {@linkcode createChat}. */
   static async create(model: Model, options: ChatOptions = {}): Promise<Chat> {
     checkMessages(options.messages ?? []);
+    const { cache } = options;
+    if (cache instanceof KvCache && cache.stats().seen > 0) {
+      throw new RangeError(
+        `The chat's cache must be empty: it has seen ${cache.stats().seen} tokens`,
+      );
+    }
     const template = await findTemplate(model, options);
     const mask = new Mask(model.tokenizer.specialTokens);
     const endTokens = await endOfTurn(model, template);
@@ -130,6 +137,7 @@ export class Chat implements Disposable {
    * what the template makes of it anew where the cache has something else.
    *
    * @throws {TypeError} A message has no role or no content.
+   * @throws {RangeError} A role is no plain word.
    */
   setMessages(messages: readonly ChatMessage[]): void {
     this.#checkIdle();
@@ -368,6 +376,14 @@ function checkMessages(messages: readonly ChatMessage[]): void {
     if (typeof role !== "string" || typeof content !== "string") {
       throw new TypeError(
         `A message must have a role and a content, both texts: found ${typeof role} and ${typeof content}`,
+      );
+    }
+    // Templates write roles between special tokens.
+    if (!/^[\w-]{1,64}$/.test(role)) {
+      throw new RangeError(
+        `A role must be up to 64 letters, digits, - and _: found ${
+          quote(role)
+        }`,
       );
     }
   }

@@ -362,6 +362,18 @@ describe("a chat", () => {
       "found string and undefined",
     );
     await assertRejects(() => say(polite, 3 as never), TypeError);
+    await assertRejects(
+      () => open({ messages: [{ role: "x<|endoftext|>", content: "" }] }),
+      RangeError,
+      'found "x<|endoftext|>"',
+    );
+    using used = model.createCache(full);
+    for await (const _ of generate(model, "ab", { cache: used })) break;
+    await assertRejects(
+      () => open({ cache: used }),
+      RangeError,
+      "must be empty: it has seen 2 tokens",
+    );
   });
 });
 

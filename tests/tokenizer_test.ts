@@ -605,6 +605,28 @@ describe("Tokenizer.encode()", () => {
     assertEquals(tokenizer.specialTokens, CONTROL);
   });
 
+  it("takes special tokens as text in literal stretches", async () => {
+    const text = `a<|im_end|>b<|im_end|><|im_end|>${USER}`;
+    const plain = await tokenizer.encode("<|im_end|>");
+    const read = (...literal: [number, number][]) =>
+      tokenizer.encode(text, { special: true, literal });
+    const end = END + 1;
+    const user = END + CONTROL.length;
+    assertEquals(await read(), [97, end, 98, end, end, user]);
+    const first = [97, ...plain, 98, end, end, user];
+    assertEquals(await read([1, 11]), first);
+    // Any part of a token is enough; a stretch beside it is not.
+    assertEquals(await read([10, 11]), first);
+    assertEquals(await read([0, 1], [1, 2], [11, 12]), first);
+    assertEquals(await read([12, 22], [22, 32]), [
+      ...[97, end, 98],
+      ...await tokenizer.encode("<|im_end|><|im_end|>"),
+      user,
+    ]);
+    assertEquals(tokenizer.decode(await read([0, text.length])), text);
+    assertEquals(new Set(tokenizer.specialTokens), new Set(CONTROL));
+  });
+
   it("always takes user-defined tokens whole", async () => {
     const id = END + CONTROL.length;
     assertEquals(await tokenizer.encode(`a${USER}`), [97, id]);
