@@ -325,9 +325,9 @@ describe("a file that is refused", () => {
       kvHeads: 4,
       change: (tensors) => {
         const name = "blk.1.attn_output.weight";
-        tensors.set(name, { name, type: "Q6_K", shape: [256, 256] });
+        tensors.set(name, { name, type: "IQ4_XS", shape: [256, 256] });
       },
-    }, "Q6_K");
+    }, "IQ4_XS");
     assertStringIncludes(error.field, "blk.1.attn_output.weight");
     assertStringIncludes(error.message, "Q4_1");
   });
