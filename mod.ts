@@ -66,15 +66,21 @@ export {
 export { type Prefill, type SamplerOptions, Session } from "./src/session.ts";
 export {
   type CacheEvent,
-  type CacheOptions,
   type CacheRows,
-  type CacheShape,
   type CacheStats,
-  type CacheType,
   type KvCache,
-  type Positions,
 } from "./src/cache/cache.ts";
-export { budgetPresets, type BudgetSize } from "./src/cache/budget.ts";
+export type {
+  CacheOptions,
+  CacheShape,
+  CacheType,
+  Positions,
+} from "./src/cache/layout.ts";
+export {
+  budgetPresets,
+  type BudgetSize,
+  type LayerBudgets,
+} from "./src/cache/budget.ts";
 export {
   type Budget,
   type Merge,
@@ -85,16 +91,20 @@ export {
 export { findPolicy, policies, policyNames } from "./src/cache/registry.ts";
 export {
   DEFAULT_MODEL,
+  describeModel,
   type ListedModel,
   listModels,
+  type ModelDetails,
   type ModelOptions,
   type Progress,
   pullModel,
+  removeModel,
   resolveModel,
 } from "./src/hub/models.ts";
 export {
   type EncodeOptions,
   TextStream,
+  type TextStreamOptions,
   type Tokenizer,
 } from "./src/tokenizer/tokenizer.ts";
 export type {
@@ -102,6 +112,7 @@ export type {
   ModelConfig,
   Network,
   Pass,
+  SlidingWindow,
 } from "./src/models/architecture.ts";
 export type { Rope } from "./src/models/rope.ts";
 export type {
@@ -112,7 +123,7 @@ export type {
 } from "./src/backend/backend.ts";
 export type { FindOptions } from "./src/backend/library.ts";
 export type { KernelUse } from "./src/backend/build.ts";
-export type { Precision } from "./src/backend/ops.ts";
+export type { Activation, Precision } from "./src/backend/ops.ts";
 export type { Dtype, Tensor } from "./src/backend/tensor.ts";
 export { LibraryError, WkvError } from "./src/backend/error.ts";
 export { FormatError } from "./src/formats/error.ts";

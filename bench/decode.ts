@@ -8,7 +8,8 @@
  * selects, and merges where the policy does.
  */
 
-import type { CacheOptions, CacheStats, KvCache } from "../src/cache/cache.ts";
+import type { CacheStats, KvCache } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { choosesByStep } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import type { Model } from "../src/model.ts";

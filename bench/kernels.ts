@@ -20,7 +20,8 @@ import {
   sample,
 } from "../src/backend/ops.ts";
 import { isQuantised, Tensor } from "../src/backend/tensor.ts";
-import type { CacheType, KvCache, Positions } from "../src/cache/cache.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import type { CacheType, Positions } from "../src/cache/layout.ts";
 import type { ModelConfig } from "../src/models/architecture.ts";
 import {
   caseName,
@@ -604,7 +605,8 @@ async function* embedCases(bench: Bench): AsyncGenerator<Case> {
         fields: { dtype, batch },
         bytes: () => batch * (table.rowBytes + 4 * width),
         copies: rows,
-        record: (copy) => embed(backend, out, table, tokens[copy]!, batch),
+        record: (copy) =>
+          embed(backend, out, table, tokens[copy]!, { rows: batch }),
       };
     }
   }
@@ -623,7 +625,8 @@ async function* normCases(bench: Bench): AsyncGenerator<Case> {
       fields: { batch },
       bytes: () => bytes,
       copies: x.length,
-      record: (copy) => rmsnorm(bench.backend, x[copy]!, x[copy]!, norm, batch),
+      record: (copy) =>
+        rmsnorm(bench.backend, x[copy]!, x[copy]!, norm, { rows: batch }),
     };
   }
 }

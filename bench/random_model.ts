@@ -2,11 +2,13 @@
 
 import type { Backend } from "../src/backend/backend.ts";
 import type { Precision } from "../src/backend/ops.ts";
-import { type Dtype, Tensor } from "../src/backend/tensor.ts";
+import { blockColumns, type Dtype, Tensor } from "../src/backend/tensor.ts";
+import { GGML_TYPES } from "../src/formats/ggml_types.ts";
 import { Model } from "../src/model.ts";
 import type { ModelConfig, Network } from "../src/models/architecture.ts";
 import * as architectures from "../src/models/mod.ts";
 import type { Part, WeightSource } from "../src/models/weights.ts";
+import { halvesOf } from "../src/selftest/matrix.ts";
 import { noTokenizer } from "../src/tokenizer/none.ts";
 import { type ShapeName, shapeOf } from "./shapes.ts";
 
@@ -48,7 +50,8 @@ export class RandomRows {
   /** Fills a tensor. */
   fill(tensor: Tensor): void {
     const pool = this.#pool(tensor.dtype as WeightType);
-    const block = tensor.rowBytes / tensor.columns * 32;
+    const columns = Math.max(32, blockColumns(tensor.dtype));
+    const block = tensor.rowBytes / tensor.columns * columns;
     const most = Math.max(1, Math.floor(pool.length / 2 / tensor.rowBytes));
     for (let row = 0; row < tensor.rows; row += most) {
       const bytes = Math.min(most, tensor.rows - row) * tensor.rowBytes;
@@ -69,6 +72,21 @@ export class RandomRows {
   }
 }
 
+/** Of blocks of random bytes: the f16 scale that makes their deviation 1, and their minimum beside it that makes their mean 0. */
+const QUANTISED: Partial<Record<Dtype, [scale: number, least: number]>> = {
+  Q8_0: [1 / 74, 0],
+  Q4_0: [1 / 4.6, 0],
+  Q4_1: [1 / 4.6, -7.5],
+  Q5_0: [1 / 9.2, 0],
+  Q5_1: [1 / 9.2, -15.5],
+  Q2_K: [1 / 13.8, 1.5],
+  Q3_K: [1 / 42, 0],
+  Q4_K: [1 / 251, 7.5],
+  Q5_K: [1 / 515, 15.5],
+  Q6_K: [1 / 1370, 0],
+  IQ4_NL: [1 / 70, 0],
+};
+
 function makePool(
   dtype: WeightType,
   deviation: number,
@@ -87,12 +105,9 @@ function makePool(
       return repeated(new Uint8Array(halves.buffer));
     }
   }
-  // Blocks of 32 columns: f16 scale, with Q4_1 an f16 minimum, integers.
-  const [block, head, scale, least] = {
-    Q8_0: [34, 2, deviation / 74, 0],
-    Q4_0: [18, 2, deviation / 4.6, 0],
-    Q4_1: [20, 4, deviation / 4.6, -deviation * 7.5 / 4.6],
-  }[dtype] as [number, number, number, number];
+  const { bytes: block } = GGML_TYPES[dtype];
+  const [scaleAt, leastAt] = halvesOf[dtype]!;
+  const [scale, least] = QUANTISED[dtype]!;
   const bytes = new Uint8Array(block << 13);
   const words = new Uint32Array(normal.buffer);
   for (let i = 0; i < bytes.length; i++) {
@@ -100,8 +115,10 @@ function makePool(
   }
   const view = new DataView(bytes.buffer);
   for (let at = 0; at < bytes.length; at += block) {
-    view.setFloat16(at, scale, true);
-    if (head === 4) view.setFloat16(at + 2, least, true);
+    view.setFloat16(at + scaleAt, scale * deviation, true);
+    if (leastAt !== undefined) {
+      view.setFloat16(at + leastAt, least * scale * deviation, true);
+    }
   }
   return repeated(bytes);
 }
@@ -146,10 +163,6 @@ class RandomWeights implements WeightSource {
     return Promise.resolve(tensor);
   }
 
-  async vector(name: string, columns: number): Promise<Tensor> {
-    return Tensor.from(this.#backend, await this.floats(name, columns));
-  }
-
   floats(_name: string, columns: number): Promise<Float32Array<ArrayBuffer>> {
     this.bytes += 4 * columns;
     return Promise.resolve(
@@ -172,6 +185,7 @@ export async function randomModel(
     config,
     new RandomWeights(backend, dtype, [
       "rope_freqs.weight",
+      "rope_factors_long.weight",
       ...(tied ? ["output.weight"] : []),
     ]),
   );

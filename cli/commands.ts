@@ -48,9 +48,21 @@ export const commands: Readonly<Record<string, CommandEntry>> = {
     summary: "List the models that are here",
     load: async () => (await import("./list.ts")).listCommand,
   },
+  show: {
+    summary: "Show where a model's files are, and of which revision",
+    load: async () => (await import("./show.ts")).showCommand,
+  },
+  rm: {
+    summary: "Remove a model",
+    load: async () => (await import("./rm.ts")).rmCommand,
+  },
   info: {
     summary: "Show what a model file holds and what its cache takes",
     load: async () => (await import("./info.ts")).infoCommand,
+  },
+  plan: {
+    summary: "Say which budget or batch fits a memory size",
+    load: async () => (await import("./plan.ts")).planCommand,
   },
   build: {
     summary: "Compile the native library anew",

@@ -1,6 +1,6 @@
 /** `wkv compare`: continues one prompt under several policies, side by side. */
 
-import type { CacheOptions } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import {
@@ -134,7 +134,8 @@ ${policyList()}`,
 /** A cache for each policy and budget, `full` once. */
 function columnsOf(values: Values<typeof options>): CacheOptions[] {
   const { sinks, recent, interval, positions } = values;
-  const common = { sinks, recent, interval, positions };
+  const layerBudgets = values["layer-budgets"];
+  const common = { sinks, recent, interval, layerBudgets, positions };
   return (values.policy ?? DEFAULT_POLICIES).flatMap((name) => {
     const policy = findPolicy(name);
     chunkSize(values.prefill ?? "exact", policy);

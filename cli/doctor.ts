@@ -17,7 +17,12 @@ import { errorMessage } from "./errors.ts";
 import { shellQuote } from "./help.ts";
 import { runSelfTest } from "./doctor_kernels.ts";
 import { flag } from "./option.ts";
-import { buildGrants, pullGrants, runFlags } from "./permissions.ts";
+import {
+  buildGrants,
+  listGrants,
+  pullGrants,
+  runFlags,
+} from "./permissions.ts";
 import { loadOptions, modelOption, outputOptions } from "./shared_options.ts";
 
 /** What was found of one thing: it, or why there is none. */
@@ -42,7 +47,8 @@ export const doctorCommand = defineCommand({
     const { run = [] } = pullGrants();
     return await runFlags(model, {
       run: [...run, ...buildGrants(["cpu", "cuda"]).run!],
-      env: ["CXX", "NVCC"],
+      // Where other commands would look.
+      env: ["CXX", "NVCC", ...listGrants().env!],
     });
   },
   async run({ values, terminal, signal }) {

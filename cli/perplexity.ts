@@ -126,6 +126,7 @@ ${policyList()}`,
       sinks: values.sinks,
       recent: values.recent,
       interval: values.interval,
+      layerBudgets: values["layer-budgets"],
       positions: values.positions,
       cacheType: values["cache-type"],
       prefill: values.prefill,
@@ -215,6 +216,13 @@ async function dumpCache(
   }
 }
 
+/** The least and the most that layers keep, where they differ. */
+function layersOf({ layerSlots }: PerplexityRow): string {
+  return layerSlots === null
+    ? "-"
+    : `${Math.min(...layerSlots)}-${Math.max(...layerSlots)}`;
+}
+
 function table(rows: readonly PerplexityRow[]): string {
   const whole = (value: number | null): string => value?.toString() ?? "-";
   const fixed = (digits: number) => (value: number | null): string =>
@@ -224,6 +232,9 @@ function table(rows: readonly PerplexityRow[]): string {
     ["budget", ({ budget }) => whole(budget)],
     ["sinks", ({ sinks }) => whole(sinks)],
     ["recent", ({ recent }) => whole(recent)],
+    ...rows.some(({ layerSlots }) => layerSlots !== null)
+      ? [["layers", layersOf] as [string, (row: PerplexityRow) => string]]
+      : [],
     ["positions", ({ positions }) => positions],
     ["window", ({ window }) => whole(window)],
     ["targets", ({ targets }) => whole(targets)],

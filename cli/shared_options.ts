@@ -30,7 +30,7 @@ export const outputOptions = {
 export const modelOption = {
   model: text(
     "NAME",
-    `A name, a GGUF file or hf:org/repo[:file] (default ${DEFAULT_MODEL})`,
+    `A name, a GGUF file, a folder or hf:org/repo[:file] (default ${DEFAULT_MODEL})`,
     { short: "m", file: true, choices: [DEFAULT_MODEL] },
   ),
 };
@@ -82,6 +82,10 @@ export const cacheOptions = {
     1,
     "Tokens that leave at once when the cache overflows (default by policy)",
     MAX_SLOTS,
+  ),
+  "layer-budgets": choice(
+    ["constant", "pyramid", "inverse"],
+    "How the budget is spread over the layers, at the same total (default constant)",
   ),
   positions: choice(
     ["cache", "text"],

@@ -2,6 +2,7 @@
 #include "handles.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -18,6 +19,7 @@ std::mutex handles_mutex;
 std::vector<Place> places;
 std::vector<int32_t> free_places;
 int32_t live = 0;
+std::atomic<int64_t> held{0};
 std::string open_text;
 
 constexpr int32_t kPlaceBits = 20;
@@ -47,6 +49,8 @@ const char* name(Kind kind) {
   }
 }
 }  // namespace
+
+void count_bytes(int64_t change) { held += change; }
 
 int32_t add_handle(int32_t context, std::shared_ptr<Object> object) {
   std::lock_guard<std::mutex> lock(handles_mutex);
@@ -140,6 +144,13 @@ int32_t wkv_close(int32_t context, int32_t handle) {
     }
     gone.push_back(place->object);
     release(*place, handle);
+  });
+}
+
+int32_t wkv_memory(int32_t context, double* out, int32_t out_bytes) {
+  return entry_of<ContextBase>(context, [&](ContextBase&) {
+    require_buffer(out, out_bytes, 8, "out");
+    *out = static_cast<double>(held.load());
   });
 }
 

@@ -90,6 +90,18 @@ inline void require_buffer(const void* data, int64_t have, int64_t want, const c
   require(have == want, std::string(what) + " has " + std::to_string(have) + " bytes, expected " + std::to_string(want));
 }
 
+/** What wkv_qk_norm asks of its numbers and its weights' columns. */
+inline void check_qk_norm(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_columns, int32_t k_columns) {
+  require(heads >= 1 && heads <= 4096 && kv_heads >= 1 && kv_heads <= 4096 && head_dim >= 1 && head_dim <= 4096, "heads, kv_heads and head_dim must be between 1 and 4096: " + std::to_string(heads) + ", " + std::to_string(kv_heads) + ", " + std::to_string(head_dim));
+  require(q_columns == head_dim || q_columns == heads * head_dim, "q_weight has " + std::to_string(q_columns) + " columns, expected " + std::to_string(head_dim) + " or " + std::to_string(heads * head_dim));
+  require(k_columns == head_dim || k_columns == kv_heads * head_dim, "k_weight has " + std::to_string(k_columns) + " columns, expected " + std::to_string(head_dim) + " or " + std::to_string(kv_heads * head_dim));
+}
+
+inline void check_softcap(float softcap) { require(softcap >= 0.0f && softcap <= 3.0e38f, "softcap must be 0 or a number above it: " + std::to_string(softcap)); }
+
+/** Adds to what wkv_memory gives. */
+void count_bytes(int64_t change);
+
 /** Copies a text out, cut to out_bytes and ended by a zero. */
 void give_text(const std::string& text, char* out, int32_t out_bytes);
 

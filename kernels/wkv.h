@@ -16,7 +16,7 @@
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 2
+#define WKV_ABI_VERSION 3
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -36,7 +36,7 @@ enum wkv_status {
   WKV_INTERNAL = 6, /* a fault of the library */
 };
 
-/** Element types; a quantised row is a sequence of GGUF blocks of 32 columns. */
+/** Element types; a quantised row is a sequence of GGUF blocks, of 256 columns where the name ends in K, of 32 elsewhere (quants.h). */
 enum wkv_dtype {
   WKV_F32 = 0,
   WKV_F16 = 1,
@@ -45,6 +45,14 @@ enum wkv_dtype {
   WKV_Q8_0 = 4, /* 34 bytes a block: f16 scale, 32 int8 */
   WKV_Q4_0 = 5, /* 18 bytes a block: f16 scale, 32 4-bit values less 8 */
   WKV_Q4_1 = 6, /* 20 bytes a block: f16 scale, f16 minimum, 32 4-bit values */
+  WKV_Q5_0 = 7, /* 22 bytes a block */
+  WKV_Q5_1 = 8, /* 24 */
+  WKV_Q2_K = 9, /* 84 */
+  WKV_Q3_K = 10, /* 110 */
+  WKV_Q4_K = 11, /* 144 */
+  WKV_Q5_K = 12, /* 176 */
+  WKV_Q6_K = 13, /* 210 */
+  WKV_IQ4_NL = 14, /* 18 */
 };
 
 /** Which dimensions a rotation turns together. */
@@ -98,7 +106,11 @@ enum wkv_cache_field {
   WKV_CACHE_EVENT = 7,     /* float [4]: the last step's victim and right neighbour (places in the text, -1: none), both averages */
 };
 
-enum wkv_activation { WKV_SILU = 0 };
+/** What the gate of a feed-forward part goes through. */
+enum wkv_activation {
+  WKV_SILU = 0,      /* x / (1 + e^-x) */
+  WKV_GELU_TANH = 1, /* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
+};
 
 /** How a linear op holds its input: as it is, or rounded to 8 bits in blocks of 32 (quantised weights only). */
 enum wkv_precision { WKV_PRECISION_F32 = 0, WKV_PRECISION_INT8 = 1 };
@@ -126,12 +138,15 @@ WKV_API int32_t wkv_device(int32_t context, char* out, int32_t out_bytes);
 /** Closes a handle of any kind. Closing a context closes all that it opened. What a graph uses lives as long as the graph. */
 WKV_API int32_t wkv_close(int32_t context, int32_t handle);
 
+/** Bytes that all contexts of this process hold on the device: what was opened, and memory that ops share. */
+WKV_API int32_t wkv_memory(int32_t context, double* out /* [1] */, int32_t out_bytes);
+
 /** Bytes that a tensor, rotation or cache holds. */
 WKV_API int32_t wkv_bytes(int32_t context, int32_t handle, double* out /* [1] */, int32_t out_bytes);
 
 /* ---- tensors ---- */
 
-/** Opens a tensor of zeros. columns must be a multiple of 32 for a quantised dtype. */
+/** Opens a tensor of zeros. columns must be whole blocks of a quantised dtype. */
 WKV_API int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Copies rows [row, row + rows) in, in file order. data_bytes must be their exact size. A scale that is not finite is WKV_DATA. */
@@ -154,11 +169,18 @@ WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times
 
 /* ---- ops on activations ---- */
 
-/** op: out[i] = table[tokens[i]]. An id outside the table is WKV_DATA. */
-WKV_API int32_t wkv_embed(int32_t context, int32_t out /* [>= rows, C] */, int32_t table /* [vocabulary, C] */, int32_t tokens /* I32 [1, >= rows] */, int32_t rows);
+/** op: out[i] = scale * table[tokens[i]]. An id outside the table is WKV_DATA. */
+WKV_API int32_t wkv_embed(int32_t context, int32_t out /* [>= rows, C] */, int32_t table /* [vocabulary, C] */, int32_t tokens /* I32 [1, >= rows] */, int32_t rows, float scale);
 
-/** op: out[i] = x[i] / sqrt(mean(x[i]^2) + epsilon) * weight; out may be x. */
-WKV_API int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight /* [1, C] */, float epsilon);
+/** op: out[i] = x[i] / sqrt(mean(x[i]^2) + epsilon) * weight (+ what out held, when add is 1); out may be x. */
+WKV_API int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight /* [1, C] */, float epsilon, int32_t add);
+
+/** op: wkv_rmsnorm of queries and keys where they lie, before they are rotated. The weights tell what is normed: every head on its own
+ *  ([1, D]), or all query heads and all key heads together ([1, H * D] and [1, N * D]). */
+WKV_API int32_t wkv_qk_norm(int32_t context, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_weight, int32_t k_weight, float epsilon);
+
+/** op: x[i] = cap tanh(x[i] / cap) where it lies; cap above 0. */
+WKV_API int32_t wkv_softcap(int32_t context, int32_t x /* [>= rows, C] */, int32_t rows, float cap);
 
 /** op: out[i, out_column + j] = norm(x[x_row + i]) . w[j] + bias[j] (+ what out held, when add is 1), for rows i and all rows j of w.
  *  norm and bias are 0 or tensors [1, C]; norm is wkv_rmsnorm's. out must not be x unless norm, x and out are of one width and add is 1. */
@@ -188,8 +210,9 @@ WKV_API int32_t wkv_cache_read(int32_t context, int32_t cache, int32_t field, in
 /** op: one decode step of one layer for every sequence (the paper's Algorithm 1). The new token attends over cache and itself at
  *  rank `kept`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks
  *  `interval` victims, merges or drops them, and the new token takes a freed slot. k and v are rounded to the cache's type first.
+ *  softcap: 0, or the scores s = scale q . k become softcap tanh(s / softcap) before the softmax.
  *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice). */
-WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, int32_t victims);
+WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, float softcap, int32_t victims);
 
 /** op: steps 3 to 6 of wkv_attend with attention weights that the caller computed: kv[b] holds N keys, then N values. */
 WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_t kv /* [B, 2 N * D] */, int32_t weights /* [B, N * (M + 1)], rank order */, int32_t victims);
@@ -197,8 +220,9 @@ WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_
 /** op: `rows` tokens of one sequence at once: causal attention over cache and tokens, each column's sum of weights added to its score
  *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
  *  left. Refused for policies that keep a record of each step's weights, and to let tokens leave for those that choose by one
- *  step's weights (wkv_by_step, wkv_uses_now in policy.h). */
-WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale);
+ *  step's weights (wkv_by_step, wkv_uses_now in policy.h).
+ *  window: 0, or how many ranks a token looks back on, itself counted: those before weigh nothing. softcap is wkv_attend's. */
+WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale, float softcap, int32_t window);
 
 /* ---- from logits to tokens ---- */
 

@@ -1,13 +1,7 @@
 /** generate(): continues a text token by token through a bounded cache; called by users and by `wkv generate`. */
 
-import {
-  type CacheEvent,
-  type CacheOptions,
-  type CacheStats,
-  type CacheType,
-  KvCache,
-  type Positions,
-} from "./cache/cache.ts";
+import { type CacheEvent, type CacheStats, KvCache } from "./cache/cache.ts";
+import type { CacheOptions, CacheType, Positions } from "./cache/layout.ts";
 import type { Precision } from "./backend/ops.ts";
 import type { Model } from "./model.ts";
 import {
@@ -78,6 +72,8 @@ export interface CacheReport extends CacheStats {
   recent: number | null;
   /** Tokens that leave at once when the cache overflows; null for `full`. */
   interval: number | null;
+  /** Tokens kept in each layer where they differ; null where they do not. */
+  layerSlots: readonly number[] | null;
   /** KV heads of a layer, each with a cache of its own. */
   kvHeads: number;
   /** Where keys are rotated. */
@@ -166,7 +162,7 @@ export async function* generate(
     checkRoom(cache, ids.length);
     using session = new Session(model, cache);
     session.setSampler(options);
-    const stream = new TextStream(model.tokenizer);
+    const stream = new TextStream(model.tokenizer, { continues: true });
     const tokens: number[] = [];
     let text = "";
     let finishReason: FinishReason = "length";
@@ -244,6 +240,7 @@ export function report(
     sinks: cache.sinks,
     recent: cache.recent,
     interval: cache.budget === null ? null : cache.interval,
+    layerSlots: cache.uneven ? cache.layerSlots : null,
     kvHeads: model.config.kvHeads,
     positions: cache.positions,
     prefill,

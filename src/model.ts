@@ -5,7 +5,8 @@ import type { Precision } from "./backend/ops.ts";
 import { wkv_pairs } from "./backend/symbols.ts";
 import { Tensor } from "./backend/tensor.ts";
 import { parseBudget } from "./cache/budget.ts";
-import { type CacheOptions, KvCache } from "./cache/cache.ts";
+import { KvCache } from "./cache/cache.ts";
+import { type CacheOptions, layerRows, rowBytes } from "./cache/layout.ts";
 import { MAX_SLOTS } from "./cache/policy.ts";
 import { findPolicy } from "./cache/registry.ts";
 import type { ChatTemplates } from "./chat/sources.ts";
@@ -181,10 +182,9 @@ export class Model implements Disposable {
     const parsed = parseBudget(budget);
     if (parsed.kind !== "bytes") return this.#openCache(options);
     const most = parsed.bytes * sequences;
-    const { layers, kvHeads, headDim } = this.config;
-    const size = options.cacheType === "f32" ? 4 : 2;
-    let tokens = Math.floor(
-      parsed.bytes / (2 * layers * kvHeads * headDim * size),
+    let tokens = mostTokens(
+      this.config,
+      parsed.bytes / rowBytes(this.config, options.cacheType ?? "f16"),
     );
     // State comes on top, of a size that the policy knows.
     while (tokens >= 1) {
@@ -216,7 +216,7 @@ export class Model implements Disposable {
     return new KvCache(
       this.backend,
       this.config,
-      (positions, length) => this.#rope(positions, length),
+      (...of) => this.#rope(...of),
       options,
     );
   }
@@ -224,6 +224,7 @@ export class Model implements Disposable {
   /** Memory for passes of at most `rows` rows; shared, as passes never overlap. */
   memory(rows: number): Activations {
     const { width, hidden, heads, kvHeads, headDim } = this.config;
+    const { norms = "before" } = this.config;
     let memory = this.#memory.get(rows);
     if (memory === undefined) {
       const tensor = (columns: number) =>
@@ -233,6 +234,7 @@ export class Model implements Disposable {
         qkv: tensor((heads + 2 * kvHeads) * headDim),
         attended: tensor(heads * headDim),
         hidden: tensor(hidden),
+        ...norms === "before" ? {} : { branch: tensor(width) },
       };
       this.#memory.set(rows, memory);
     }
@@ -251,8 +253,9 @@ export class Model implements Disposable {
   }
 
   /** A rotation whose tables reach `positions`, for texts of `length` tokens. */
-  #rope(positions: number, length: number): number {
-    const { pairs, longer, ...rope } = this.config.rope;
+  #rope(positions: number, length: number, windowed: boolean): number {
+    const { rope: ropeOfAll, window } = this.config;
+    const { pairs, longer, ...rope } = windowed && window?.rope || ropeOfAll;
     const frequencies = longer !== undefined && length > longer.from
       ? longer.at(length)
       : rope.frequencies;
@@ -273,9 +276,22 @@ export class Model implements Disposable {
   }
 }
 
+/** The most tokens of which the layers of a cache hold at most `rows` rows. */
+function mostTokens(config: ModelConfig, rows: number): number {
+  let low = 0, high = MAX_SLOTS;
+  while (low < high) {
+    const middle = Math.ceil((low + high) / 2);
+    const held = layerRows(config, middle).reduce((a, b) => a + b);
+    if (held <= rows) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
 /**
  * Loads a model: a registry name, a path (of a GGUF file, of a folder with a
- * config.json and safetensors, or of one of these), or `hf:org/repo[:file]`. What is
+ * config.json and safetensors, or of one of these), or
+ * `hf:org/repo[@revision][:file or quant]`. What is
  * missing is pulled, and the native library built on first use.
  *
  * @example

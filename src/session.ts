@@ -148,7 +148,7 @@ export class Session implements Disposable {
    */
   passRows(chunk: number | null): number {
     if (this.cache.policy.prefill === "steps") return 1;
-    const room = this.cache.capacity - this.cache.stats().kept;
+    const room = this.cache.room();
     return room > 0 ? room : chunk ?? 1;
   }
 
@@ -312,7 +312,6 @@ export class Session implements Disposable {
     then: () => void,
   ): Promise<void> {
     const { model, cache } = this;
-    cache.checkPass(sequence, tokens.length);
     using ids = Tensor.from(model.backend, tokens);
     using graph = model.backend.record(() => {
       model.network.forward({

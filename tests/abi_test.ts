@@ -98,6 +98,7 @@ class Things implements Disposable {
   readonly kv = this.#tensor(0, 1, 32);
   readonly weights = this.#tensor(0, 1, 9);
   readonly victims = this.#tensor(3, 1, 1);
+  readonly norm = this.#tensor(0, 1, 16);
   readonly rope = open(
     "wkv_rope_open",
     this.context,
@@ -112,7 +113,7 @@ class Things implements Disposable {
 
   constructor() {
     raw("wkv_graph_begin", this.context);
-    raw("wkv_embed", this.context, this.x, this.w, this.ids, 4);
+    raw("wkv_embed", this.context, this.x, this.w, this.ids, 4, 1);
     this.graph = open("wkv_graph_end", this.context);
   }
 
@@ -133,6 +134,7 @@ class Things implements Disposable {
       wkv_error: [c, new Uint8Array(64), 64],
       wkv_device: [c, new Uint8Array(64), 64],
       wkv_close: [c, open("wkv_tensor_open", c, 0, 1, 1)],
+      wkv_memory: [c, new Float64Array(1), 8],
       wkv_bytes: [c, this.x, new Float64Array(1), 8],
       wkv_tensor_open: [c, 0, 2, 3, handle(), 4],
       wkv_tensor_write: [c, this.x, 1, 2, new Float32Array(128), 512],
@@ -140,8 +142,10 @@ class Things implements Disposable {
       wkv_graph_begin: [c],
       wkv_graph_end: [c, handle(), 4],
       wkv_graph_run: [c, this.graph, 1],
-      wkv_embed: [c, this.x, this.w, this.ids, 4],
-      wkv_rmsnorm: [c, this.y, this.x, 4, this.row, 1e-5],
+      wkv_embed: [c, this.x, this.w, this.ids, 4, 1],
+      wkv_rmsnorm: [c, this.y, this.x, 4, this.row, 1e-5, 0],
+      wkv_qk_norm: [c, this.row, 1, 2, 1, 16, this.norm, this.norm, 1e-5],
+      wkv_softcap: [c, this.x, 4, 30],
       wkv_linear: [
         ...[c, this.y, 0, this.x, 0, 4, this.row, 1e-5],
         ...[this.packed, this.row, 1, 1],
@@ -151,9 +155,9 @@ class Things implements Disposable {
       wkv_cache_open: [...this.cacheArguments, handle(), 4],
       wkv_cache_reset: [c, this.cache, -1],
       wkv_cache_read: [c, this.cache, 0, 0, 0, 0, new Int32Array(4), 16],
-      wkv_attend: [c, this.cache, 0, this.out, this.row, 0.25, 0],
+      wkv_attend: [c, this.cache, 0, this.out, this.row, 0.25, 0, 0],
       wkv_insert: [c, this.cache, 0, this.kv, this.weights, 0],
-      wkv_prefill: [c, this.cache, 0, 0, this.out, this.row, 1, 0.25],
+      wkv_prefill: [c, this.cache, 0, 0, this.out, this.row, 1, 0.25, 0, 0],
       wkv_sample: [c, this.ids, this.x, this.settings, this.rng],
       wkv_log_prob: [c, this.row, this.x, this.ids, 4],
       wkv_divergence: [c, this.pairs, this.x, this.y, 4],
@@ -307,6 +311,8 @@ describe("a function", () => {
       wkv_graph_run: { 1: true },
       wkv_embed: { 1: true, 2: true, 3: true },
       wkv_rmsnorm: { 1: true, 2: true, 4: true },
+      wkv_qk_norm: { 1: true, 6: true, 7: true },
+      wkv_softcap: { 1: true },
       wkv_linear: {
         1: true,
         3: true,
@@ -318,7 +324,7 @@ describe("a function", () => {
       wkv_cache_open: { 1: true },
       wkv_cache_reset: { 1: true },
       wkv_cache_read: { 1: true },
-      wkv_attend: { 1: true, 3: true, 4: true, 6: "optional" },
+      wkv_attend: { 1: true, 3: true, 4: true, 7: "optional" },
       wkv_insert: { 1: true, 3: true, 4: true, 5: "optional" },
       wkv_prefill: { 1: true, 4: true, 5: true },
       wkv_sample: { 1: true, 2: true, 3: true, 4: true },
@@ -398,7 +404,7 @@ describe("a function", () => {
     using things = new Things();
     // Function, argument place, wrong values, what the text must hold.
     const wrong: [Name, number, number[], RegExp][] = [
-      ["wkv_tensor_open", 1, [-1, 7, HUGE, LOWEST], /dtype/],
+      ["wkv_tensor_open", 1, [-1, 15, HUGE, LOWEST], /dtype/],
       ["wkv_tensor_open", 2, [0, -1, LOWEST], /rows/],
       ["wkv_tensor_open", 3, [0, -1, LOWEST], /columns/],
       ["wkv_tensor_write", 2, [-1, 3, HUGE, LOWEST], /rows/],
@@ -408,13 +414,20 @@ describe("a function", () => {
       ["wkv_graph_run", 2, [-1, LOWEST], /times/],
       ["wkv_embed", 4, [-1, 5, HUGE, LOWEST], /rows|columns/],
       ["wkv_rmsnorm", 3, [-1, 5, HUGE, LOWEST], /rows/],
+      ["wkv_rmsnorm", 6, [-1, 2, HUGE, LOWEST], /add/],
+      ["wkv_qk_norm", 2, [-1, 2, HUGE, LOWEST], /rows/],
+      ["wkv_qk_norm", 3, [0, -1, 3, HUGE, LOWEST], /heads|columns/],
+      ["wkv_qk_norm", 4, [0, -1, 2, HUGE, LOWEST], /heads|columns/],
+      ["wkv_qk_norm", 5, [0, -1, 8, HUGE, LOWEST], /head_dim|columns/],
+      ["wkv_softcap", 2, [-1, 5, HUGE, LOWEST], /rows/],
+      ["wkv_softcap", 3, [0, -1, NaN, Infinity], /cap/],
       ["wkv_linear", 2, [-1, 1, HUGE, LOWEST], /column/],
       ["wkv_linear", 4, [-1, 1, HUGE, LOWEST], /row/],
       ["wkv_linear", 5, [0, -1, 5, HUGE, LOWEST], /row/],
       ["wkv_linear", 10, [-1, 2, HUGE, LOWEST], /add/],
       ["wkv_linear", 11, [-1, 2, HUGE, LOWEST], /precision/],
       ["wkv_gated", 3, [0, -1, 5, HUGE, LOWEST], /rows/],
-      ["wkv_gated", 8, [-1, 1, HUGE, LOWEST], /activation/],
+      ["wkv_gated", 8, [-1, 2, HUGE, LOWEST], /activation/],
       ["wkv_gated", 9, [-1, 2, HUGE, LOWEST], /precision/],
       ["wkv_rope_open", 1, [-1, 0, 1, 14, 513, HUGE, LOWEST], /head_dim/],
       ["wkv_rope_open", 2, [-1, 2, HUGE, LOWEST], /pairs/],
@@ -438,10 +451,13 @@ describe("a function", () => {
       ["wkv_cache_read", 4, [-1, 1, HUGE, LOWEST], /sequence/],
       ["wkv_cache_read", 5, [-1, 1, HUGE, LOWEST], /head/],
       ["wkv_attend", 2, [-1, 1, HUGE, LOWEST], /layer/],
+      ["wkv_attend", 6, [-1, NaN, Infinity], /softcap/],
       ["wkv_insert", 2, [-1, 1, HUGE, LOWEST], /layer/],
       ["wkv_prefill", 2, [-1, 1, HUGE, LOWEST], /layer/],
       ["wkv_prefill", 3, [-1, 1, HUGE, LOWEST], /sequence/],
       ["wkv_prefill", 6, [0, -1, 2, HUGE, LOWEST], /rows/],
+      ["wkv_prefill", 8, [-1, NaN, Infinity], /softcap/],
+      ["wkv_prefill", 9, [-1, LOWEST], /window/],
       ["wkv_log_prob", 4, [0, -1, 5, HUGE, LOWEST], /rows/],
       ["wkv_divergence", 4, [0, -1, 5, HUGE, LOWEST], /rows/],
     ];
@@ -495,6 +511,10 @@ describe("a function", () => {
       ["wkv_rmsnorm", 1, [odd, flat, half, whole]],
       ["wkv_rmsnorm", 2, [odd, flat, half, whole]],
       ["wkv_rmsnorm", 4, [odd, half, whole]],
+      ["wkv_qk_norm", 1, [odd, half, whole]],
+      ["wkv_qk_norm", 6, [odd, half, whole]],
+      ["wkv_qk_norm", 7, [odd, half, whole]],
+      ["wkv_softcap", 1, [half, whole]],
       ["wkv_linear", 1, [odd, flat, half, whole]],
       ["wkv_linear", 3, [odd, flat, half, whole]],
       ["wkv_linear", 6, [odd, half, whole]],
@@ -507,7 +527,7 @@ describe("a function", () => {
       ["wkv_gated", 7, [odd, whole, flat]],
       ["wkv_attend", 3, [things.row, whole, half]],
       ["wkv_attend", 4, [things.out, whole, half]],
-      ["wkv_attend", 6, [things.row, things.ids]],
+      ["wkv_attend", 7, [things.row, things.ids]],
       ["wkv_insert", 3, [things.row, whole, half]],
       ["wkv_insert", 4, [things.row, things.victims]],
       ["wkv_insert", 5, [things.row, things.ids]],
@@ -773,7 +793,7 @@ using backend = await Backend.open({ library, threads: 1 });
 using table = Tensor.from(backend, Float32Array.of(1, 2, 3, 4), 2);
 using ids = Tensor.from(backend, Int32Array.of(1));
 using out = new Tensor(backend, "F32", 1, 2);
-using graph = backend.record(() => embed(backend, out, table, ids, 1));
+using graph = backend.record(() => embed(backend, out, table, ids, { rows: 1 }));
 await graph.run();
 console.log(out.floats().join());
 try {

@@ -1,15 +1,19 @@
-/** Tests of budgets in other words than tokens: shares, bytes, presets. */
+/** Tests of budgets in other words than tokens (shares, bytes, presets), and of budgets spread over the layers. */
 
 import {
+  assert,
   assertEquals,
   assertGreater,
   assertLessOrEqual,
   assertThrows,
 } from "@std/assert";
 import { generate, perplexity, policies } from "../mod.ts";
-import { parseBudget } from "../src/cache/budget.ts";
+import { Tensor } from "../src/backend/tensor.ts";
+import { layerBudgets, parseBudget } from "../src/cache/budget.ts";
+import { openCache } from "../src/selftest/layer.ts";
+import { Random } from "../src/selftest/numbers.ts";
 import { loadTiny } from "./tiny_model.ts";
-import { describe, it } from "./device.ts";
+import { describe, it, openBackend } from "./device.ts";
 
 describe("parseBudget()", () => {
   it("reads tokens, shares, bytes and presets", () => {
@@ -98,5 +102,92 @@ describe("a cache's budget", () => {
     assertEquals([budget, sinks, recent], [256, 4, 124]);
     using large = model.createCache({ budget: "paper-1024" });
     assertEquals([large.sinks, large.recent], [4, 508]);
+  });
+});
+
+describe("layerBudgets()", () => {
+  it("are PyramidKV's line, its inverse, or the same, at one total", () => {
+    // From 2 m - m / 20 down to m / 20.
+    assertEquals(layerBudgets("pyramid", 100, 5), [195, 148, 100, 52, 5]);
+    assertEquals(layerBudgets("inverse", 100, 5), [5, 52, 100, 148, 195]);
+    assertEquals(layerBudgets("constant", 100, 3), [100, 100, 100]);
+    assertEquals(layerBudgets("pyramid", 100, 1), [100]);
+    for (const kind of ["pyramid", "inverse"] as const) {
+      for (const m of [1, 2, 3, 7, 20, 256, 1023]) {
+        for (const layers of [1, 2, 3, 30, 126]) {
+          const all = layerBudgets(kind, m, layers);
+          assertEquals(all.reduce((a, b) => a + b), m * layers);
+          assert(all.every((budget) => budget >= 1), `${all}`);
+        }
+      }
+    }
+    assertThrows(
+      () => layerBudgets("funnel" as "pyramid", 10, 2),
+      RangeError,
+      "must be constant, pyramid or inverse",
+    );
+  });
+
+  it("give each layer the cache that it would have alone", async () => {
+    using backend = await openBackend();
+    const random = new Random(3);
+    const layer = { heads: 4, kvHeads: 2, headDim: 16 };
+    const few = { sinks: 0, recent: 1 };
+    using all = openCache(backend, { ...layer, layers: 3 }, {
+      ...few,
+      budget: 20,
+      layerBudgets: "inverse",
+    });
+    assertEquals(all.layerSlots, [1, 20, 39]);
+    const alone = all.layerSlots.map((budget) =>
+      openCache(backend, layer, { ...few, budget })
+    );
+    using out = new Tensor(backend, "F32", 1, 64);
+    for (let step = 0; step < 60; step++) {
+      assertEquals(all.room(), Math.max(0, 1 - step));
+      using qkv = Tensor.from(backend, random.qkv(layer, 1));
+      alone.forEach((one, i) => {
+        one.attend(0, out, qkv);
+        const right = out.floats();
+        all.attend(i, out, qkv);
+        assertEquals(out.floats(), right);
+      });
+    }
+    alone.forEach((one, i) => {
+      for (const head of [0, 1]) {
+        assertEquals(all.rows(i, head), one.rows(0, head));
+        assertEquals(all.slots(i, head), one.slots(0, head));
+        assertEquals(all.values(i, head), one.values(0, head));
+      }
+      assertEquals(all.stats(0, i), one.stats());
+      one.close();
+    });
+    // What stands for all is the layer that keeps the mean.
+    assertEquals(all.stats().kept, 20);
+    assertEquals(all.events().map(({ layer }) => layer), [0, 0, 1, 1, 2, 2]);
+    all.reset();
+    assertEquals([0, 1, 2].map((i) => all.stats(0, i).seen), [0, 0, 0]);
+  });
+
+  it("run through a model, and say which layer has no room", async () => {
+    using model = await loadTiny({ layers: 3 });
+    const ids = Array.from({ length: 60 }, (_, i) => i * 7 % 256);
+    const rows = await Array.fromAsync(perplexity(model, ids, {
+      window: 48,
+      policies: ["weighted-kv"],
+      budgets: [16],
+      sinks: 0,
+      recent: 1,
+      layerBudgets: "pyramid",
+      divergence: true,
+    }));
+    assertEquals(rows[0]!.layerSlots, [31, 16, 1]);
+    assert(rows[0]!.kl! > 0);
+    assertThrows(
+      () =>
+        model.createCache({ budget: 16, recent: 8, layerBudgets: "pyramid" }),
+      RangeError,
+      "Layer 2 of 3: The budget must be at least sinks + recent: 1 is less than",
+    );
   });
 });

@@ -11,7 +11,8 @@ import {
 import { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { choosesByStep } from "../src/cache/policy.ts";
 import { findPolicy, policyNames } from "../src/cache/registry.ts";
 import {

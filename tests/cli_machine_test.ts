@@ -250,7 +250,9 @@ describe("permissions", () => {
       ["perplexity", "--model", model, "--text", text, "--dump-cache", dump]
         .concat("--window", "16", "--windows", "1"),
       ["info"],
+      ["plan", "--memory", "1GiB"],
       ["list"],
+      ["show"],
       ["pull"],
       ["doctor"],
       ["completions", "bash"],

@@ -435,7 +435,7 @@ describe("help", () => {
   it("names every option of every command, and permissions", async () => {
     for (const [name, { load }] of Object.entries(commands)) {
       const command: Command = await load();
-      const help = await commandHelp(name, command, {});
+      const help = await commandHelp(name, command, {}, []);
       for (
         const [option, { summary, short }] of Object.entries(command.options)
       ) {

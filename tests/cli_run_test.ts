@@ -94,6 +94,7 @@ describe("wkv generate", () => {
       sinks: 4,
       recent: 4,
       interval: 1,
+      layerSlots: null,
       kvHeads: 3,
       positions: "cache",
       prefill: "exact",
@@ -349,7 +350,7 @@ describe("wkv perplexity", () => {
     ]);
     for (const row of rows) {
       assertEquals(Object.keys(row), [
-        ...["policy", "budget", "sinks", "recent", "interval"],
+        ...["policy", "budget", "sinks", "recent", "interval", "layerSlots"],
         ...["kvHeads", "positions", "prefill"],
         ...["activations", "cacheType", "window", "stride", "windows"],
         ...["targets", "nll", "perplexity", "stderr"],

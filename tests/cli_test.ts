@@ -43,7 +43,6 @@ describe("help and usage", () => {
       ) {
         assertStringIncludes(stdout, `\n  ${name} `);
       }
-      assert(!stdout.includes("\n  plan "));
     }
     assertLess(best, 300);
   });
@@ -175,9 +174,65 @@ describe("models", () => {
     assertEquals(info.cache.bytesPerToken, 23040);
     assertEquals(info.cache.budgetBytes, 2_304_000);
     assertEquals(info.types.Q4_1.tensors, 210);
+    assertEquals([info.runs, info.window], [true, null]);
     const text = await ok(["info", "--model", model]);
     assertStringIncludes(text.stdout, "134.5 million");
     assertStringIncludes(text.stdout, "22.5 KiB a token");
+  });
+
+  it("info counts a sliding window once it is full", async () => {
+    const folder = new URL("golden/models/gemma2", import.meta.url).pathname;
+    const { stdout } = await ok(["info", folder, "--json", "--budget", "100"]);
+    const { window, windowLayers, cache, runs } = JSON.parse(stdout);
+    assertEquals([window, windowLayers, runs], [8, 2, true]);
+    // Of three layers two keep 7 tokens; 2 KV heads of 32 dimensions in f16.
+    assertEquals(cache.budgetBytes, (100 + 7 + 7) * 2 * 2 * 32 * 2);
+    assertEquals(cache.contextBytes, (64 + 7 + 7) * 2 * 2 * 32 * 2);
+  });
+
+  it("plan says what fits, and refuses what is no size", async () => {
+    const { stdout } = await ok(["plan", model, "--memory", "300MB", "--json"]);
+    const rows = stdout.trim().split("\n").map((line) => JSON.parse(line));
+    assertEquals(rows.map(({ batch }) => batch), [1, 2, 4, 8, 16, 32]);
+    for (const { budget, total, memory } of rows) {
+      assert(total <= memory && total > 0.99 * memory, `${budget}: ${total}`);
+    }
+    const { stdout: none } = await ok(
+      ["plan", model, "--memory", "120MB", "--budget", "8192", "--batch", "9"],
+    );
+    assertStringIncludes(none, "does not fit");
+    await expectErrors([
+      { args: ["plan"], code: 2, says: ["--memory"] },
+      { args: ["plan", "--memory", "8"], code: 2, says: ["such as 8GiB"] },
+      {
+        args: ["plan", model, "--memory", "1MB"],
+        code: 2,
+        says: ["The weights alone take 92.1 MiB"],
+      },
+    ]);
+  });
+
+  it("show and rm say what is here, and take it away when told to", async () => {
+    const cache = `${temporary}/cache`;
+    const file = `${cache}/weightedkv/models/mine.gguf`;
+    await Deno.mkdir(`${cache}/weightedkv/models`, { recursive: true });
+    await Deno.writeTextFile(file, "mine");
+    const env = { XDG_CACHE_HOME: cache };
+    const { stdout } = await ok(["show", "mine.gguf", "--json"], { env });
+    const { name, path, bytes, revision } = JSON.parse(stdout);
+    assertEquals([name, path, bytes, revision], ["mine.gguf", file, 4, null]);
+    const asked = await wkv(["rm", "mine.gguf"], { env });
+    assertEquals(asked.code, 2);
+    assertStringIncludes(asked.stderr, `give --yes to remove ${file}`);
+    const gone = await ok(["rm", "mine.gguf", "--yes"], { env });
+    assertStringIncludes(gone.stderr, "Removed mine.gguf: 4 B free");
+    const again = await wkv(["rm", "mine.gguf", "--yes"], { env });
+    assertEquals(again.code, 2);
+    assertStringIncludes(again.stderr, "No such model is here");
+    await expectErrors([
+      { args: ["rm"], code: 2, says: ["Name the model"] },
+      { args: ["show", "hf:org/none"], code: 2, says: ["No such model"] },
+    ]);
   });
 
   it("list and pull find what is here", async () => {
@@ -188,6 +243,7 @@ describe("models", () => {
       name: "smollm2-135m-instruct",
       path: model,
       bytes: 98_362_432,
+      revision: null,
     });
     assertStringIncludes((await ok(["list"])).stdout, "93.8 MiB");
     const pull = await ok(["pull", "smollm2-135m-instruct"]);
@@ -260,7 +316,7 @@ _wkv; printf '%s\\n' "\${COMPREPLY[@]}"`,
       return stdout.split("\n").filter((line) => line !== "");
     };
     assertEquals(await complete("wkv", "gen"), ["generate"]);
-    assertEquals(await complete("wkv", "p"), ["perplexity", "pull"]);
+    assertEquals(await complete("wkv", "p"), ["perplexity", "pull", "plan"]);
     assertEquals(await complete("wkv", "generate", "--bud"), ["--budget"]);
     assertEquals(await complete("wkv", "generate", "--device", "c"), [
       "cpu",

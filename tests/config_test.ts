@@ -57,7 +57,7 @@ const BAD: readonly (readonly [
     "C03 an unknown architecture",
     { architectures: ["GPT2LMHeadModel"] },
     "architectures",
-    'Found "GPT2LMHeadModel", expected one of LlamaForCausalLM, MistralForCausalLM',
+    'Found "GPT2LMHeadModel", expected one of Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM',
   ],
   [
     "C03 no architecture",
@@ -170,7 +170,7 @@ const BAD: readonly (readonly [
       `C16 sliding_window ${value}`,
       { architectures: ["MistralForCausalLM"], sliding_window: value },
       "sliding_window",
-      "an integer from 1",
+      "an integer from 2",
     ] as const
   ),
   [

@@ -18,7 +18,8 @@
 import { parseArgs } from "@std/cli/parse-args";
 import { Backend } from "../src/backend/backend.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { policyNames } from "../src/cache/registry.ts";
 import { DEFAULT_MODEL } from "../src/hub/models.ts";
 import { loadModel, type Model } from "../src/model.ts";

@@ -24,7 +24,8 @@ import type { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { embed, rmsnorm } from "../src/backend/ops.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { PASS_ROWS } from "../src/model.ts";
 import { type Prefill, type SamplerOptions, Session } from "../src/session.ts";
 import { testModel } from "./model.ts";
@@ -429,6 +430,7 @@ describe("generate()", () => {
           sinks: 4,
           recent: policy === "streaming-llm" ? 20 : 8,
           interval: 1,
+          layerSlots: null,
           kvHeads: model.config.kvHeads,
           positions: "cache",
           prefill: "exact",
@@ -894,7 +896,8 @@ describe("generate()", () => {
     it("may record while a graph of the other runs", async () => {
       const { backend } = model;
       using x = new Tensor(backend, "F32", 1, 32);
-      const op = () => rmsnorm(backend, x, x, { weight: x, epsilon: 1 }, 1);
+      const op = () =>
+        rmsnorm(backend, x, x, { weight: x, epsilon: 1 }, { rows: 1 });
       using graph = backend.record(op);
       for (let i = 0; i < 10; i++) {
         const run = graph.run();
@@ -911,7 +914,9 @@ describe("generate()", () => {
       // A failing run is no failure of what is being recorded.
       using bad = Tensor.from(backend, Int32Array.of(99));
       using table = new Tensor(backend, "F32", 4, 32);
-      using failing = backend.record(() => embed(backend, x, table, bad, 1));
+      using failing = backend.record(() =>
+        embed(backend, x, table, bad, { rows: 1 })
+      );
       const failed = assertRejects(() => failing.run(), WkvError, "99");
       using other = backend.record(() => {
         const end = performance.now() + 10;

@@ -21,7 +21,7 @@ const layers: readonly (readonly string[])[] = [
   ["src/evaluate/"],
   ["src/chat.ts"],
   ["src/generate.ts"],
-  ["src/session.ts"],
+  ["src/session.ts", "src/plan.ts"],
   ["src/model.ts"],
   ["src/models/"],
   ["src/selftest/"],
@@ -34,7 +34,7 @@ const layers: readonly (readonly string[])[] = [
 
 /** What the lower layers import from below, and nothing else. */
 const leaves: Readonly<Record<string, readonly string[]>> = {
-  "src/backend/": ["src/user_cache.ts"],
+  "src/backend/": ["src/formats/ggml_types.ts", "src/user_cache.ts"],
   "src/tokenizer/": ["src/formats/"],
   "src/chat/": ["src/formats/"],
   "src/hub/": ["src/user_cache.ts"],
@@ -118,7 +118,7 @@ function fault(from: string, to: string): string | null {
   if (upper.name === lower.name) return null;
   if (lower.layer <= upper.layer) return `${from} imports ${to}, not below it`;
   const allowed = leaves[upper.name];
-  if (allowed && !allowed.includes(lower.name)) {
+  if (allowed && !allowed.includes(lower.name) && !allowed.includes(to)) {
     return `${from} imports ${to}, but its folder may import only ${
       allowed.join(", ")
     }`;
@@ -241,7 +241,9 @@ describe("a registry's mod.ts", () => {
   ) {
     it(`has one line for each file of ${folder}`, async () => {
       const text = await Deno.readTextFile(new URL(`${folder}mod.ts`, root));
-      const listed = [...text.matchAll(/^export \* from "\.\/([^"]+)";$/gm)]
+      const listed = [
+        ...text.matchAll(/^export (?:\*|\{ \w+ \}) from "\.\/([^"]+)";$/gm),
+      ]
         .map(([, name]) => name!);
       const files = (await filesIn(folder)).filter((name) =>
         name !== "mod.ts" && !helpers.includes(name)

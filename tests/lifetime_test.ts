@@ -140,7 +140,11 @@ describe("use after close", () => {
     assertThrows(() => tensor.floats(), WkvError, "closed");
     using ids = new Tensor(backend, "I32", 1, 1);
     using out = new Tensor(backend, "F32", 1, 2);
-    assertThrows(() => embed(backend, out, tensor, ids, 1), WkvError, "closed");
+    assertThrows(
+      () => embed(backend, out, tensor, ids, { rows: 1 }),
+      WkvError,
+      "closed",
+    );
     const graph = backend.record(() => {});
     graph.close();
     await assertRejects(() => graph.run(), WkvError, "closed");
@@ -160,7 +164,9 @@ describe("a graph", () => {
     const ids = Tensor.from(backend, Int32Array.of(1));
     using out = new Tensor(backend, "F32", 1, 2);
     const before = backend.liveHandles;
-    using graph = backend.record(() => embed(backend, out, table, ids, 1));
+    using graph = backend.record(() =>
+      embed(backend, out, table, ids, { rows: 1 })
+    );
     table.close();
     ids.close();
     assertEquals(backend.liveHandles, before + 1 - 2);
@@ -180,7 +186,10 @@ describe("a graph", () => {
     );
     assertEquals(thrown, stop);
     assertThrows(
-      () => backend.record(() => embed(backend, tensor, tensor, tensor, 9)),
+      () =>
+        backend.record(() =>
+          embed(backend, tensor, tensor, tensor, { rows: 9 })
+        ),
       WkvError,
       "wkv_embed",
     );
@@ -272,9 +281,9 @@ function cycle() {
   ok(call.wkv_tensor_open(context, 0, 256, 1024, out, 4));
   const x = out[0]!;
   ok(call.wkv_tensor_write(context, x, 7, 1, row, 4096));
-  ok(call.wkv_rmsnorm(context, x, x, 256, x, 1e-5));
+  ok(call.wkv_rmsnorm(context, x, x, 256, x, 1e-5, 0));
   ok(call.wkv_graph_begin(context));
-  ok(call.wkv_rmsnorm(context, x, x, 256, x, 1e-5));
+  ok(call.wkv_rmsnorm(context, x, x, 256, x, 1e-5, 0));
   ok(call.wkv_graph_end(context, out, 4));
   ok(call.wkv_close(context, context));
   if (call.wkv_live_handles() !== 0) throw new Error("handles are open");

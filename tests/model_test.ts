@@ -12,7 +12,8 @@ import {
 import { generate, loadModel, type Model } from "../mod.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { FormatError } from "../src/formats/error.ts";
 import { PASS_ROWS } from "../src/model.ts";
 import { Session } from "../src/session.ts";
@@ -286,7 +287,7 @@ describe("a file that is refused", () => {
       ["rope.freq_base", f32(0), "0"],
       ["rope.freq_base", f32(Infinity), "Infinity"],
       ["rope.dimension_count", u32(10), "10"],
-      ["rope.scaling.type", "yarn", '"yarn"'],
+      ["rope.scaling.type", "ntk", '"ntk"'],
       ["rope.scaling.factor", f32(0), "0"],
     ];
   for (const [key, value, message] of keys) {
@@ -311,7 +312,7 @@ describe("a file that is refused", () => {
   it("an unknown architecture, naming those there are", async () => {
     const metadata = { "general.architecture": "mamba" };
     const error = await refused({ metadata }, '"mamba"');
-    assertStringIncludes(error.message, "expected llama");
+    assertStringIncludes(error.message, "expected gemma2, gemma3, llama");
     await refused({
       metadata: { "general.architecture": "__proto__" },
     }, '"__proto__"');

@@ -21,7 +21,8 @@ import {
   type WindowResult,
 } from "../mod.ts";
 import type { Precision } from "../src/backend/ops.ts";
-import type { KvCache, Positions } from "../src/cache/cache.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import type { Positions } from "../src/cache/layout.ts";
 import { memoryStore } from "../src/evaluate/results.ts";
 import { compareResults } from "../src/evaluate/verify.ts";
 import { Session } from "../src/session.ts";
@@ -158,6 +159,7 @@ describe("perplexity()", () => {
         sinks,
         recent,
         interval: policy === "full" ? null : 1,
+        layerSlots: null,
         ...common,
         kl: null,
         klStderr: null,

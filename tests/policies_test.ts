@@ -9,7 +9,8 @@ import {
 import type { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import type { CacheOptions, KvCache } from "../src/cache/cache.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy, policies, policyNames } from "../src/cache/registry.ts";
 import { type Layer, openCache } from "../src/selftest/layer.ts";

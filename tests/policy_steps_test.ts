@@ -8,7 +8,8 @@ import {
 } from "@std/assert";
 import type { Backend } from "../src/backend/backend.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import type { CacheEvent, CacheOptions, KvCache } from "../src/cache/cache.ts";
+import type { CacheEvent, KvCache } from "../src/cache/cache.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
 import { policyNames } from "../src/cache/registry.ts";
 import {
   type Layer,

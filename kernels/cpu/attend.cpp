@@ -1,7 +1,7 @@
 /**
  * attend.cpp: wkv_attend, one decode step of one layer: attend, accumulate scores, select, merge, insert.
  *
- *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], i)     i = 0..len, the new token being i = len
+ *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], i)     i = 0..len, the new token being i = len; capped where asked
  *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (settle.cpp)
  *
  * A task owns one KV head and a stretch of ranks, for all its query heads, so K and V are read once; the stretches depend on the number
@@ -75,7 +75,7 @@ void prepare(const Loops& loops, const Cache& cache, const float* qkv, int32_t n
 }
 
 /** Ranks [first, last) of one head: weights, their highest score and sum, and the weighted values. */
-void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, int32_t s, float scale) {
+void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, int32_t s, float scale, float softcap) {
   const Ranked r = cache.ranked(head);
   const int32_t first = s * plan.stretch, total = r.count + 1;
   const int32_t last = first + plan.stretch < total ? first + plan.stretch : total;
@@ -90,6 +90,7 @@ void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& 
   std::memset(out, 0, size_t(plan.group) * plan.head_dim * 4);
   for (int32_t g = 0; g < plan.group; g++) {
     float* weights = w.weights + g * plan.stride + first;
+    if (softcap > 0.0f) loops.softcap(weights, last - first, softcap);
     const float most = loops.highest(weights, last - first);
     w.highest[s * plan.group + g] = most;
     w.sums[s * plan.group + g] = loops.exponentials(weights, last - first, most);
@@ -132,12 +133,13 @@ void accumulate(const Loops& loops, Cache& cache, int64_t head, const Plan& plan
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
     const TensorRef forced = find_victims(context, victims, *cache);
+    check_softcap(softcap);
     const Plan plan(*cache);
     const int64_t units = int64_t{cache->sequences} * cache->kv_heads;
     ctx.scratch.reserve(size_t(units * plan.bytes));
@@ -155,7 +157,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       });
       // Heads turn fastest, so that a stretch's part of the rotation's tables stays in the cache.
       ctx.threads.loop(units * used, 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; i++) attend_stretch(loops, *cache, first + i % units, plan, work(i % units), static_cast<int32_t>(i / units), scale);
+        for (int64_t i = begin; i < end; i++) attend_stretch(loops, *cache, first + i % units, plan, work(i % units), static_cast<int32_t>(i / units), scale, softcap);
       });
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {

@@ -120,7 +120,7 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
   return entry(context, [&](Context& ctx) {
     const TensorRef w_gate = find_weight(context, gate, "gate"), w_up = find_weight(context, up, "up");
     require(w_gate->rows == w_up->rows && w_gate->columns == w_up->columns, "gate and up are of different shapes");
-    require(activation == WKV_SILU, "activation " + std::to_string(activation) + " is unknown");
+    require(activation == WKV_SILU || activation == WKV_GELU_TANH, "activation " + std::to_string(activation) + " is unknown");
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w_gate->rows);
     const bool both = is_quantised(w_gate->dtype) && is_quantised(w_up->dtype);
     const Input input(ctx, context, x, 0, rows, norm, epsilon, w_gate->columns, both, precision);
@@ -135,7 +135,7 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
           for (int64_t g = begin; g < end; g++) {
             input.group(ctx, *w_gate, g, t0, count, gates);
             input.group(ctx, *w_up, g, t0, count, ups);
-            ctx.loops->silu_times(gates, ups, int64_t{count} * 8);
+            ctx.loops->activate(activation, gates, ups, int64_t{count} * 8);
             const int32_t lanes = w_gate->rows - g * 8 < 8 ? static_cast<int32_t>(w_gate->rows - g * 8) : 8;
             for (int32_t t = 0; t < count; t++) {
               for (int32_t j = 0; j < lanes; j++) to->row(t0 + t)[g * 8 + j] = gates[t * 8 + j];

@@ -181,6 +181,119 @@ inline f8 exponential(f8 x) {
 
 constexpr int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 272 : dtype == WKV_Q4_0 ? 144 : 160; }
 
+typedef uint8_t b32 __attribute__((vector_size(32)));
+typedef uint8_t b8 __attribute__((vector_size(8)));
+typedef int8_t s8 __attribute__((vector_size(8)));
+
+inline b32 load_bytes(const uint8_t* p) {
+  b32 v;
+  std::memcpy(&v, p, 32);
+  return v;
+}
+/** 8 bytes as floats, signed or not. */
+inline f8 widen(const uint8_t* p) {
+  b8 v;
+  std::memcpy(&v, p, 8);
+  return __builtin_convertvector(v, f8);
+}
+inline f8 widen_signed(const uint8_t* p) {
+  s8 v;
+  std::memcpy(&v, p, 8);
+  return __builtin_convertvector(v, f8);
+}
+
+/** The numbers of a piece as int8, q - middle or what IQ4_NL's stand for: vector v has columns 4 v .. 4 v + 3, row by row. */
+template <int32_t kType>
+inline void unpack(const uint8_t* from, b32 (&w)[8]) {
+  constexpr wkv_form form = wkv_form_of(kType);
+  if (form.low == 4) {
+    for (int32_t v = 0; v < 4; v++) {
+      const b32 both = load_bytes(from + v * 32);
+      w[v] = both & 15, w[4 + v] = both >> 4;
+    }
+  } else {
+    const b32 first = load_bytes(from), second = load_bytes(from + 32);
+    for (int32_t v = 0; v < 4; v++) w[v] = first >> (2 * v) & 3, w[4 + v] = second >> (2 * v) & 3;
+  }
+  const uint8_t* high = from + (form.low == 4 ? 128 : 64);
+  if (form.high == 1) {
+    const b32 bits = load_bytes(high);
+    for (int32_t v = 0; v < 4; v++) w[v] |= (bits >> v & 1) << form.low, w[4 + v] |= (bits >> (4 + v) & 1) << form.low;
+  }
+  if (form.high == 2) {
+    const b32 first = load_bytes(high), second = load_bytes(high + 32);
+    for (int32_t v = 0; v < 4; v++) w[v] |= (first >> (2 * v) & 3) << form.low, w[4 + v] |= (second >> (2 * v) & 3) << form.low;
+  }
+  if (kType == WKV_IQ4_NL) {
+#if defined(__AVX2__)
+    __m128i values;
+    std::memcpy(&values, WKV_IQ4_VALUES, 16);
+    const __m256i table = _mm256_broadcastsi128_si256(values);
+    for (int32_t v = 0; v < 8; v++) w[v] = (b32)_mm256_shuffle_epi8(table, (__m256i)w[v]);
+#else
+    for (int32_t v = 0; v < 8; v++) {
+      for (int32_t i = 0; i < 32; i++) w[v][i] = static_cast<uint8_t>(WKV_IQ4_VALUES[w[v][i]]);
+    }
+#endif
+  } else if (form.middle) {
+    for (int32_t v = 0; v < 8; v++) w[v] -= static_cast<uint8_t>(form.middle);
+  }
+}
+
+/** A piece's scales and minima for 8 rows: of its first and its second 16 columns. A number is scale * int8 + least. */
+struct PieceScales {
+  f8 scale[2], least[2];
+};
+
+template <int32_t kType>
+inline PieceScales piece_scales(const uint8_t* group, int32_t piece) {
+  constexpr wkv_form form = wkv_form_of(kType);
+  const uint8_t* at = group + piece_at(kType, piece);
+  const f8 none = spread(0.0f);
+  if (!form.subs) {
+    const f8 d = load_halves(at), least = form.least ? load_halves(at + 16) : none;
+    return {{d, d}, {least, least}};
+  }
+  const uint8_t* of = group + super_at(kType, piece);
+  const f8 d = load_halves(of);
+  if (kType == WKV_Q2_K) {
+    const f8 m = load_halves(of + 16), first = widen(at), second = widen(at + 8);
+    uint8_t mins[16];
+    for (int32_t i = 0; i < 16; i++) mins[i] = at[i] >> 4;
+    const f8 m0 = widen(mins), m1 = widen(mins + 8), sixteen = spread(16.0f);
+    return {{d * (first - m0 * sixteen), d * (second - m1 * sixteen)}, {-m * m0, -m * m1}};
+  }
+  if (form.least) {
+    const f8 scale = d * widen(at), least = -load_halves(of + 16) * widen(at + 8);
+    return {{scale, scale}, {least, least}};
+  }
+  return {{d * widen_signed(at), d * widen_signed(at + 8)}, {none, none}};
+}
+
+template <int32_t kType>
+inline void dequantise_piece(const uint8_t* group, int32_t piece, f8* out) {
+  const PieceScales of = piece_scales<kType>(group, piece);
+  b32 w[8];
+  unpack<kType>(group + piece_at(kType, piece) + piece_head(kType), w);
+  for (int32_t v = 0; v < 8; v++) {
+    const i8 packed = (i8)w[v];
+    for (int32_t c = 0; c < 4; c++) out[4 * v + c] = __builtin_convertvector(packed << (24 - 8 * c) >> 24, f8) * of.scale[v / 4] + of.least[v / 4];
+  }
+}
+
+/** Calls body with a type of quants.h as a constant. */
+#define WKV_BY_PIECES(dtype, body)            \
+  switch (dtype) {                            \
+    case WKV_Q5_0: body(WKV_Q5_0); break;     \
+    case WKV_Q5_1: body(WKV_Q5_1); break;     \
+    case WKV_Q2_K: body(WKV_Q2_K); break;     \
+    case WKV_Q3_K: body(WKV_Q3_K); break;     \
+    case WKV_Q4_K: body(WKV_Q4_K); break;     \
+    case WKV_Q5_K: body(WKV_Q5_K); break;     \
+    case WKV_Q6_K: body(WKV_Q6_K); break;     \
+    default: body(WKV_IQ4_NL); break;         \
+  }
+
 /** Columns [0, n) of a group as floats, n <= 32: out[c] holds column `column + c` of the 8 rows. */
 inline void dequantise(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, int32_t column, int32_t n, f8* out) {
   switch (dtype) {
@@ -200,6 +313,13 @@ inline void dequantise(int32_t dtype, const uint8_t* weight, int32_t columns, in
       return;
     }
     default: break;
+  }
+  if (wkv_has_pieces(dtype)) {
+    const uint8_t* at = weight + group * piece_at(dtype, columns / 32);
+#define WKV_BODY(type) dequantise_piece<type>(at, column / 32, out)
+    WKV_BY_PIECES(dtype, WKV_BODY)
+#undef WKV_BODY
+    return;
   }
   const uint8_t* block = weight + (group * (columns / 32) + column / 32) * block_bytes(dtype);
   const f8 scale = load_halves(block);
@@ -290,7 +410,37 @@ inline __m256i spread4(const int8_t* x) {
   std::memcpy(&four, x, 4);
   return _mm256_set1_epi32(four);
 }
+
+/** total + the sums of 4 products of signed bytes in each lane: |w| <= 128 and |x| <= 127, so a pair of products fits 16 bits. */
+inline __m256i add_signed(__m256i total, __m256i w, __m256i x) {
+  const __m256i magnitude = _mm256_abs_epi8(w), signed_x = _mm256_sign_epi8(x, w);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpbusd_epi32(total, magnitude, signed_x);
+#else
+  return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed_x), _mm256_set1_epi16(1)));
 #endif
+}
+#endif
+
+/** Sums over the first and the second 16 columns of int8 weights times x, for each of the 8 rows. */
+template <int32_t kRows>
+inline void half_products(const b32 (&w)[8], const int8_t* x, int64_t x_stride, i8 (&first)[kRows], i8 (&second)[kRows]) {
+  for (int32_t t = 0; t < kRows; t++) {
+    const int8_t* row = x + t * x_stride;
+#if defined(__AVX2__)
+    __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int32_t v = 0; v < 8; v++) total[v / 4] = add_signed(total[v / 4], (__m256i)w[v], spread4(row + v * 4));
+    first[t] = (i8)total[0], second[t] = (i8)total[1];
+#else
+    int32_t total[2][8] = {};
+    for (int32_t v = 0; v < 8; v++) {
+      for (int32_t i = 0; i < 32; i++) total[v / 4][i / 4] += static_cast<int8_t>(w[v][i]) * row[v * 4 + i % 4];
+    }
+    std::memcpy(&first[t], total[0], 32);
+    std::memcpy(&second[t], total[1], 32);
+#endif
+  }
+}
 
 /** Sums over 32 columns of weight (0..15 or int8) times x, for each of the 8 rows; Q4 values are taken as stored. */
 template <int32_t kType, int32_t kRows>
@@ -301,16 +451,7 @@ inline void integer_products(const uint8_t* q, const int8_t* x, int64_t x_stride
   if (kType == WKV_Q8_0) {
     for (int32_t v = 0; v < 8; v++) {
       const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + v * 32));
-      const __m256i magnitude = _mm256_abs_epi8(w);
-      for (int32_t t = 0; t < kRows; t++) {
-        // |w| <= 128 and |x| <= 127, so a pair of products fits 16 bits.
-        const __m256i signed_x = _mm256_sign_epi8(spread4(x + t * x_stride + v * 4), w);
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-        total[t] = _mm256_dpbusd_epi32(total[t], magnitude, signed_x);
-#else
-        total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed_x), _mm256_set1_epi16(1)));
-#endif
-      }
+      for (int32_t t = 0; t < kRows; t++) total[t] = add_signed(total[t], w, spread4(x + t * x_stride + v * 4));
     }
   } else {
     const __m256i low = _mm256_set1_epi8(15);
@@ -369,6 +510,46 @@ inline void group_rows(const uint8_t* block, int32_t blocks, const int8_t* x, co
   for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
 }
 
+/** The same for the types of quants.h. */
+template <int32_t kType, int32_t kRows>
+inline void piece_rows(const uint8_t* group, int32_t blocks, const int8_t* x, const float* scales, const float* sums, float* tile) {
+  constexpr wkv_form form = wkv_form_of(kType);
+  f8 total[kRows];
+  for (int32_t t = 0; t < kRows; t++) total[t] = spread(0.0f);
+  const int64_t stride = int64_t{blocks} * 32;
+  b32 w[8];
+  i8 first[kRows], second[kRows];
+  for (int32_t b = 0; b < blocks; b++) {
+    const PieceScales of = piece_scales<kType>(group, b);
+    unpack<kType>(group + piece_at(kType, b) + piece_head(kType), w);
+    half_products<kRows>(w, x + b * 32, stride, first, second);
+    for (int32_t t = 0; t < kRows; t++) {
+      const int64_t at = static_cast<int64_t>(t) * blocks + b;
+      const f8 scale = spread(scales[at]);
+      if (form.halves) total[t] += __builtin_convertvector(first[t], f8) * (of.scale[0] * scale) + __builtin_convertvector(second[t], f8) * (of.scale[1] * scale);
+      else total[t] += __builtin_convertvector(first[t] + second[t], f8) * (of.scale[0] * scale);
+      if (kType == WKV_Q2_K) {
+        int32_t sum = 0;
+        for (int32_t i = 0; i < 16; i++) sum += x[t * stride + b * 32 + i];
+        const float half = scales[at] * static_cast<float>(sum);
+        total[t] += of.least[0] * spread(half) + of.least[1] * spread(sums[at] - half);
+      } else if (form.least) {
+        total[t] += of.least[0] * spread(sums[at]);
+      }
+    }
+  }
+  for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
+}
+
+template <int32_t kType>
+inline void pieces_typed(const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
+  const int32_t blocks = columns / 32;
+  const uint8_t* own = weight + group * piece_at(kType, blocks);
+  int32_t t = 0;
+  for (; t + 4 <= count; t += 4) piece_rows<kType, 4>(own, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+  for (; t < count; t++) piece_rows<kType, 1>(own, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+}
+
 template <int32_t kType>
 inline void group_typed(const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
   const int32_t blocks = columns / 32;
@@ -382,8 +563,13 @@ void group_int8(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t g
   switch (dtype) {
     case WKV_Q8_0: return group_typed<WKV_Q8_0>(weight, columns, group, x, scales, sums, count, tile);
     case WKV_Q4_0: return group_typed<WKV_Q4_0>(weight, columns, group, x, scales, sums, count, tile);
-    default: return group_typed<WKV_Q4_1>(weight, columns, group, x, scales, sums, count, tile);
+    case WKV_Q4_1: return group_typed<WKV_Q4_1>(weight, columns, group, x, scales, sums, count, tile);
+    default: break;
   }
+#define WKV_BODY(type) pieces_typed<type>(weight, columns, group, x, scales, sums, count, tile)
+  WKV_BY_PIECES(dtype, WKV_BODY)
+#undef WKV_BODY
+
 }
 
 void rmsnorm(const float* x, const float* weight, int32_t columns, float epsilon, float* out) {
@@ -393,13 +579,23 @@ void rmsnorm(const float* x, const float* weight, int32_t columns, float epsilon
   for (int32_t c = 0; c < columns; c++) out[c] = x[c] * scale * weight[c];
 }
 
-void silu_times(float* gate, const float* up, int64_t count) {
+/** gate / (1 + e^-s) * up, s being the gate or, as (1 + tanh(u)) / 2 = 1 / (1 + e^-2u), twice GELU's argument. */
+void activate(int32_t activation, float* gate, const float* up, int64_t count) {
+  const bool gelu = activation == WKV_GELU_TANH;
+  constexpr float kLinear = 1.5957691216f, kCubic = 0.0713548162726f;  // 2 sqrt(2 / pi), and 0.044715 times it
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    const f8 g = load(gate + i);
-    store(gate + i, g / (spread(1.0f) + exponential(-g)) * load(up + i));
+    const f8 g = load(gate + i), s = gelu ? g * (spread(kLinear) + spread(kCubic) * g * g) : g;
+    store(gate + i, g / (spread(1.0f) + exponential(-s)) * load(up + i));
   }
-  for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+  for (; i < count; i++) {
+    const float g = gate[i], s = gelu ? g * (kLinear + kCubic * g * g) : g;
+    gate[i] = g / (1.0f + std::exp(-s)) * up[i];
+  }
+}
+
+void softcap(float* x, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; i++) x[i] = cap * std::tanh(x[i] / cap);
 }
 
 // ---- attention ----
@@ -642,7 +838,7 @@ void block_values(const float* weights, int64_t stride, int32_t rows, int32_t co
 }  // namespace
 
 const Loops loops = {
-    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, silu_times, read_row, write_row, scores, weighted_values,
+    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, activate, softcap, read_row, write_row, scores, weighted_values,
     highest, exponentials, add_scaled, merge, gap, block_scores, block_values,
 };
 

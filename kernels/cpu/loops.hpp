@@ -5,9 +5,15 @@
  * - F16, BF16: [group][column][8 rows].
  * - quantised: [group][block of 32 columns]: 8 f16 scales, (Q4_1) 8 f16 minima, then vectors of 32 bytes; a vector holds, row by
  *   row, 4 neighbouring columns: Q8_0 columns 4 v .. 4 v + 3 in vector v; Q4 those in its low, columns 16 + 4 v .. in its high halves.
+ * - the other types (quants.h): of a K type, for each 256 columns 8 f16 scales and, where there are any, 8 f16 minima of the blocks, then
+ *   the pieces. A piece of 32 columns has its 8 first and 8 second sub-scales (K) or 8 f16 scales and minima; then vectors as above, whose
+ *   bytes hold the low bits (4: as Q4; 2: columns 4 v .. at bit 2 v of the first of two vectors, 16 + 4 v .. of the second), then the high
+ *   ones (1: at bit v and bit 4 + v of one vector; 2: as the low 2).
  */
 #pragma once
 #include <cstdint>
+
+#include "../quants.h"
 
 namespace wkv {
 
@@ -18,6 +24,17 @@ struct StoredRows {
   const int32_t* slots;
   int32_t count;
 };
+
+/** Bytes of a piece's scales in a group, and of all that 32 columns take beside the block's own. */
+constexpr int32_t piece_head(int32_t dtype) { return wkv_form_of(dtype).subs ? 16 : wkv_form_of(dtype).least ? 32 : 16; }
+constexpr int32_t piece_bytes(int32_t dtype) { return piece_head(dtype) + (wkv_form_of(dtype).low == 4 ? 128 : 64) + wkv_form_of(dtype).high * 32; }
+/** Bytes of the scales of 8 K blocks. */
+constexpr int32_t super_bytes(int32_t dtype) { return !wkv_form_of(dtype).subs ? 0 : wkv_form_of(dtype).least ? 32 : 16; }
+/** Where a piece lies in its group, and that of the scales of its block. */
+constexpr int64_t super_at(int32_t dtype, int32_t piece) { return int64_t{piece / 8} * (super_bytes(dtype) + 8 * piece_bytes(dtype)); }
+constexpr int64_t piece_at(int32_t dtype, int32_t piece) {
+  return wkv_form_of(dtype).subs ? super_at(dtype, piece) + super_bytes(dtype) + piece % 8 * piece_bytes(dtype) : int64_t{piece} * piece_bytes(dtype);
+}
 
 /** Tables of a rotation from some rank on, [ranks, pairs]; pairs 0: the rows are read as they are. */
 struct Rotation {
@@ -38,8 +55,10 @@ struct Loops {
   void (*group_f32)(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, const float* x, int32_t count, float* tile);
   /** The same from 8-bit rows; scales and sums are [count, columns / 32]. */
   void (*group_int8)(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile);
-  /** gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. */
-  void (*silu_times)(float* gate, const float* up, int64_t count);
+  /** gate[i] = activation(gate[i]) * up[i], a wkv_activation. */
+  void (*activate)(int32_t activation, float* gate, const float* up, int64_t count);
+  /** x = cap * tanh(x / cap). */
+  void (*softcap)(float* x, int64_t count, float cap);
 
   void (*read_row)(int32_t dtype, const uint8_t* row, int32_t count, float* out);
   void (*write_row)(int32_t dtype, const float* values, int32_t count, uint8_t* row);

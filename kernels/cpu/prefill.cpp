@@ -2,6 +2,7 @@
  * prefill.cpp: wkv_prefill, many tokens of one sequence at once: causal attention whose columns are also summed into the scores.
  *
  *   p[t, i] = softmax_i(scale * rotate(q[t], len + t) . rotate(k[i], i)),  i <= len + t;  out[t] = sum_i p[t, i] v[i]
+ *   (scores capped, and i > len + t - window, where asked)
  *   a[i] += mean_g sum_t p[t, i]
  *
  * One KV head at a time: its keys are rotated and transposed once, then a task takes blocks of 16 query rows of one query head; the
@@ -69,7 +70,8 @@ struct Job {
   Tensor& out;
   int32_t rows, layer, kv_head;
   int64_t head;
-  float scale;
+  float scale, softcap;
+  int32_t window;
   const Work& w;
 
   /** Where row t's query and key are rotated. */
@@ -132,9 +134,12 @@ struct Job {
     for (int32_t t = 0; t < n; t++) {
       float* row = weights + t * w.stride;
       const int32_t count = static_cast<int32_t>(kept) + t0 + t + 1;
-      const float sum = loops.exponentials(row, count, loops.highest(row, count));
+      const int32_t first = window > 0 ? std::max(0, count - window) : 0;
+      if (softcap > 0.0f) loops.softcap(row + first, count - first, softcap);
+      const float sum = loops.exponentials(row + first, count - first, loops.highest(row + first, count - first));
       check_sum(sum, layer);
-      for (int32_t i = 0; i < count; i++) row[i] /= sum;
+      for (int32_t i = first; i < count; i++) row[i] /= sum;
+      std::fill(row, row + first, 0.0f);
       std::fill(row + count, row + padded, 0.0f);
       loops.add_scaled(columns, row, 1.0f, count);
     }
@@ -182,11 +187,13 @@ struct Job {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    check_softcap(softcap);
+    require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
@@ -197,7 +204,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       for (int32_t n = 0; n < cache->kv_heads; n++) {
         const int64_t head = cache->head(layer, sequence, n);
         const Work w = cut(ctx.scratch.data(), *cache, ctx.threads.count(), cache->counts[head].kept, rows, nullptr);
-        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, w};
+        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, softcap, window, w};
         job.gather();
         job.attend();
         job.settle_rows();

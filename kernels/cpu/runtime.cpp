@@ -16,19 +16,22 @@ constexpr size_t kLarge = size_t{1} << 20;
 }
 
 void* zeroed(size_t bytes) {
+  void* memory = nullptr;
   if (bytes >= kLarge) {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    return memory;
+  } else {
+    const size_t size = (bytes + 64) / 64 * 64;
+    memory = std::aligned_alloc(64, size);
+    if (!memory) throw std::bad_alloc();
+    std::memset(memory, 0, size);
   }
-  const size_t size = (bytes + 64) / 64 * 64;
-  void* memory = std::aligned_alloc(64, size);
-  if (!memory) throw std::bad_alloc();
-  std::memset(memory, 0, size);
+  count_bytes(static_cast<int64_t>(bytes));
   return memory;
 }
 
 void release(void* memory, size_t bytes) {
+  count_bytes(-static_cast<int64_t>(bytes));
   if (bytes >= kLarge) munmap(memory, bytes);
   else std::free(memory);
 }
@@ -46,28 +49,64 @@ Context::Context(int32_t count) : loops(pick_loops()), threads(count) {}
 // ---- tensors ----
 
 namespace {
-bool quantised(int32_t dtype) { return dtype == WKV_Q8_0 || dtype == WKV_Q4_0 || dtype == WKV_Q4_1; }
-int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 34 : dtype == WKV_Q4_0 ? 18 : 20; }
-int64_t row_bytes(int32_t dtype, int32_t columns) {
-  if (quantised(dtype)) return int64_t{columns} / 32 * block_bytes(dtype);
-  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
-}
+bool quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
+/** Bytes of 8 rows. */
+int64_t group_bytes(int32_t dtype, int32_t columns) { return wkv_has_pieces(dtype) ? piece_at(dtype, columns / 32) : 8 * wkv_row_bytes(dtype, columns); }
 /** F32 and I32 lie row by row, weights of every other type in groups of 8 rows. */
 bool grouped(int32_t dtype) { return dtype != WKV_F32 && dtype != WKV_I32; }
 
-/** Puts one row in file order into its place within its group of 8. */
+void require_finite(uint16_t half, int32_t block) {
+  if ((half & 0x7c00) == 0x7c00) fail(WKV_DATA, "The scale of block " + std::to_string(block) + " is not finite");
+}
+
+/** Puts one row in file order into its place within its group of 8: the types of quants.h. */
+void scatter_pieces(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const uint8_t* row) {
+  const wkv_form form = wkv_form_of(dtype);
+  wkv_piece piece;
+  for (int32_t b = 0; b < columns / 32; b++) {
+    const int32_t block = b * 32 / form.columns;
+    wkv_read_piece(dtype, row + int64_t{block} * form.bytes, form.subs ? b % 8 : 0, &piece);
+    require_finite(piece.d, block);
+    require_finite(piece.least, block);
+    uint8_t *at = group + piece_at(dtype, b), *scales = form.subs ? group + super_at(dtype, b) : at;
+    std::memcpy(scales + lane * 2, &piece.d, 2);
+    if (form.least) std::memcpy(scales + 16 + lane * 2, &piece.least, 2);
+    if (form.subs) at[lane] = piece.sub[0], at[8 + lane] = piece.sub[1];
+    uint8_t* const low = at + piece_head(dtype) + lane * 4;
+    uint8_t* const high = low + (form.low == 4 ? 128 : 64);
+    // A byte is shared by columns of one row only, so its other bits are this row's too.
+    for (int32_t c = 0; c < 4; c++) {
+      for (int32_t v = 0; v < 4; v++) {
+        if (form.low == 4) low[v * 32 + c] = 0;
+      }
+      if (form.low == 2) low[c] = low[32 + c] = 0;
+      for (int32_t h = 0; h < form.high; h++) high[h * 32 + c] = 0;
+    }
+    for (int32_t i = 0; i < 32; i++) {
+      const int32_t half = i / 16, v = i % 16 / 4, c = i % 4, first = piece.q[i] & ((1 << form.low) - 1), rest = piece.q[i] >> form.low;
+      const auto put = [](uint8_t& byte, int32_t bits) { byte = static_cast<uint8_t>(byte | bits); };
+      if (form.low == 4) put(low[v * 32 + c], first << (half * 4));
+      else put(low[half * 32 + c], first << (v * 2));
+      if (form.high == 1) put(high[c], rest << (half * 4 + v));
+      if (form.high == 2) put(high[half * 32 + c], rest << (v * 2));
+    }
+  }
+}
+
+/** The same for all types but F32 and I32. */
 void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const uint8_t* row) {
   if (!quantised(dtype)) {
     for (int32_t c = 0; c < columns; c++) std::memcpy(group + (c * 8 + lane) * 2, row + c * 2, 2);
     return;
   }
-  const int32_t bytes = block_bytes(dtype), heads = dtype == WKV_Q4_1 ? 2 : 1, vectors = dtype == WKV_Q8_0 ? 8 : 4;
+  if (wkv_has_pieces(dtype)) return scatter_pieces(dtype, columns, group, lane, row);
+  const int32_t bytes = wkv_form_of(dtype).bytes, heads = dtype == WKV_Q4_1 ? 2 : 1, vectors = dtype == WKV_Q8_0 ? 8 : 4;
   for (int32_t b = 0; b < columns / 32; b++, row += bytes, group += bytes * 8) {
     for (int32_t h = 0; h < heads; h++) {
       std::memcpy(group + h * 16 + lane * 2, row + h * 2, 2);
       uint16_t half;
       std::memcpy(&half, row + h * 2, 2);
-      if ((half & 0x7c00) == 0x7c00) fail(WKV_DATA, "The scale of block " + std::to_string(b) + " is not finite");
+      require_finite(half, b);
     }
     for (int32_t v = 0; v < vectors; v++) std::memcpy(group + heads * 16 + v * 32 + lane * 4, row + heads * 2 + v * 4, 4);
   }
@@ -75,8 +114,9 @@ void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const
 }  // namespace
 
 Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
-  const int64_t stored = grouped(dtype) ? (int64_t{rows} + 7) / 8 * 8 : rows;
-  memory.resize(static_cast<size_t>(stored) * static_cast<size_t>(row_bytes(dtype, columns)));  // below 2^64: 2^31 rows of 2^33 bytes
+  // Below 2^64: 2^31 rows of 2^33 bytes.
+  if (grouped(dtype)) memory.resize((size_t(rows) + 7) / 8 * static_cast<size_t>(group_bytes(dtype, columns)));
+  else memory.resize(size_t(rows) * static_cast<size_t>(wkv_row_bytes(dtype, columns)));
 }
 
 }  // namespace wkv
@@ -112,9 +152,10 @@ int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
 int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context&) {
     require_buffer(out, out_bytes, 4, "out");
-    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(dtype >= WKV_F32 && dtype <= WKV_IQ4_NL, "dtype " + std::to_string(dtype) + " is unknown");
     require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
-    require(!quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    const int32_t whole = wkv_form_of(dtype).columns;
+    require(columns % whole == 0, "columns must be a multiple of " + std::to_string(whole) + " for quantised rows of this type: " + std::to_string(columns));
     *out = add_handle(context, std::make_shared<Tensor>(dtype, rows, columns));
   });
 }
@@ -129,7 +170,7 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
   return entry(context, [&](Context&) {
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
-    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
     if (!grouped(tensor->dtype)) {
       std::memcpy(tensor->memory.data() + row * bytes, data, static_cast<size_t>(rows * bytes));
@@ -137,7 +178,7 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
     }
     for (int64_t r = row; r < int64_t{row} + rows; r++) {
       try {
-        scatter(tensor->dtype, tensor->columns, tensor->memory.data() + r / 8 * 8 * bytes, static_cast<int32_t>(r % 8), static_cast<const uint8_t*>(data) + (r - row) * bytes);
+        scatter(tensor->dtype, tensor->columns, tensor->memory.data() + r / 8 * group_bytes(tensor->dtype, tensor->columns), static_cast<int32_t>(r % 8), static_cast<const uint8_t*>(data) + (r - row) * bytes);
       } catch (const Failure& failure) {
         fail(failure.status, "Row " + std::to_string(r) + ": " + failure.what());
       }
@@ -150,7 +191,7 @@ int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t ro
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
     const bool as_floats = quantised(tensor->dtype);
-    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(out, out_bytes, rows * bytes, "out");
     auto* to = static_cast<uint8_t*>(out);
     for (int64_t r = row; r < int64_t{row} + rows; r++, to += bytes) {

@@ -1,7 +1,7 @@
 /**
  * attend.cu: wkv_attend, one decode step of one layer in one launch: attend, accumulate scores, select, merge, insert.
  *
- *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len
+ *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len; capped where asked
  *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 of the step (wkv.h, policy.h)
  * or, where the policy must see the whole step's weights, those weights for a second launch (settle.cu).
  *
@@ -47,8 +47,10 @@ struct AttendView {
   const float* qkv;
   float* out;
   float scale;
+  float softcap;                     // in units of ln 2, as scores are; 0: none
   int32_t layer;
   const int32_t* victims;
+  __device__ float capped(float s) const { return softcap > 0.0f ? softcap * tanhf(s / softcap) : s; }
 };
 
 constexpr int power_up(int x) { return x <= 1 ? 1 : 2 * power_up((x + 1) / 2); }
@@ -397,7 +399,7 @@ struct Attend {
     if (g >= kGroup) return sum;
 #pragma unroll
     for (int i = 0; i < kHalf / 32; i++) sum += area.dots[g * (kHalf / 32) + i];
-    return sum;
+    return a.capped(sum);
   }
 
   // ---- items ----
@@ -569,7 +571,7 @@ struct Attend {
         if (slot < kept) {
 #pragma unroll
           for (int k = 0; k < kMine; k++) {
-            const float s = sums[r][k], higher = fmaxf(most[k], s);
+            const float s = a.capped(sums[r][k]), higher = fmaxf(most[k], s);
             total[k] = fmaf(total[k], power(most[k] - higher), power(s - higher));
             most[k] = higher;
             if (lane % kSame == 0) scores[int64_t{entry} * kPad + mine + k] = s;
@@ -1113,18 +1115,20 @@ void by_group(Context& ctx, const Cache& cache, const AttendView& a) {
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
     const TensorRef forced = find_victims(context, victims, *cache);
+    check_softcap(softcap);
     ctx.hold(cache, from, to, forced);
     AttendView a{};
     a.cache = cache->view(layer);
     a.qkv = from->f32();
     a.out = to->f32();
     a.scale = scale;
+    a.softcap = softcap * 1.4426950408889634f;
     a.layer = layer;
     a.victims = forced ? forced->i32() : nullptr;
     by_cache_type(cache->dtype, [&](auto type) { by_group<decltype(type)>(ctx, *cache, a); });

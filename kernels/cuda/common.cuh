@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../handles.hpp"
+#include "../quants.h"
 
 namespace wkv {
 
@@ -29,10 +30,14 @@ class DeviceMemory {
   explicit DeviceMemory(size_t bytes) : bytes_(bytes) {
     const cudaError_t error = cudaMalloc(&data_, bytes ? bytes : 1);
     if (error != cudaSuccess) fail_device(error, "Allocating " + std::to_string(bytes) + " bytes on the device");
+    count_bytes(static_cast<int64_t>(bytes_));
   }
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
-  ~DeviceMemory() { cudaFree(data_); }
+  ~DeviceMemory() {
+    cudaFree(data_);
+    count_bytes(-static_cast<int64_t>(bytes_));
+  }
   template <typename T>
   T* as(size_t byte = 0) const { return reinterpret_cast<T*>(static_cast<uint8_t*>(data_) + byte); }
   size_t bytes() const { return bytes_; }
@@ -69,24 +74,59 @@ struct Faults {
 
 constexpr bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
 
-/** A weight as kernels see it. Quantised rows lie in two planes: 32 (Q8_0) or 16 bytes of quants a block of 32 columns, in file order,
- *  and one f16 scale a block, with Q4_1 a pair (scale, minimum). */
+/**
+ * A weight as kernels see it. Quantised rows lie in planes, each with a part for every 32 columns:
+ * - data: 32 bytes (Q8_0); 16 bytes of low and high halves, as in the file (4 low bits); 8 bytes (2 low bits: columns 4 v .. 4 v + 3 at
+ *   bit 2 v of bytes 0 to 3, columns 16 + 4 v .. of bytes 4 to 7).
+ * - scales: an f16, or a pair (scale, minimum); K types have a pair for every 256 columns.
+ * - high: 4 bytes (1 bit: columns 4 v .. at bit v, 16 + 4 v .. at bit 4 + v) or 8 (2 bits, as the low 2).
+ * - subs: 2 bytes, the sub-scales of K types (wkv_piece in quants.h).
+ */
 struct WeightView {
   int32_t dtype, rows, columns;
   const uint8_t* data;
   const __half* scales;
+  const uint8_t* high;
+  const uint16_t* subs;
 };
+
+/** Bytes of 32 columns in each plane; scales: of 256 columns in K types. */
+WKV_HD constexpr int32_t data_bytes(int32_t dtype) { return wkv_form_of(dtype).low * 4; }
+WKV_HD constexpr int32_t high_bytes(int32_t dtype) { return wkv_form_of(dtype).high * 4; }
+WKV_HD constexpr int32_t subs_bytes(int32_t dtype) { return wkv_form_of(dtype).subs ? 2 : 0; }
+WKV_HD constexpr int32_t scale_bytes(int32_t dtype) { return wkv_form_of(dtype).least || wkv_form_of(dtype).subs ? 4 : 2; }
+/** Columns that share an entry of the plane of scales. */
+WKV_HD constexpr int32_t scale_columns(int32_t dtype) { return wkv_form_of(dtype).columns; }
+
+/** Number i of 32 columns of a type of quants.h, from their parts of the planes. */
+WKV_HD inline float piece_number(int32_t dtype, const uint8_t* data, const uint8_t* high, uint32_t subs, float d, float least, int32_t i) {
+  const wkv_form form = wkv_form_of(dtype);
+  const int32_t half = i / 16, v = i % 16 / 4, c = i % 4;
+  int32_t q = form.low == 4 ? data[i % 16] >> (half * 4) & 15 : data[half * 4 + c] >> (v * 2) & 3;
+  if (form.high == 1) q |= (high[c] >> (half * 4 + v) & 1) << form.low;
+  if (form.high == 2) q |= (high[half * 4 + c] >> (v * 2) & 3) << form.low;
+  if (dtype == WKV_IQ4_NL) {
+    constexpr int8_t values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    return d * static_cast<float>(values[q]);
+  }
+  const int32_t first = static_cast<int32_t>(subs & 255), second = static_cast<int32_t>(subs >> 8), own = half ? second : first;
+  const float x = static_cast<float>(q - form.middle);
+  if (dtype == WKV_Q2_K) return d * static_cast<float>(own & 15) * x - least * static_cast<float>(own >> 4);
+  if (form.subs && form.least) return d * static_cast<float>(first) * x - least * static_cast<float>(second);
+  if (form.subs) return d * static_cast<float>(static_cast<int8_t>(own)) * x;
+  return d * x + least;
+}
 
 struct Tensor : Object {
   int32_t dtype, rows, columns;
-  size_t scales_at = 0;  // where the plane of scales begins
+  size_t scales_at = 0, high_at = 0, subs_at = 0;  // where the other planes begin
   DeviceRef memory;
   Tensor(int32_t dtype, int32_t rows, int32_t columns);
   size_t bytes() const override { return memory->bytes(); }
   float* f32() const { return memory->as<float>(); }
   int32_t* i32() const { return memory->as<int32_t>(); }
   float* row(int64_t r) const { return f32() + r * columns; }
-  WeightView view() const { return {dtype, rows, columns, memory->as<uint8_t>(), memory->as<__half>(scales_at)}; }
+  WeightView view() const { return {dtype, rows, columns, memory->as<uint8_t>(), memory->as<__half>(scales_at), memory->as<uint8_t>(high_at), memory->as<uint16_t>(subs_at)}; }
 };
 using TensorRef = std::shared_ptr<Tensor>;
 
@@ -268,6 +308,11 @@ __device__ inline float weight_at(const WeightView& w, int64_t row, int32_t colu
   }
   const int64_t block = row * (w.columns / 32) + column / 32;
   const int32_t within = column % 32;
+  if (wkv_has_pieces(w.dtype)) {
+    const int64_t scale = i / scale_columns(w.dtype) * (scale_bytes(w.dtype) / 2);
+    const float least = scale_bytes(w.dtype) == 4 ? __half2float(w.scales[scale + 1]) : 0.0f;
+    return piece_number(w.dtype, w.data + block * data_bytes(w.dtype), w.high + block * high_bytes(w.dtype), subs_bytes(w.dtype) ? w.subs[block] : 0, __half2float(w.scales[scale]), least, within);
+  }
   if (w.dtype == WKV_Q8_0) return reinterpret_cast<const int8_t*>(w.data)[block * 32 + within] * __half2float(w.scales[block]);
   const int32_t nibble = w.data[block * 16 + within % 16] >> (within / 16 * 4) & 15;
   if (w.dtype == WKV_Q4_0) return (nibble - 8) * __half2float(w.scales[block]);

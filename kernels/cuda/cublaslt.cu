@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(256) finish_kernel(const float* product, const
   const float factor = factors ? factors[t] : 1.0f;
   for (int32_t j = blockIdx.y * 256 + threadIdx.x; j < columns; j += gridDim.y * 256) {
     const float first = product[from + j] * factor;
-    to.put(t, j, second ? silu_times(first, second[from + j] * factor) : first);
+    to.put(t, j, second ? activate(to.activation, first, second[from + j] * factor) : first);
   }
 }
 

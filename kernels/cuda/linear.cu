@@ -2,7 +2,7 @@
  * linear.cu: wkv_linear and wkv_gated, the projections of prefill and decode.
  *
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
- *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
+ *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
  * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: on the tensor
  * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops'
@@ -15,13 +15,13 @@
 namespace wkv {
 namespace {
 
-/** out[t, j] = silu(gate[t, j]) * up[t, j]; out may be gate. */
-__global__ void __launch_bounds__(256) silu_kernel(float* gate, int64_t stride, const float* up, int32_t columns) {
+/** out[t, j] = activation(out[t, j]) * up[t, j]. */
+__global__ void __launch_bounds__(256) activate_kernel(OutputView to, const float* up, int32_t columns) {
   wait_for_previous();
   let_next_start();
-  float* g = gate + blockIdx.y * stride;
+  float* g = to.out + blockIdx.y * to.stride;
   const float* u = up + int64_t{blockIdx.y} * columns;
-  for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) g[c] = silu_times(g[c], u[c]);
+  for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) g[c] = activate(to.activation, g[c], u[c]);
 }
 
 /** x, when out is x too: blocks that write must not change what others read. */
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(256) copy_kernel(float* to, const float* from,
 /** Where a product of many rows goes. */
 enum class Way { Int8, Half, Plain };
 Way way_of(const WeightView& w, bool int8) {
-  if (int8) return Way::Int8;
+  if (int8 && !wkv_has_pieces(w.dtype)) return Way::Int8;
   return (w.dtype == WKV_F16 || w.dtype == WKV_BF16) && w.columns % 32 == 0 ? Way::Half : Way::Plain;
 }
 
@@ -48,8 +48,8 @@ size_t product_bytes(const InputView& in, const WeightView& w, bool gated, bool 
   return in.rows >= kLibraryRows && !is_quantised(w.dtype) ? std::max(ups, cublaslt_bytes(in.rows, w, gated)) : ups;
 }
 
-void silu(Context& ctx, const OutputView& to, const float* ups, int32_t rows, int32_t columns) {
-  launch(ctx, silu_kernel, {dim3(divide_up(columns, 256), rows), dim3(256)}, to.out, to.stride, ups, columns);
+void activate_rows(Context& ctx, const OutputView& to, const float* ups, int32_t rows, int32_t columns) {
+  launch(ctx, activate_kernel, {dim3(divide_up(columns, 256), rows), dim3(256)}, to, ups, columns);
 }
 
 /** out = in . w^T, or gated with `up` (data null: not), by kernels for many rows. */
@@ -62,13 +62,13 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
     if (in.rows >= kLibraryRows && cublaslt_matmul(ctx, x.parts, 2, x.factors, in.rows, w, up, to, products)) return;
     return matmul_half(ctx, x, w, up, to);
   }
-  const float* x = norm_rows(ctx, in, scratch);
+  const float* x = norm_rows(ctx, in, int8, scratch);
   if (in.rows >= kLibraryRows && w.dtype == WKV_F32 && cublaslt_matmul(ctx, x, 1, nullptr, in.rows, w, up, to, products)) return;
   matmul_f32(ctx, x, in.rows, w, to);
   if (!up.data) return;
   float* ups = reinterpret_cast<float*>(products);
-  matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0});
-  silu(ctx, to, ups, in.rows, w.rows);
+  matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0, 0});
+  activate_rows(ctx, to, ups, in.rows, w.rows);
 }
 
 /** Scratch: x prepared, products, then x copied, or up's product where each weight goes its own way. */
@@ -79,8 +79,8 @@ void project(Context& ctx, const InputView& in, const WeightView& w, const Weigh
     uint8_t* scratch = ctx.reserve(own + products + size_t(in.rows) * w.rows * 4);
     float* ups = reinterpret_cast<float*>(scratch + own + products);
     project_many(ctx, in, w, WeightView{}, int8, to, scratch);
-    project_many(ctx, in, up, WeightView{}, int8, {ups, w.rows, nullptr, 0}, scratch);
-    silu(ctx, to, ups, in.rows, w.rows);
+    project_many(ctx, in, up, WeightView{}, int8, {ups, w.rows, nullptr, 0, 0}, scratch);
+    activate_rows(ctx, to, ups, in.rows, w.rows);
     return;
   }
   const size_t products = product_bytes(in, w, up.data != nullptr, int8);
@@ -133,7 +133,7 @@ int32_t wkv_linear(int32_t context, int32_t out, int32_t out_column, int32_t x, 
     const bool int8 = is_quantised(weight->dtype) && precision == WKV_PRECISION_INT8;
     require(to != from || norm || int8, "out must not be x unless x is normed or rounded first");
     ctx.hold(weight, to, plus);
-    project(ctx, in, weight->view(), WeightView{}, int8, {to->f32() + out_column, to->columns, plus ? plus->f32() : nullptr, add}, to == from);
+    project(ctx, in, weight->view(), WeightView{}, int8, {to->f32() + out_column, to->columns, plus ? plus->f32() : nullptr, add, 0}, to == from);
     ctx.submitted();
   });
 }
@@ -142,14 +142,14 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
   return entry(context, [&](Context& ctx) {
     const TensorRef w_gate = find_weight(context, gate, "gate"), w_up = find_weight(context, up, "up");
     require(w_gate->rows == w_up->rows && w_gate->columns == w_up->columns, "gate and up are of different shapes");
-    require(activation == WKV_SILU, "activation " + std::to_string(activation) + " is unknown");
+    require(activation == WKV_SILU || activation == WKV_GELU_TANH, "activation " + std::to_string(activation) + " is unknown");
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w_gate->rows);
     TensorRef from;
     const InputView in = find_input(ctx, context, x, 0, rows, norm, epsilon, w_gate->columns, precision, &from);
     const bool int8 = is_quantised(w_gate->dtype) && is_quantised(w_up->dtype) && precision == WKV_PRECISION_INT8;
     require(to != from, "out must not be x");
     ctx.hold(w_gate, w_up, to);
-    project(ctx, in, w_gate->view(), w_up->view(), int8, {to->f32(), to->columns, nullptr, 0}, false);
+    project(ctx, in, w_gate->view(), w_up->view(), int8, {to->f32(), to->columns, nullptr, 0, activation}, false);
     ctx.submitted();
   });
 }

@@ -14,12 +14,19 @@ struct InputView {
   float epsilon;
 };
 
+/** activation(gate) * up, a wkv_activation; (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). */
+__device__ inline float activate(int32_t activation, float gate, float up) {
+  const float s = activation == WKV_GELU_TANH ? gate * (1.5957691216f + 0.0713548162726f * gate * gate) : gate;
+  return gate / (1.0f + expf(-s)) * up;
+}
+
 /** Where results go: row t at out + t * stride. */
 struct OutputView {
   float* out;
   int64_t stride;
   const float* bias;
   int32_t add;
+  int32_t activation;  // of gated ones
   __device__ void put(int32_t t, int32_t j, float value) const {
     float* to = out + t * stride + j;
     if (bias) value += bias[j];
@@ -27,7 +34,7 @@ struct OutputView {
   }
 };
 
-/** out = norm(in) . w^T, or silu(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
+/** out = norm(in) . w^T, or activation(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
  *  reads in as it is. False, and nothing launched, when the shape needs matmul. */
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
 
@@ -50,8 +57,8 @@ struct SplitView {
 inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * (in.columns + 1) * 4); }
 RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch);
 SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch);
-/** norm(x), or x itself where there is no norm. */
-const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch);
+/** norm(x), or x itself where there is no norm; with `rounded` what 8 bits hold of it, as floats. */
+const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch);
 
 /** out = x . w^T, gated where up has data; weights must be of one dtype. */
 void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to);
@@ -60,7 +67,7 @@ void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const We
 /** out = x . w^T in f32. */
 void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to);
 
-/** Calls body with the weight's type as a constant. */
+/** Calls body with the type of a weight that has no pieces as a constant. */
 template <typename Body>
 auto by_type(int32_t dtype, Body body) {
   switch (dtype) {
@@ -73,7 +80,20 @@ auto by_type(int32_t dtype, Body body) {
   }
 }
 
-__device__ inline float silu_times(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+/** The same for the types of quants.h. */
+template <typename Body>
+auto by_pieces(int32_t dtype, Body body) {
+  switch (dtype) {
+    case WKV_Q5_0: return body(std::integral_constant<int, WKV_Q5_0>());
+    case WKV_Q5_1: return body(std::integral_constant<int, WKV_Q5_1>());
+    case WKV_Q2_K: return body(std::integral_constant<int, WKV_Q2_K>());
+    case WKV_Q3_K: return body(std::integral_constant<int, WKV_Q3_K>());
+    case WKV_Q4_K: return body(std::integral_constant<int, WKV_Q4_K>());
+    case WKV_Q5_K: return body(std::integral_constant<int, WKV_Q5_K>());
+    case WKV_Q6_K: return body(std::integral_constant<int, WKV_Q6_K>());
+    default: return body(std::integral_constant<int, WKV_IQ4_NL>());
+  }
+}
 
 /** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32
  *  lanes take part. Gives the four as a word, and the block's scale and sum in every lane. */

@@ -2,7 +2,7 @@
  * matvec.cu: wkv_linear and wkv_gated for few rows of x, in one launch.
  *
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])          x [rows, C], w [J, C]
- *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
+ *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
  * A block holds all of kRows rows of x in shared memory and owns a run of pairs of weight rows: rows 2 p and 2 p + 1 of w, or row p of gate
  * and of up. `ways` warps share a pair, each lane with every (32 * ways)th chunk of 16 bytes of both rows; so that small matrices, too, keep
@@ -32,6 +32,11 @@ struct Share {
 __device__ inline int4 load_once(const uint8_t* from) {
   int4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+__device__ inline int2 load_once2(const uint8_t* from) {
+  int2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
   return v;
 }
 __device__ inline uint32_t load_scale2(const __half* from) {
@@ -107,12 +112,77 @@ struct Chunk {
   }
 };
 
+/** IQ4_NL's values of the four numbers in the bytes of a word. */
+__device__ inline uint32_t iq4_values(uint32_t q) {
+  const uint32_t selector = (q & 0xf) | (q >> 4 & 0xf0) | (q >> 8 & 0xf00) | (q >> 12 & 0xf000);
+  const uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector & 0x7777), high = __byte_perm(0x26190d01u, 0x71594535u, selector & 0x7777);
+  const uint32_t upper = (q >> 3 & 0x01010101u) * 255u;  // numbers from 8 on
+  return (low & ~upper) | (high & upper);
+}
+
+/** 32 columns of a type of quants.h; chunk i of the whole tensor. */
+template <int kType>
+struct PieceChunk {
+  static constexpr wkv_form kForm = wkv_form_of(kType);
+  static constexpr int kColumns = 32, kFours = 8;
+  int4 data;         // with 2 low bits, its first half
+  int2 high;
+  uint32_t scales, subs;
+
+  __device__ void load(const WeightView& w, uint32_t i) {
+    if (kForm.low == 4) {
+      data = load_once(w.data + size_t{i} * 16);
+    } else {
+      const int2 both = load_once2(w.data + size_t{i} * 8);
+      data.x = both.x, data.y = both.y;
+    }
+    if (kForm.high == 1) high.x = static_cast<int32_t>(load_scale2(reinterpret_cast<const __half*>(w.high + size_t{i} * 4)));
+    if (kForm.high == 2) high = load_once2(w.high + size_t{i} * 8);
+    if (kForm.subs) subs = load_scale(reinterpret_cast<const __half*>(w.subs + i)), scales = load_scale2(w.scales + size_t{i / 8} * 2);
+    else scales = kForm.least ? load_scale2(w.scales + size_t{i} * 2) : load_scale(w.scales + i);
+  }
+
+  /** Columns 16 half + 4 v to + 3 as int8. */
+  __device__ int32_t word(int half, int v) const {
+    const auto pick = [&](int i) { return static_cast<uint32_t>(i == 0 ? data.x : i == 1 ? data.y : i == 2 ? data.z : data.w); };
+    uint32_t q = kForm.low == 4 ? pick(v) >> (half * 4) & 0x0f0f0f0fu : pick(half) >> (v * 2) & 0x03030303u;
+    if (kForm.high == 1) q |= (static_cast<uint32_t>(high.x) >> (half * 4 + v) & 0x01010101u) << kForm.low;
+    if (kForm.high == 2) q |= (static_cast<uint32_t>(half ? high.y : high.x) >> (v * 2) & 0x03030303u) << kForm.low;
+    if (kType == WKV_IQ4_NL) return static_cast<int32_t>(iq4_values(q));
+    return static_cast<int32_t>(kForm.middle ? __vsub4(q, kForm.middle * 0x01010101u) : q);
+  }
+
+  /** The product with the same columns of x in 8 bits, columns 0 to 15 in `low`; of: scale and sum. */
+  __device__ float product(int4 low, int4 high_x, float2 of) const {
+    const auto dot = [&](int half, int4 x) {
+      return __dp4a(word(half, 3), x.w, __dp4a(word(half, 2), x.z, __dp4a(word(half, 1), x.y, __dp4a(word(half, 0), x.x, 0))));
+    };
+    const float first = static_cast<float>(dot(0, low)), second = static_cast<float>(dot(1, high_x)), d = low_half(scales), least = high_half(scales);
+    const int32_t sub0 = static_cast<int32_t>(subs & 255), sub1 = static_cast<int32_t>(subs >> 8);
+    if (!kForm.subs) {
+      const float value = (first + second) * (d * of.x);
+      return kForm.least ? fmaf(least, of.y, value) : value;
+    }
+    if (kType == WKV_Q2_K) {
+      constexpr int32_t kOnes = 0x01010101;
+      const float sum = static_cast<float>(__dp4a(kOnes, low.w, __dp4a(kOnes, low.z, __dp4a(kOnes, low.y, __dp4a(kOnes, low.x, 0))))) * of.x;
+      const float value = (first * static_cast<float>(sub0 & 15) + second * static_cast<float>(sub1 & 15)) * (d * of.x);
+      return value - least * (static_cast<float>(sub0 >> 4) * sum + static_cast<float>(sub1 >> 4) * (of.y - sum));
+    }
+    if (kForm.least) return (first + second) * (d * static_cast<float>(sub0) * of.x) - least * static_cast<float>(sub1) * of.y;
+    return (first * static_cast<float>(static_cast<int8_t>(sub0)) + second * static_cast<float>(static_cast<int8_t>(sub1))) * (d * of.x);
+  }
+};
+
+template <int kType>
+using ChunkOf = std::conditional_t<wkv_has_pieces(kType), PieceChunk<kType>, Chunk<kType>>;
+
 /** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
  *  Floats: the p-th four columns of every chunk lie together. 8 bits: Q4 has the low halves of all blocks of 32, then the high halves;
  *  then scale and sum of every block. */
 template <int kType, bool kInt8>
 struct Staged {
-  static constexpr int kFours = Chunk<kType>::kFours;
+  static constexpr int kFours = ChunkOf<kType>::kFours;
   /** In units of 16 bytes: from one four to the next, of a row; the former keeps writes free of conflicts. */
   static __host__ __device__ int32_t plane(int32_t columns) { return kFours == 1 ? 0 : (columns / chunk_columns(kType) + 7) / 8 * 8 + 8 / kFours; }
   static __host__ __device__ int32_t row(int32_t columns) {
@@ -179,7 +249,7 @@ __device__ inline void stage_int8(const InputView& in, const float* x, int32_t r
 /** x, times the norm's weight, into shared memory; the scale that norm_scale() gives is left to do. */
 template <int kType, int kRows>
 __device__ inline void stage_f32(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
-  constexpr int kFours = Chunk<kType>::kFours;
+  constexpr int kFours = ChunkOf<kType>::kFours;
   const int32_t fours = in.columns / 4, plane = Staged<kType, false>::plane(in.columns), row = Staged<kType, false>::row(in.columns);
 #pragma unroll
   for (int t = 0; t < kRows; t++) {
@@ -208,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   extern __shared__ int4 shared[];
   __shared__ double area[kThreads / 32][kRows];
   __shared__ float norm_scales[kRows];
-  constexpr int kColumns = Chunk<kType>::kColumns, kFours = Chunk<kType>::kFours, kDepth = kType >= WKV_Q8_0 ? 3 : 4;
+  constexpr int kColumns = ChunkOf<kType>::kColumns, kFours = ChunkOf<kType>::kFours, kDepth = wkv_has_pieces(kType) ? 2 : kType >= WKV_Q8_0 ? 3 : 4;
   const int32_t chunks = in.columns / kColumns, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int32_t way = warp % share.ways, groups = share.warps / share.ways, first = way * 32 + lane, step = share.ways * 32;
   const int32_t first_pair = blockIdx.x * share.block_pairs, pairs = min(share.block_pairs, share.pairs - first_pair);
@@ -218,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   float* sums = reinterpret_cast<float*>(shared + kRows * row);  // [pair][row of the pair][t][way]
 
   // What comes next: chunk `next` of the pair whose rows begin at chunks `start_a` and `start_b`.
-  Chunk<kType> a[kDepth], b[kDepth];
+  ChunkOf<kType> a[kDepth], b[kDepth];
   int32_t next_pair = group, next = first;
   uint32_t start_a, start_b;
   const auto begin_pair = [&] {
@@ -296,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   const int32_t wide = share.gated ? pairs : 2 * pairs;
   for (int32_t o = threadIdx.x; o < wide * rows; o += blockDim.x) {
     const int32_t t = o / wide, local = o % wide;
-    if (share.gated) to.put(t0 + t, first_pair + local, silu_times(sum(2 * local, t), sum(2 * local + 1, t)));
+    if (share.gated) to.put(t0 + t, first_pair + local, activate(to.activation, sum(2 * local, t), sum(2 * local + 1, t)));
     else if (first_pair * 2 + local < w.rows) to.put(t0 + t, first_pair * 2 + local, sum(local, t));
   }
 }
@@ -340,6 +410,9 @@ bool matvec_typed(Context& ctx, const InputView& in, const WeightView& w, const 
 
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to) {
   if (up.data && w.dtype != up.dtype) return false;
+  if (wkv_has_pieces(w.dtype)) {
+    return int8 && by_pieces(w.dtype, [&](auto type) { return matvec_typed<type.value, true>(ctx, in, w, up, to); });
+  }
   return by_type(w.dtype, [&](auto type) {
     if constexpr (is_quantised(type.value)) {
       if (int8) return matvec_typed<type.value, true>(ctx, in, w, up, to);

@@ -2,6 +2,7 @@
  * prefill.cu: wkv_prefill, many tokens of one sequence at once: causal attention whose columns are also summed into the scores.
  *
  *   p[t, i] = softmax_i(scale * rotate(q[t], len + t) . rotate(k[i], i)),  i <= len + t;  out[t] = sum_i p[t, i] v[i]
+ *   (scores capped, and i > len + t - window, where asked)
  *   a[i] += mean_g sum_t p[t, i]
  *
  * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
@@ -34,7 +35,8 @@ struct PrefillView {
   int32_t width;  // of a scratch row: D and zeros
   const float* qkv;
   float* out;
-  float scale;  // in units of ln 2
+  float scale, softcap;  // in units of ln 2; softcap 0: none
+  int32_t window;        // 0: none
   // Scratch.
   void* q;                          // [H, rows, width], rotated, in the library's order, scaled
   void *keys, *values;              // [N, entries, width], keys rotated
@@ -46,6 +48,17 @@ struct PrefillView {
   uint32_t* words;                  // [N, words a token, entries]
   int32_t *birth, *rank, *freed;
 
+  /** Whether scores are more than products. */
+  __host__ __device__ bool bent() const { return softcap > 0.0f || window > 0; }
+  /** The score of entry i for row t, a finite low number outside the window: what a row adds up before the first entry that it sees
+   *  is then shrunk to nothing. */
+  __device__ float bend(float s, int32_t n, int32_t kept, int32_t i, int32_t t) const {
+    if (window > 0) {
+      const int32_t rank = i < kept ? cache.ranks[head(n) * (cache.slots + 1) + i] : i;
+      if (rank <= kept + t - window) return -1.0e30f;
+    }
+    return softcap > 0.0f ? softcap * tanhf(s / softcap) : s;
+  }
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
   template <typename T>
   __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }
@@ -220,7 +233,8 @@ __device__ inline float quad_max(float x) {
 template <int kDim, int kTiles, int kKeys>
 constexpr size_t forward_shared() { return size_t(kTiles * 16 * kWarps + 2 * kKeys) * kStride<kDim> * 2; }
 
-template <int kDim, int kTiles, int kKeys>
+/** kBent: scores may be capped or windowed. */
+template <int kDim, int kTiles, int kKeys, bool kBent>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Faults faults) {
   extern __shared__ uint4 shared16[];
   wait_for_previous();
@@ -268,6 +282,16 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
     __syncthreads();
     if (first + kKeys < length) copy_rows<kDim, kKeys>(key, keys + int64_t{first + kKeys} * kDim, length - first - kKeys);
     if (!seen) continue;
+    if constexpr (kBent) {
+#pragma unroll
+      for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+          for (int x = 0; x < 4; x++) s[m][i][x] = p.bend(s[m][i][x], n, kept, min(first + i * 8 + lane % 4 * 2 + x % 2, length - 1), warp_t + m * 16 + x / 2 * 8 + lane / 4);
+        }
+      }
+    }
     if (first + kKeys - 1 > reach) {
       const int32_t ahead = reach - first + lane / 4 - lane % 4 * 2;
 #pragma unroll
@@ -285,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
     for (int m = 0; m < kTiles; m++) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        // The first entry is seen by every row, so `highest` is finite; rows past the end are never written.
+        // The first entry has a finite score for every row, so `highest` is finite; rows past the end are never written.
         float highest = most[m][r];
 #pragma unroll
         for (int i = 0; i < kKeys / 8; i++) highest = fmaxf(highest, fmaxf(s[m][i][2 * r], s[m][i][2 * r + 1]));
@@ -348,7 +372,7 @@ template <int kDim>
 constexpr size_t columns_shared() { return size_t(2 * kQueries) * kStride<kDim> * 2 + 2 * kQueries * 4; }
 
 /** A warp holds kTiles times 16 entries in registers. The scores come out across: a row of c is an entry, a column a query. */
-template <int kDim, int kTiles>
+template <int kDim, int kTiles, bool kBent>
 __global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
   extern __shared__ uint4 shared16[];
   wait_for_previous();
@@ -403,6 +427,16 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
             load_matrices(b, query_at + offset_of<kDim>(q0 + i * 16, k * 16));
 #pragma unroll
             for (int m = 0; m < kTiles; m++) multiply(s[m][2 * i], key[m][k], b[0], b[1]), multiply(s[m][2 * i + 1], key[m][k], b[2], b[3]);
+          }
+        }
+        if constexpr (kBent) {
+#pragma unroll
+          for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+#pragma unroll
+              for (int x = 0; x < 4; x++) s[m][i][x] = p.bend(s[m][i][x], n, kept, min(own + m * 16 + x / 2 * 8, length - 1), t0 + q0 + i * 8 + lane % 4 * 2 + x % 2);
+            }
           }
         }
         if (!all_seen) {
@@ -504,12 +538,14 @@ __global__ void __launch_bounds__(256) exact_forward_kernel(PrefillView p, Fault
       float highest = most[i], add = 0.0f;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        if (first + x + 16 * j > kept + t0 + 4 * y + i) s[i][j] = -INFINITY;
+        const int32_t entry = first + x + 16 * j, t = t0 + 4 * y + i;
+        if (p.bent()) s[i][j] = p.bend(s[i][j], n, kept, min(entry, length - 1), t);
+        if (entry > kept + t) s[i][j] = -INFINITY;
         highest = fmaxf(highest, s[i][j]);
       }
 #pragma unroll
       for (int o = 8; o > 0; o >>= 1) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, o));
-      // The first entry is seen by every row, so `highest` is finite; rows past the end are never written.
+      // The first entry has a finite score for every row, so `highest` is finite; rows past the end are never written.
       shrink[i] = exp2f(most[i] - highest);
       most[i] = highest;
 #pragma unroll
@@ -597,7 +633,10 @@ __global__ void __launch_bounds__(256) exact_columns_kernel(PrefillView p) {
         const float lse = p.lse[int64_t{h} * p.rows + t];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          if (first + x + 16 * j <= kept + t) add[j] += exp2f(s[i][j] - lse);
+          const int32_t entry = first + x + 16 * j;
+          if (entry > kept + t) continue;
+          if (p.bent()) s[i][j] = p.bend(s[i][j], n, kept, entry, t);
+          add[j] += exp2f(s[i][j] - lse);
         }
       }
 #pragma unroll
@@ -657,23 +696,25 @@ void arrive(Context& ctx, const PrefillView& p) {
   launch(ctx, arrive_kernel<T, S>, {dim3(std::min(divide_up(p.entries, 32), 64), p.cache.heads + p.cache.kv_heads), 256}, p);
 }
 
-template <int kDim, int kTiles, int kKeys>
+template <int kDim, int kTiles, int kKeys, bool kBent>
 void forward(Context& ctx, const PrefillView& p) {
   const dim3 grid(p.cache.heads, divide_up(p.rows, kTiles * 16 * kWarps));
-  launch(ctx, forward_kernel<kDim, kTiles, kKeys>, {grid, kThreads, forward_shared<kDim, kTiles, kKeys>()}, p, ctx.faults());
+  launch(ctx, forward_kernel<kDim, kTiles, kKeys, kBent>, {grid, kThreads, forward_shared<kDim, kTiles, kKeys>()}, p, ctx.faults());
 }
 
-template <int kDim, int kTiles>
+template <int kDim, int kTiles, bool kBent>
 void columns(Context& ctx, const PrefillView& p) {
-  launch(ctx, columns_kernel<kDim, kTiles>, {entry_blocks(p, kTiles * 16 * kWarps), kThreads, columns_shared<kDim>()}, p);
+  launch(ctx, columns_kernel<kDim, kTiles, kBent>, {entry_blocks(p, kTiles * 16 * kWarps), kThreads, columns_shared<kDim>()}, p);
 }
 
-/** Blocks of 64 rows where those of 128 would leave multiprocessors idle. */
+/** Blocks of 64 rows where those of 128 would leave multiprocessors idle, or where scores are bent, which takes registers. */
 template <int kDim>
 void attend(Context& ctx, const PrefillView& p) {
-  if (int64_t{divide_up(p.rows, 128)} * p.cache.heads < 2 * ctx.processors) forward<kDim, 1, 64>(ctx, p);
-  else forward<kDim, 2, 64>(ctx, p);
-  columns<kDim, 2>(ctx, p);
+  constexpr int kKeys = kDim > 128 ? 32 : 64, kTiles = kDim > 128 ? 1 : 2;
+  if (p.bent()) return forward<kDim, 1, kKeys, true>(ctx, p), columns<kDim, 1, true>(ctx, p);
+  if (int64_t{divide_up(p.rows, 128)} * p.cache.heads < 2 * ctx.processors) forward<kDim, 1, kKeys, false>(ctx, p);
+  else forward<kDim, kTiles, kKeys, false>(ctx, p);
+  columns<kDim, kTiles, false>(ctx, p);
 }
 
 template <int kParts>
@@ -699,7 +740,7 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
     arrive<T, __half>(ctx, p);
     if (p.width == 64) attend<64>(ctx, p);
     else if (p.width == 128) attend<128>(ctx, p);
-    else forward<256, 1, 32>(ctx, p), columns<256, 1>(ctx, p);
+    else attend<256>(ctx, p);
   }
   launch(ctx, settle_kernel<T>, {cache.kv_heads, 512}, p, ctx.faults());
 }
@@ -709,11 +750,13 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    check_softcap(softcap);
+    require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
@@ -727,6 +770,8 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     p.out = to->f32();
     p.width = width_of(*cache);
     p.scale = scale * kPerLn2;
+    p.softcap = softcap * kPerLn2;
+    p.window = window;
     p.entries = int64_t{cache->slots} + rows;
     // Cut the scratch memory: once to know its size, once to have it.
     uint8_t* scratch = nullptr;

@@ -169,25 +169,53 @@ void Context::zero(void* to, size_t bytes) {
 // ---- tensors ----
 
 namespace {
-int32_t quant_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 32 : 16; }
-int32_t scale_bytes(int32_t dtype) { return dtype == WKV_Q4_1 ? 4 : 2; }
-int64_t row_bytes(int32_t dtype, int32_t columns) {
-  if (is_quantised(dtype)) return int64_t{columns} / 32 * (quant_bytes(dtype) + scale_bytes(dtype));
-  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
-}
 bool finite(const uint8_t* half) { return (half[1] & 0x7c) != 0x7c; }
+[[noreturn]] void refuse_scale(int64_t row, int64_t block) {
+  fail(WKV_DATA, "Row " + std::to_string(row) + ": The scale of block " + std::to_string(block) + " is not finite");
+}
 
-/** Spreads rows in file order over the two planes. */
-void split(const Tensor& tensor, int32_t row, int32_t rows, const uint8_t* from, std::vector<uint8_t>& quants, std::vector<uint8_t>& scales) {
-  const int64_t blocks = tensor.columns / 32;
-  const int32_t q = quant_bytes(tensor.dtype), s = scale_bytes(tensor.dtype);
-  quants.resize(size_t(rows * blocks * q));
-  scales.resize(size_t(rows * blocks * s));
-  for (int64_t i = 0; i < rows * blocks; i++, from += q + s) {
-    if (!finite(from) || (s == 4 && !finite(from + 2))) fail(WKV_DATA, "Row " + std::to_string(row + i / blocks) + ": The scale of block " + std::to_string(i % blocks) + " is not finite");
-    std::memcpy(scales.data() + i * s, from, size_t(s));
-    std::memcpy(quants.data() + i * q, from + s, size_t(q));
+/** Rows of a quantised weight, spread over the planes of WeightView. */
+struct Planes {
+  std::vector<uint8_t> data, scales, high, subs;
+  Planes(int32_t dtype, int64_t columns, int64_t rows)
+      : data(size_t(rows * columns / 32 * data_bytes(dtype))), scales(size_t(rows * columns / scale_columns(dtype) * scale_bytes(dtype))),
+        high(size_t(rows * columns / 32 * high_bytes(dtype))), subs(size_t(rows * columns / 32 * subs_bytes(dtype))) {}
+};
+
+/** Spreads rows in file order out. */
+Planes split(const Tensor& tensor, int32_t row, int32_t rows, const uint8_t* from) {
+  const int32_t dtype = tensor.dtype;
+  const wkv_form form = wkv_form_of(dtype);
+  const int64_t pieces = tensor.columns / 32, blocks = tensor.columns / form.columns;
+  Planes to(dtype, tensor.columns, rows);
+  const int32_t q = data_bytes(dtype), s = scale_bytes(dtype), h = high_bytes(dtype);
+  for (int64_t i = 0; i < rows * pieces; i++) {
+    const int64_t block = i * 32 / form.columns;
+    const uint8_t* at = from + block * form.bytes;
+    if (!wkv_has_pieces(dtype)) {
+      if (!finite(at) || (s == 4 && !finite(at + 2))) refuse_scale(row + i / pieces, block % blocks);
+      std::memcpy(to.scales.data() + i * s, at, size_t(s));
+      std::memcpy(to.data.data() + i * q, at + s, size_t(q));
+      continue;
+    }
+    wkv_piece piece;
+    wkv_read_piece(dtype, at, form.subs ? static_cast<int32_t>(i % 8) : 0, &piece);
+    const uint16_t pair[2] = {piece.d, piece.least};
+    const auto* halves = reinterpret_cast<const uint8_t*>(pair);
+    if (!finite(halves) || !finite(halves + 2)) refuse_scale(row + i / pieces, block % blocks);
+    std::memcpy(to.scales.data() + block * s, pair, size_t(s));
+    if (form.subs) std::memcpy(to.subs.data() + i * 2, piece.sub, 2);
+    uint8_t *data = to.data.data() + i * q, *high = to.high.data() + i * h;
+    for (int32_t k = 0; k < 32; k++) {
+      const int32_t half = k / 16, v = k % 16 / 4, c = k % 4, low = piece.q[k] & ((1 << form.low) - 1), rest = piece.q[k] >> form.low;
+      const auto put = [](uint8_t& byte, int32_t bits) { byte = static_cast<uint8_t>(byte | bits); };
+      if (form.low == 4) put(data[k % 16], low << (half * 4));
+      else put(data[half * 4 + c], low << (v * 2));
+      if (form.high == 1) put(high[c], rest << (half * 4 + v));
+      if (form.high == 2) put(high[half * 4 + c], rest << (v * 2));
+    }
   }
+  return to;
 }
 
 float half_to_float(const uint8_t* p) {
@@ -202,11 +230,13 @@ void check_rows(const Tensor& tensor, int32_t row, int32_t rows) {
 }  // namespace
 
 Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
-  size_t bytes = size_t(rows) * row_bytes(dtype, columns);
+  size_t bytes = size_t(rows) * wkv_row_bytes(dtype, columns);
   if (is_quantised(dtype)) {
-    const size_t blocks = size_t(rows) * (columns / 32);
-    scales_at = round_up(blocks * quant_bytes(dtype));
-    bytes = scales_at + blocks * scale_bytes(dtype);
+    const size_t pieces = size_t(rows) * (columns / 32);
+    scales_at = round_up(pieces * data_bytes(dtype));
+    high_at = round_up(scales_at + size_t(rows) * (columns / scale_columns(dtype)) * scale_bytes(dtype));
+    subs_at = round_up(high_at + pieces * high_bytes(dtype));
+    bytes = subs_at + pieces * subs_bytes(dtype);
   }
   memory = std::make_shared<DeviceMemory>(bytes);
 }
@@ -242,9 +272,10 @@ int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
 int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context& ctx) {
     require_buffer(out, out_bytes, 4, "out");
-    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(dtype >= WKV_F32 && dtype <= WKV_IQ4_NL, "dtype " + std::to_string(dtype) + " is unknown");
     require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
-    require(!is_quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    const int32_t whole = wkv_form_of(dtype).columns;
+    require(columns % whole == 0, "columns must be a multiple of " + std::to_string(whole) + " for quantised rows of this type: " + std::to_string(columns));
     const auto tensor = std::make_shared<Tensor>(dtype, rows, columns);
     ctx.zero(tensor->memory->as<void>(), tensor->memory->bytes());
     *out = add_handle(context, tensor);
@@ -255,17 +286,20 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
   return entry(context, [&](Context& ctx) {
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
-    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
     if (!is_quantised(tensor->dtype)) {
       ctx.copy(tensor->memory->as<uint8_t>(row * bytes), data, size_t(rows * bytes));
       return;
     }
-    std::vector<uint8_t> quants, scales;
-    split(*tensor, row, rows, static_cast<const uint8_t*>(data), quants, scales);
-    const size_t first = size_t(row) * (tensor->columns / 32);
-    ctx.copy(tensor->memory->as<uint8_t>(first * quant_bytes(tensor->dtype)), quants.data(), quants.size());
-    ctx.copy(tensor->memory->as<uint8_t>(tensor->scales_at + first * scale_bytes(tensor->dtype)), scales.data(), scales.size());
+    const Planes planes = split(*tensor, row, rows, static_cast<const uint8_t*>(data));
+    const auto copy = [&](size_t plane, const std::vector<uint8_t>& from) {
+      if (!from.empty()) ctx.copy(tensor->memory->as<uint8_t>(plane + from.size() / rows * row), from.data(), from.size());
+    };
+    copy(0, planes.data);
+    copy(tensor->scales_at, planes.scales);
+    copy(tensor->high_at, planes.high);
+    copy(tensor->subs_at, planes.subs);
   });
 }
 
@@ -274,23 +308,31 @@ int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t ro
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
     const bool as_floats = is_quantised(tensor->dtype);
-    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(out, out_bytes, rows * bytes, "out");
     if (!as_floats) {
       ctx.copy(out, tensor->memory->as<uint8_t>(row * bytes), size_t(rows * bytes));
       return;
     }
-    const int32_t dtype = tensor->dtype, q = quant_bytes(dtype), s = scale_bytes(dtype);
-    const size_t blocks = size_t(tensor->columns / 32), first = row * blocks, count = rows * blocks;
-    std::vector<uint8_t> quants(count * q), scales(count * s);
-    ctx.copy(quants.data(), tensor->memory->as<uint8_t>(first * q), quants.size());
-    ctx.copy(scales.data(), tensor->memory->as<uint8_t>(tensor->scales_at + first * s), scales.size());
+    const int32_t dtype = tensor->dtype, columns = tensor->columns, s = scale_bytes(dtype);
+    Planes planes(dtype, columns, rows);
+    const auto copy = [&](size_t plane, std::vector<uint8_t>& to) {
+      if (!to.empty()) ctx.copy(to.data(), tensor->memory->as<uint8_t>(plane + to.size() / rows * row), to.size());
+    };
+    copy(0, planes.data);
+    copy(tensor->scales_at, planes.scales);
+    copy(tensor->high_at, planes.high);
+    copy(tensor->subs_at, planes.subs);
     auto* to = static_cast<float*>(out);
-    for (size_t b = 0; b < count; b++, to += 32) {
-      const float scale = half_to_float(scales.data() + b * s), least = s == 4 ? half_to_float(scales.data() + b * s + 2) : 0.0f;
-      const uint8_t* from = quants.data() + b * q;
+    for (size_t b = 0; b < size_t(rows) * (columns / 32); b++, to += 32) {
+      const uint8_t* scales = planes.scales.data() + b * 32 / scale_columns(dtype) * s;
+      const float scale = half_to_float(scales), least = s == 4 ? half_to_float(scales + 2) : 0.0f;
+      const uint8_t* from = planes.data.data() + b * data_bytes(dtype);
+      uint16_t subs = 0;
+      if (!planes.subs.empty()) std::memcpy(&subs, planes.subs.data() + b * 2, 2);
       for (int32_t i = 0; i < 32; i++) {
-        if (dtype == WKV_Q8_0) to[i] = static_cast<float>(static_cast<int8_t>(from[i])) * scale;
+        if (wkv_has_pieces(dtype)) to[i] = piece_number(dtype, from, planes.high.data() + b * high_bytes(dtype), subs, scale, least, i);
+        else if (dtype == WKV_Q8_0) to[i] = static_cast<float>(static_cast<int8_t>(from[i])) * scale;
         else to[i] = static_cast<float>((from[i % 16] >> (i / 16 * 4) & 15) - (dtype == WKV_Q4_0 ? 8 : 0)) * scale + least;
       }
     }

@@ -42,7 +42,7 @@ struct Tile {
       const int32_t j = row_out(r);
       if (t0 + t >= rows || j >= w.rows) return;
       const float factor = factors ? factors[t0 + t] : 1.0f;
-      to.put(t0 + t, j, gated ? silu_times(first * factor, second * factor) : first * factor);
+      to.put(t0 + t, j, gated ? activate(to.activation, first * factor, second * factor) : first * factor);
     };
     if constexpr (P::kAlongC == 1) {
 #pragma unroll

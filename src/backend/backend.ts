@@ -241,6 +241,13 @@ export class Backend implements Disposable {
     if (!this.#closed) this.call("wkv_close", handle);
   }
 
+  /** Bytes on the device that this process holds through the library. */
+  get memory(): number {
+    const out = new Float64Array(1);
+    this.call("wkv_memory", out, 8);
+    return out[0]!;
+  }
+
   /** Bytes that a handle's object holds. */
   bytes(handle: number): number {
     const out = new Float64Array(1);

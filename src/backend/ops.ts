@@ -10,6 +10,9 @@ import type { Tensor } from "./tensor.ts";
 /** How linear ops hold their input; see wkv.h. */
 export type Precision = "f32" | "int8";
 
+/** What the gate of a feed-forward part goes through; see wkv.h. */
+export type Activation = "silu" | "gelu-tanh";
+
 /** A norm before a projection: weight `[1, C]` and epsilon. */
 export interface Norm {
   /** Its weight, `[1, C]`. */
@@ -23,7 +26,7 @@ export interface LinearOptions {
   /** Rows of `x` that are used. */
   rows: number;
   /** Applied to `x` first. */
-  norm?: Norm;
+  norm?: Norm | undefined;
   /** Added to the result, `[1, J]`. */
   bias?: Tensor | undefined;
   /** Adds the result to what `out` holds. @default `false` */
@@ -36,29 +39,41 @@ export interface LinearOptions {
   precision: Precision;
 }
 
+const activations: Record<Activation, number> = {
+  "silu": wkv_activation.WKV_SILU,
+  "gelu-tanh": wkv_activation.WKV_GELU_TANH,
+};
+
 const precisions: Record<Precision, number> = {
   f32: wkv_precision.WKV_PRECISION_F32,
   int8: wkv_precision.WKV_PRECISION_INT8,
 };
 
-/** `out[i] = table[tokens[i]]` for the first `rows` tokens. */
+/** `out[i] = scale * table[tokens[i]]` for the first `rows` tokens. */
 export function embed(
   backend: Backend,
   out: Tensor,
   table: Tensor,
   tokens: Tensor,
-  rows: number,
+  { rows, scale = 1 }: { rows: number; scale?: number | undefined },
 ): void {
-  backend.call("wkv_embed", out.handle, table.handle, tokens.handle, rows);
+  backend.call(
+    "wkv_embed",
+    out.handle,
+    table.handle,
+    tokens.handle,
+    rows,
+    scale,
+  );
 }
 
-/** `out[i] = norm(x[i])` for the first `rows` rows. */
+/** `out[i] = norm(x[i])` for the first `rows` rows, or what is added to it. */
 export function rmsnorm(
   backend: Backend,
   out: Tensor,
   x: Tensor,
   norm: Norm,
-  rows: number,
+  { rows, add = false }: { rows: number; add?: boolean },
 ): void {
   backend.call(
     "wkv_rmsnorm",
@@ -67,7 +82,41 @@ export function rmsnorm(
     rows,
     norm.weight.handle,
     norm.epsilon,
+    add ? 1 : 0,
   );
+}
+
+/**
+ * Norms queries and keys of `qkv` `[rows, (H + 2 N) D]` where they lie: each head
+ * on its own with weights `[1, D]`, or all of a row with `[1, H D]` and `[1, N D]`.
+ */
+export function qkNorm(
+  backend: Backend,
+  qkv: Tensor,
+  norms: { q: Norm; k: Norm },
+  shape: { rows: number; heads: number; kvHeads: number; headDim: number },
+): void {
+  backend.call(
+    "wkv_qk_norm",
+    qkv.handle,
+    shape.rows,
+    shape.heads,
+    shape.kvHeads,
+    shape.headDim,
+    norms.q.weight.handle,
+    norms.k.weight.handle,
+    norms.q.epsilon,
+  );
+}
+
+/** `x[i] = cap tanh(x[i] / cap)` for the first `rows` rows. */
+export function softcap(
+  backend: Backend,
+  x: Tensor,
+  rows: number,
+  cap: number,
+): void {
+  backend.call("wkv_softcap", x.handle, rows, cap);
 }
 
 /** `out = norm(x) w^T + bias`, `w` being `[J, C]`. */
@@ -94,25 +143,30 @@ export function linear(
   );
 }
 
-/** `out = silu(norm(x) gate^T) * (norm(x) up^T)`. */
+/** `out = activation(norm(x) gate^T) * (norm(x) up^T)`. */
 export function gated(
   backend: Backend,
   out: Tensor,
   x: Tensor,
   gate: Tensor,
   up: Tensor,
-  options: { rows: number; norm: Norm; precision: Precision },
+  options: {
+    rows: number;
+    norm?: Norm | undefined;
+    activation?: Activation | undefined;
+    precision: Precision;
+  },
 ): void {
   backend.call(
     "wkv_gated",
     out.handle,
     x.handle,
     options.rows,
-    options.norm.weight.handle,
-    options.norm.epsilon,
+    options.norm?.weight.handle ?? 0,
+    options.norm?.epsilon ?? 0,
     gate.handle,
     up.handle,
-    wkv_activation.WKV_SILU,
+    activations[options.activation ?? "silu"],
     precisions[options.precision],
   );
 }

@@ -3,7 +3,7 @@ export const sources: Record<string, string> = {
   "cpu/attend.cpp": `/**
  * attend.cpp: wkv_attend, one decode step of one layer: attend, accumulate scores, select, merge, insert.
  *
- *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], i)     i = 0..len, the new token being i = len
+ *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], i)     i = 0..len, the new token being i = len; capped where asked
  *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 (settle.cpp)
  *
  * A task owns one KV head and a stretch of ranks, for all its query heads, so K and V are read once; the stretches depend on the number
@@ -77,7 +77,7 @@ void prepare(const Loops& loops, const Cache& cache, const float* qkv, int32_t n
 }
 
 /** Ranks [first, last) of one head: weights, their highest score and sum, and the weighted values. */
-void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, int32_t s, float scale) {
+void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& plan, const Work& w, int32_t s, float scale, float softcap) {
   const Ranked r = cache.ranked(head);
   const int32_t first = s * plan.stretch, total = r.count + 1;
   const int32_t last = first + plan.stretch < total ? first + plan.stretch : total;
@@ -92,6 +92,7 @@ void attend_stretch(const Loops& loops, Cache& cache, int64_t head, const Plan& 
   std::memset(out, 0, size_t(plan.group) * plan.head_dim * 4);
   for (int32_t g = 0; g < plan.group; g++) {
     float* weights = w.weights + g * plan.stride + first;
+    if (softcap > 0.0f) loops.softcap(weights, last - first, softcap);
     const float most = loops.highest(weights, last - first);
     w.highest[s * plan.group + g] = most;
     w.sums[s * plan.group + g] = loops.exponentials(weights, last - first, most);
@@ -134,12 +135,13 @@ void accumulate(const Loops& loops, Cache& cache, int64_t head, const Plan& plan
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
     const TensorRef forced = find_victims(context, victims, *cache);
+    check_softcap(softcap);
     const Plan plan(*cache);
     const int64_t units = int64_t{cache->sequences} * cache->kv_heads;
     ctx.scratch.reserve(size_t(units * plan.bytes));
@@ -157,7 +159,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       });
       // Heads turn fastest, so that a stretch's part of the rotation's tables stays in the cache.
       ctx.threads.loop(units * used, 1, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; i++) attend_stretch(loops, *cache, first + i % units, plan, work(i % units), static_cast<int32_t>(i / units), scale);
+        for (int64_t i = begin; i < end; i++) attend_stretch(loops, *cache, first + i % units, plan, work(i % units), static_cast<int32_t>(i / units), scale, softcap);
       });
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
@@ -648,14 +650,15 @@ int32_t entry(int32_t handle, Body body) {
 
 }  // namespace wkv
 `,
-  "cpu/embed.cpp": `/** embed.cpp: wkv_embed and wkv_rmsnorm, the ops at both ends of a forward pass. */
+  "cpu/embed.cpp": `/** embed.cpp: the ops that touch each activation once: wkv_embed, wkv_rmsnorm, wkv_qk_norm, wkv_softcap. */
+#include <cmath>
 #include <cstring>
 
 #include "common.hpp"
 
 using namespace wkv;
 
-int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows) {
+int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows, float scale) {
   return entry(context, [&](Context& ctx) {
     const TensorRef from = find_tensor(context, table, "table");
     require(from->dtype != WKV_I32, "table is of dtype I32");
@@ -668,18 +671,55 @@ int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, i
         if (id < 0 || id >= from->rows) fail(WKV_DATA, "Token " + std::to_string(id) + " is outside the table of " + std::to_string(from->rows));
         if (from->dtype == WKV_F32) std::memcpy(to->row(i), from->row(id), size_t(from->columns) * 4);
         else loops->weight_row(from->dtype, from->memory.data(), from->columns, id, to->row(i));
+        if (scale == 1.0f) continue;
+        for (int32_t c = 0; c < from->columns; c++) to->row(i)[c] *= scale;
       }
     });
   });
 }
 
-int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon) {
+int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon, int32_t add) {
   return entry(context, [&](Context& ctx) {
+    require(add == 0 || add == 1, "add must be 0 or 1: " + std::to_string(add));
     const TensorRef w = find_tensor(context, weight, "weight", WKV_F32, 1, -1);
     const TensorRef from = find_tensor(context, x, "x", WKV_F32, rows, w->columns);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w->columns);
+    if (add && rows > 0) ctx.normed.reserve(w->columns);
+    ctx.submit([=, &ctx] {
+      for (int32_t i = 0; i < rows; i++) {
+        float* out = add ? ctx.normed.data() : to->row(i);
+        ctx.loops->rmsnorm(from->row(i), w->f32(), w->columns, epsilon, out);
+        if (add) ctx.loops->add_scaled(to->row(i), out, 1.0f, w->columns);
+      }
+    });
+  });
+}
+
+int32_t wkv_qk_norm(int32_t context, int32_t qkv, int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_weight, int32_t k_weight, float epsilon) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef q = find_tensor(context, q_weight, "q_weight", WKV_F32, 1, -1), k = find_tensor(context, k_weight, "k_weight", WKV_F32, 1, -1);
+    check_qk_norm(heads, kv_heads, head_dim, q->columns, k->columns);
+    const TensorRef x = find_tensor(context, qkv, "qkv", WKV_F32, rows, (heads + 2 * kv_heads) * head_dim);
     ctx.submit([=, loops = ctx.loops] {
-      for (int32_t i = 0; i < rows; i++) loops->rmsnorm(from->row(i), w->f32(), w->columns, epsilon, to->row(i));
+      for (int32_t i = 0; i < rows; i++) {
+        float *at = x->row(i), *const keys = at + heads * head_dim, *const values = keys + kv_heads * head_dim;
+        for (; at < keys; at += q->columns) loops->rmsnorm(at, q->f32(), q->columns, epsilon, at);
+        for (; at < values; at += k->columns) loops->rmsnorm(at, k->f32(), k->columns, epsilon, at);
+      }
+    });
+  });
+}
+
+int32_t wkv_softcap(int32_t context, int32_t x, int32_t rows, float cap) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef at = find_tensor(context, x, "x", WKV_F32, rows, -1);
+    require(std::isfinite(cap) && cap > 0.0f, "cap must be a number above 0");
+    ctx.submit([=, &ctx] {
+      for (int32_t i = 0; i < rows; i++) {
+        ctx.threads.loop((at->columns + 1023) / 1024, 1, [&](int64_t begin, int64_t end, int) {
+          ctx.loops->softcap(at->row(i) + begin * 1024, std::min<int64_t>(end * 1024, at->columns) - begin * 1024, cap);
+        });
+      }
     });
   });
 }
@@ -806,7 +846,7 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
   return entry(context, [&](Context& ctx) {
     const TensorRef w_gate = find_weight(context, gate, "gate"), w_up = find_weight(context, up, "up");
     require(w_gate->rows == w_up->rows && w_gate->columns == w_up->columns, "gate and up are of different shapes");
-    require(activation == WKV_SILU, "activation " + std::to_string(activation) + " is unknown");
+    require(activation == WKV_SILU || activation == WKV_GELU_TANH, "activation " + std::to_string(activation) + " is unknown");
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w_gate->rows);
     const bool both = is_quantised(w_gate->dtype) && is_quantised(w_up->dtype);
     const Input input(ctx, context, x, 0, rows, norm, epsilon, w_gate->columns, both, precision);
@@ -821,7 +861,7 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
           for (int64_t g = begin; g < end; g++) {
             input.group(ctx, *w_gate, g, t0, count, gates);
             input.group(ctx, *w_up, g, t0, count, ups);
-            ctx.loops->silu_times(gates, ups, int64_t{count} * 8);
+            ctx.loops->activate(activation, gates, ups, int64_t{count} * 8);
             const int32_t lanes = w_gate->rows - g * 8 < 8 ? static_cast<int32_t>(w_gate->rows - g * 8) : 8;
             for (int32_t t = 0; t < count; t++) {
               for (int32_t j = 0; j < lanes; j++) to->row(t0 + t)[g * 8 + j] = gates[t * 8 + j];
@@ -1016,6 +1056,119 @@ inline f8 exponential(f8 x) {
 
 constexpr int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 272 : dtype == WKV_Q4_0 ? 144 : 160; }
 
+typedef uint8_t b32 __attribute__((vector_size(32)));
+typedef uint8_t b8 __attribute__((vector_size(8)));
+typedef int8_t s8 __attribute__((vector_size(8)));
+
+inline b32 load_bytes(const uint8_t* p) {
+  b32 v;
+  std::memcpy(&v, p, 32);
+  return v;
+}
+/** 8 bytes as floats, signed or not. */
+inline f8 widen(const uint8_t* p) {
+  b8 v;
+  std::memcpy(&v, p, 8);
+  return __builtin_convertvector(v, f8);
+}
+inline f8 widen_signed(const uint8_t* p) {
+  s8 v;
+  std::memcpy(&v, p, 8);
+  return __builtin_convertvector(v, f8);
+}
+
+/** The numbers of a piece as int8, q - middle or what IQ4_NL's stand for: vector v has columns 4 v .. 4 v + 3, row by row. */
+template <int32_t kType>
+inline void unpack(const uint8_t* from, b32 (&w)[8]) {
+  constexpr wkv_form form = wkv_form_of(kType);
+  if (form.low == 4) {
+    for (int32_t v = 0; v < 4; v++) {
+      const b32 both = load_bytes(from + v * 32);
+      w[v] = both & 15, w[4 + v] = both >> 4;
+    }
+  } else {
+    const b32 first = load_bytes(from), second = load_bytes(from + 32);
+    for (int32_t v = 0; v < 4; v++) w[v] = first >> (2 * v) & 3, w[4 + v] = second >> (2 * v) & 3;
+  }
+  const uint8_t* high = from + (form.low == 4 ? 128 : 64);
+  if (form.high == 1) {
+    const b32 bits = load_bytes(high);
+    for (int32_t v = 0; v < 4; v++) w[v] |= (bits >> v & 1) << form.low, w[4 + v] |= (bits >> (4 + v) & 1) << form.low;
+  }
+  if (form.high == 2) {
+    const b32 first = load_bytes(high), second = load_bytes(high + 32);
+    for (int32_t v = 0; v < 4; v++) w[v] |= (first >> (2 * v) & 3) << form.low, w[4 + v] |= (second >> (2 * v) & 3) << form.low;
+  }
+  if (kType == WKV_IQ4_NL) {
+#if defined(__AVX2__)
+    __m128i values;
+    std::memcpy(&values, WKV_IQ4_VALUES, 16);
+    const __m256i table = _mm256_broadcastsi128_si256(values);
+    for (int32_t v = 0; v < 8; v++) w[v] = (b32)_mm256_shuffle_epi8(table, (__m256i)w[v]);
+#else
+    for (int32_t v = 0; v < 8; v++) {
+      for (int32_t i = 0; i < 32; i++) w[v][i] = static_cast<uint8_t>(WKV_IQ4_VALUES[w[v][i]]);
+    }
+#endif
+  } else if (form.middle) {
+    for (int32_t v = 0; v < 8; v++) w[v] -= static_cast<uint8_t>(form.middle);
+  }
+}
+
+/** A piece's scales and minima for 8 rows: of its first and its second 16 columns. A number is scale * int8 + least. */
+struct PieceScales {
+  f8 scale[2], least[2];
+};
+
+template <int32_t kType>
+inline PieceScales piece_scales(const uint8_t* group, int32_t piece) {
+  constexpr wkv_form form = wkv_form_of(kType);
+  const uint8_t* at = group + piece_at(kType, piece);
+  const f8 none = spread(0.0f);
+  if (!form.subs) {
+    const f8 d = load_halves(at), least = form.least ? load_halves(at + 16) : none;
+    return {{d, d}, {least, least}};
+  }
+  const uint8_t* of = group + super_at(kType, piece);
+  const f8 d = load_halves(of);
+  if (kType == WKV_Q2_K) {
+    const f8 m = load_halves(of + 16), first = widen(at), second = widen(at + 8);
+    uint8_t mins[16];
+    for (int32_t i = 0; i < 16; i++) mins[i] = at[i] >> 4;
+    const f8 m0 = widen(mins), m1 = widen(mins + 8), sixteen = spread(16.0f);
+    return {{d * (first - m0 * sixteen), d * (second - m1 * sixteen)}, {-m * m0, -m * m1}};
+  }
+  if (form.least) {
+    const f8 scale = d * widen(at), least = -load_halves(of + 16) * widen(at + 8);
+    return {{scale, scale}, {least, least}};
+  }
+  return {{d * widen_signed(at), d * widen_signed(at + 8)}, {none, none}};
+}
+
+template <int32_t kType>
+inline void dequantise_piece(const uint8_t* group, int32_t piece, f8* out) {
+  const PieceScales of = piece_scales<kType>(group, piece);
+  b32 w[8];
+  unpack<kType>(group + piece_at(kType, piece) + piece_head(kType), w);
+  for (int32_t v = 0; v < 8; v++) {
+    const i8 packed = (i8)w[v];
+    for (int32_t c = 0; c < 4; c++) out[4 * v + c] = __builtin_convertvector(packed << (24 - 8 * c) >> 24, f8) * of.scale[v / 4] + of.least[v / 4];
+  }
+}
+
+/** Calls body with a type of quants.h as a constant. */
+#define WKV_BY_PIECES(dtype, body)            \\
+  switch (dtype) {                            \\
+    case WKV_Q5_0: body(WKV_Q5_0); break;     \\
+    case WKV_Q5_1: body(WKV_Q5_1); break;     \\
+    case WKV_Q2_K: body(WKV_Q2_K); break;     \\
+    case WKV_Q3_K: body(WKV_Q3_K); break;     \\
+    case WKV_Q4_K: body(WKV_Q4_K); break;     \\
+    case WKV_Q5_K: body(WKV_Q5_K); break;     \\
+    case WKV_Q6_K: body(WKV_Q6_K); break;     \\
+    default: body(WKV_IQ4_NL); break;         \\
+  }
+
 /** Columns [0, n) of a group as floats, n <= 32: out[c] holds column \`column + c\` of the 8 rows. */
 inline void dequantise(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, int32_t column, int32_t n, f8* out) {
   switch (dtype) {
@@ -1035,6 +1188,13 @@ inline void dequantise(int32_t dtype, const uint8_t* weight, int32_t columns, in
       return;
     }
     default: break;
+  }
+  if (wkv_has_pieces(dtype)) {
+    const uint8_t* at = weight + group * piece_at(dtype, columns / 32);
+#define WKV_BODY(type) dequantise_piece<type>(at, column / 32, out)
+    WKV_BY_PIECES(dtype, WKV_BODY)
+#undef WKV_BODY
+    return;
   }
   const uint8_t* block = weight + (group * (columns / 32) + column / 32) * block_bytes(dtype);
   const f8 scale = load_halves(block);
@@ -1125,7 +1285,37 @@ inline __m256i spread4(const int8_t* x) {
   std::memcpy(&four, x, 4);
   return _mm256_set1_epi32(four);
 }
+
+/** total + the sums of 4 products of signed bytes in each lane: |w| <= 128 and |x| <= 127, so a pair of products fits 16 bits. */
+inline __m256i add_signed(__m256i total, __m256i w, __m256i x) {
+  const __m256i magnitude = _mm256_abs_epi8(w), signed_x = _mm256_sign_epi8(x, w);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpbusd_epi32(total, magnitude, signed_x);
+#else
+  return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed_x), _mm256_set1_epi16(1)));
 #endif
+}
+#endif
+
+/** Sums over the first and the second 16 columns of int8 weights times x, for each of the 8 rows. */
+template <int32_t kRows>
+inline void half_products(const b32 (&w)[8], const int8_t* x, int64_t x_stride, i8 (&first)[kRows], i8 (&second)[kRows]) {
+  for (int32_t t = 0; t < kRows; t++) {
+    const int8_t* row = x + t * x_stride;
+#if defined(__AVX2__)
+    __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int32_t v = 0; v < 8; v++) total[v / 4] = add_signed(total[v / 4], (__m256i)w[v], spread4(row + v * 4));
+    first[t] = (i8)total[0], second[t] = (i8)total[1];
+#else
+    int32_t total[2][8] = {};
+    for (int32_t v = 0; v < 8; v++) {
+      for (int32_t i = 0; i < 32; i++) total[v / 4][i / 4] += static_cast<int8_t>(w[v][i]) * row[v * 4 + i % 4];
+    }
+    std::memcpy(&first[t], total[0], 32);
+    std::memcpy(&second[t], total[1], 32);
+#endif
+  }
+}
 
 /** Sums over 32 columns of weight (0..15 or int8) times x, for each of the 8 rows; Q4 values are taken as stored. */
 template <int32_t kType, int32_t kRows>
@@ -1136,16 +1326,7 @@ inline void integer_products(const uint8_t* q, const int8_t* x, int64_t x_stride
   if (kType == WKV_Q8_0) {
     for (int32_t v = 0; v < 8; v++) {
       const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + v * 32));
-      const __m256i magnitude = _mm256_abs_epi8(w);
-      for (int32_t t = 0; t < kRows; t++) {
-        // |w| <= 128 and |x| <= 127, so a pair of products fits 16 bits.
-        const __m256i signed_x = _mm256_sign_epi8(spread4(x + t * x_stride + v * 4), w);
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-        total[t] = _mm256_dpbusd_epi32(total[t], magnitude, signed_x);
-#else
-        total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, signed_x), _mm256_set1_epi16(1)));
-#endif
-      }
+      for (int32_t t = 0; t < kRows; t++) total[t] = add_signed(total[t], w, spread4(x + t * x_stride + v * 4));
     }
   } else {
     const __m256i low = _mm256_set1_epi8(15);
@@ -1204,6 +1385,46 @@ inline void group_rows(const uint8_t* block, int32_t blocks, const int8_t* x, co
   for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
 }
 
+/** The same for the types of quants.h. */
+template <int32_t kType, int32_t kRows>
+inline void piece_rows(const uint8_t* group, int32_t blocks, const int8_t* x, const float* scales, const float* sums, float* tile) {
+  constexpr wkv_form form = wkv_form_of(kType);
+  f8 total[kRows];
+  for (int32_t t = 0; t < kRows; t++) total[t] = spread(0.0f);
+  const int64_t stride = int64_t{blocks} * 32;
+  b32 w[8];
+  i8 first[kRows], second[kRows];
+  for (int32_t b = 0; b < blocks; b++) {
+    const PieceScales of = piece_scales<kType>(group, b);
+    unpack<kType>(group + piece_at(kType, b) + piece_head(kType), w);
+    half_products<kRows>(w, x + b * 32, stride, first, second);
+    for (int32_t t = 0; t < kRows; t++) {
+      const int64_t at = static_cast<int64_t>(t) * blocks + b;
+      const f8 scale = spread(scales[at]);
+      if (form.halves) total[t] += __builtin_convertvector(first[t], f8) * (of.scale[0] * scale) + __builtin_convertvector(second[t], f8) * (of.scale[1] * scale);
+      else total[t] += __builtin_convertvector(first[t] + second[t], f8) * (of.scale[0] * scale);
+      if (kType == WKV_Q2_K) {
+        int32_t sum = 0;
+        for (int32_t i = 0; i < 16; i++) sum += x[t * stride + b * 32 + i];
+        const float half = scales[at] * static_cast<float>(sum);
+        total[t] += of.least[0] * spread(half) + of.least[1] * spread(sums[at] - half);
+      } else if (form.least) {
+        total[t] += of.least[0] * spread(sums[at]);
+      }
+    }
+  }
+  for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
+}
+
+template <int32_t kType>
+inline void pieces_typed(const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
+  const int32_t blocks = columns / 32;
+  const uint8_t* own = weight + group * piece_at(kType, blocks);
+  int32_t t = 0;
+  for (; t + 4 <= count; t += 4) piece_rows<kType, 4>(own, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+  for (; t < count; t++) piece_rows<kType, 1>(own, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+}
+
 template <int32_t kType>
 inline void group_typed(const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
   const int32_t blocks = columns / 32;
@@ -1217,8 +1438,13 @@ void group_int8(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t g
   switch (dtype) {
     case WKV_Q8_0: return group_typed<WKV_Q8_0>(weight, columns, group, x, scales, sums, count, tile);
     case WKV_Q4_0: return group_typed<WKV_Q4_0>(weight, columns, group, x, scales, sums, count, tile);
-    default: return group_typed<WKV_Q4_1>(weight, columns, group, x, scales, sums, count, tile);
+    case WKV_Q4_1: return group_typed<WKV_Q4_1>(weight, columns, group, x, scales, sums, count, tile);
+    default: break;
   }
+#define WKV_BODY(type) pieces_typed<type>(weight, columns, group, x, scales, sums, count, tile)
+  WKV_BY_PIECES(dtype, WKV_BODY)
+#undef WKV_BODY
+
 }
 
 void rmsnorm(const float* x, const float* weight, int32_t columns, float epsilon, float* out) {
@@ -1228,13 +1454,23 @@ void rmsnorm(const float* x, const float* weight, int32_t columns, float epsilon
   for (int32_t c = 0; c < columns; c++) out[c] = x[c] * scale * weight[c];
 }
 
-void silu_times(float* gate, const float* up, int64_t count) {
+/** gate / (1 + e^-s) * up, s being the gate or, as (1 + tanh(u)) / 2 = 1 / (1 + e^-2u), twice GELU's argument. */
+void activate(int32_t activation, float* gate, const float* up, int64_t count) {
+  const bool gelu = activation == WKV_GELU_TANH;
+  constexpr float kLinear = 1.5957691216f, kCubic = 0.0713548162726f;  // 2 sqrt(2 / pi), and 0.044715 times it
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    const f8 g = load(gate + i);
-    store(gate + i, g / (spread(1.0f) + exponential(-g)) * load(up + i));
+    const f8 g = load(gate + i), s = gelu ? g * (spread(kLinear) + spread(kCubic) * g * g) : g;
+    store(gate + i, g / (spread(1.0f) + exponential(-s)) * load(up + i));
   }
-  for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+  for (; i < count; i++) {
+    const float g = gate[i], s = gelu ? g * (kLinear + kCubic * g * g) : g;
+    gate[i] = g / (1.0f + std::exp(-s)) * up[i];
+  }
+}
+
+void softcap(float* x, int64_t count, float cap) {
+  for (int64_t i = 0; i < count; i++) x[i] = cap * std::tanh(x[i] / cap);
 }
 
 // ---- attention ----
@@ -1477,7 +1713,7 @@ void block_values(const float* weights, int64_t stride, int32_t rows, int32_t co
 }  // namespace
 
 const Loops loops = {
-    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, silu_times, read_row, write_row, scores, weighted_values,
+    WKV_TEXT(WKV_ISA), weight_row, round_row, rmsnorm, group_f32, group_int8, activate, softcap, read_row, write_row, scores, weighted_values,
     highest, exponentials, add_scaled, merge, gap, block_scores, block_values,
 };
 
@@ -1491,9 +1727,15 @@ const Loops loops = {
  * - F16, BF16: [group][column][8 rows].
  * - quantised: [group][block of 32 columns]: 8 f16 scales, (Q4_1) 8 f16 minima, then vectors of 32 bytes; a vector holds, row by
  *   row, 4 neighbouring columns: Q8_0 columns 4 v .. 4 v + 3 in vector v; Q4 those in its low, columns 16 + 4 v .. in its high halves.
+ * - the other types (quants.h): of a K type, for each 256 columns 8 f16 scales and, where there are any, 8 f16 minima of the blocks, then
+ *   the pieces. A piece of 32 columns has its 8 first and 8 second sub-scales (K) or 8 f16 scales and minima; then vectors as above, whose
+ *   bytes hold the low bits (4: as Q4; 2: columns 4 v .. at bit 2 v of the first of two vectors, 16 + 4 v .. of the second), then the high
+ *   ones (1: at bit v and bit 4 + v of one vector; 2: as the low 2).
  */
 #pragma once
 #include <cstdint>
+
+#include "../quants.h"
 
 namespace wkv {
 
@@ -1504,6 +1746,17 @@ struct StoredRows {
   const int32_t* slots;
   int32_t count;
 };
+
+/** Bytes of a piece's scales in a group, and of all that 32 columns take beside the block's own. */
+constexpr int32_t piece_head(int32_t dtype) { return wkv_form_of(dtype).subs ? 16 : wkv_form_of(dtype).least ? 32 : 16; }
+constexpr int32_t piece_bytes(int32_t dtype) { return piece_head(dtype) + (wkv_form_of(dtype).low == 4 ? 128 : 64) + wkv_form_of(dtype).high * 32; }
+/** Bytes of the scales of 8 K blocks. */
+constexpr int32_t super_bytes(int32_t dtype) { return !wkv_form_of(dtype).subs ? 0 : wkv_form_of(dtype).least ? 32 : 16; }
+/** Where a piece lies in its group, and that of the scales of its block. */
+constexpr int64_t super_at(int32_t dtype, int32_t piece) { return int64_t{piece / 8} * (super_bytes(dtype) + 8 * piece_bytes(dtype)); }
+constexpr int64_t piece_at(int32_t dtype, int32_t piece) {
+  return wkv_form_of(dtype).subs ? super_at(dtype, piece) + super_bytes(dtype) + piece % 8 * piece_bytes(dtype) : int64_t{piece} * piece_bytes(dtype);
+}
 
 /** Tables of a rotation from some rank on, [ranks, pairs]; pairs 0: the rows are read as they are. */
 struct Rotation {
@@ -1524,8 +1777,10 @@ struct Loops {
   void (*group_f32)(int32_t dtype, const uint8_t* weight, int32_t columns, int32_t rows, int64_t group, const float* x, int32_t count, float* tile);
   /** The same from 8-bit rows; scales and sums are [count, columns / 32]. */
   void (*group_int8)(int32_t dtype, const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile);
-  /** gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]. */
-  void (*silu_times)(float* gate, const float* up, int64_t count);
+  /** gate[i] = activation(gate[i]) * up[i], a wkv_activation. */
+  void (*activate)(int32_t activation, float* gate, const float* up, int64_t count);
+  /** x = cap * tanh(x / cap). */
+  void (*softcap)(float* x, int64_t count, float cap);
 
   void (*read_row)(int32_t dtype, const uint8_t* row, int32_t count, float* out);
   void (*write_row)(int32_t dtype, const float* values, int32_t count, uint8_t* row);
@@ -1576,6 +1831,7 @@ inline const Loops* pick_loops() {
  * prefill.cpp: wkv_prefill, many tokens of one sequence at once: causal attention whose columns are also summed into the scores.
  *
  *   p[t, i] = softmax_i(scale * rotate(q[t], len + t) . rotate(k[i], i)),  i <= len + t;  out[t] = sum_i p[t, i] v[i]
+ *   (scores capped, and i > len + t - window, where asked)
  *   a[i] += mean_g sum_t p[t, i]
  *
  * One KV head at a time: its keys are rotated and transposed once, then a task takes blocks of 16 query rows of one query head; the
@@ -1643,7 +1899,8 @@ struct Job {
   Tensor& out;
   int32_t rows, layer, kv_head;
   int64_t head;
-  float scale;
+  float scale, softcap;
+  int32_t window;
   const Work& w;
 
   /** Where row t's query and key are rotated. */
@@ -1706,9 +1963,12 @@ struct Job {
     for (int32_t t = 0; t < n; t++) {
       float* row = weights + t * w.stride;
       const int32_t count = static_cast<int32_t>(kept) + t0 + t + 1;
-      const float sum = loops.exponentials(row, count, loops.highest(row, count));
+      const int32_t first = window > 0 ? std::max(0, count - window) : 0;
+      if (softcap > 0.0f) loops.softcap(row + first, count - first, softcap);
+      const float sum = loops.exponentials(row + first, count - first, loops.highest(row + first, count - first));
       check_sum(sum, layer);
-      for (int32_t i = 0; i < count; i++) row[i] /= sum;
+      for (int32_t i = first; i < count; i++) row[i] /= sum;
+      std::fill(row, row + first, 0.0f);
       std::fill(row + count, row + padded, 0.0f);
       loops.add_scaled(columns, row, 1.0f, count);
     }
@@ -1756,11 +2016,13 @@ struct Job {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    check_softcap(softcap);
+    require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
@@ -1771,7 +2033,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       for (int32_t n = 0; n < cache->kv_heads; n++) {
         const int64_t head = cache->head(layer, sequence, n);
         const Work w = cut(ctx.scratch.data(), *cache, ctx.threads.count(), cache->counts[head].kept, rows, nullptr);
-        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, w};
+        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, softcap, window, w};
         job.gather();
         job.attend();
         job.settle_rows();
@@ -1798,19 +2060,22 @@ constexpr size_t kLarge = size_t{1} << 20;
 }
 
 void* zeroed(size_t bytes) {
+  void* memory = nullptr;
   if (bytes >= kLarge) {
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    return memory;
+  } else {
+    const size_t size = (bytes + 64) / 64 * 64;
+    memory = std::aligned_alloc(64, size);
+    if (!memory) throw std::bad_alloc();
+    std::memset(memory, 0, size);
   }
-  const size_t size = (bytes + 64) / 64 * 64;
-  void* memory = std::aligned_alloc(64, size);
-  if (!memory) throw std::bad_alloc();
-  std::memset(memory, 0, size);
+  count_bytes(static_cast<int64_t>(bytes));
   return memory;
 }
 
 void release(void* memory, size_t bytes) {
+  count_bytes(-static_cast<int64_t>(bytes));
   if (bytes >= kLarge) munmap(memory, bytes);
   else std::free(memory);
 }
@@ -1828,28 +2093,64 @@ Context::Context(int32_t count) : loops(pick_loops()), threads(count) {}
 // ---- tensors ----
 
 namespace {
-bool quantised(int32_t dtype) { return dtype == WKV_Q8_0 || dtype == WKV_Q4_0 || dtype == WKV_Q4_1; }
-int32_t block_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 34 : dtype == WKV_Q4_0 ? 18 : 20; }
-int64_t row_bytes(int32_t dtype, int32_t columns) {
-  if (quantised(dtype)) return int64_t{columns} / 32 * block_bytes(dtype);
-  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
-}
+bool quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
+/** Bytes of 8 rows. */
+int64_t group_bytes(int32_t dtype, int32_t columns) { return wkv_has_pieces(dtype) ? piece_at(dtype, columns / 32) : 8 * wkv_row_bytes(dtype, columns); }
 /** F32 and I32 lie row by row, weights of every other type in groups of 8 rows. */
 bool grouped(int32_t dtype) { return dtype != WKV_F32 && dtype != WKV_I32; }
 
-/** Puts one row in file order into its place within its group of 8. */
+void require_finite(uint16_t half, int32_t block) {
+  if ((half & 0x7c00) == 0x7c00) fail(WKV_DATA, "The scale of block " + std::to_string(block) + " is not finite");
+}
+
+/** Puts one row in file order into its place within its group of 8: the types of quants.h. */
+void scatter_pieces(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const uint8_t* row) {
+  const wkv_form form = wkv_form_of(dtype);
+  wkv_piece piece;
+  for (int32_t b = 0; b < columns / 32; b++) {
+    const int32_t block = b * 32 / form.columns;
+    wkv_read_piece(dtype, row + int64_t{block} * form.bytes, form.subs ? b % 8 : 0, &piece);
+    require_finite(piece.d, block);
+    require_finite(piece.least, block);
+    uint8_t *at = group + piece_at(dtype, b), *scales = form.subs ? group + super_at(dtype, b) : at;
+    std::memcpy(scales + lane * 2, &piece.d, 2);
+    if (form.least) std::memcpy(scales + 16 + lane * 2, &piece.least, 2);
+    if (form.subs) at[lane] = piece.sub[0], at[8 + lane] = piece.sub[1];
+    uint8_t* const low = at + piece_head(dtype) + lane * 4;
+    uint8_t* const high = low + (form.low == 4 ? 128 : 64);
+    // A byte is shared by columns of one row only, so its other bits are this row's too.
+    for (int32_t c = 0; c < 4; c++) {
+      for (int32_t v = 0; v < 4; v++) {
+        if (form.low == 4) low[v * 32 + c] = 0;
+      }
+      if (form.low == 2) low[c] = low[32 + c] = 0;
+      for (int32_t h = 0; h < form.high; h++) high[h * 32 + c] = 0;
+    }
+    for (int32_t i = 0; i < 32; i++) {
+      const int32_t half = i / 16, v = i % 16 / 4, c = i % 4, first = piece.q[i] & ((1 << form.low) - 1), rest = piece.q[i] >> form.low;
+      const auto put = [](uint8_t& byte, int32_t bits) { byte = static_cast<uint8_t>(byte | bits); };
+      if (form.low == 4) put(low[v * 32 + c], first << (half * 4));
+      else put(low[half * 32 + c], first << (v * 2));
+      if (form.high == 1) put(high[c], rest << (half * 4 + v));
+      if (form.high == 2) put(high[half * 32 + c], rest << (v * 2));
+    }
+  }
+}
+
+/** The same for all types but F32 and I32. */
 void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const uint8_t* row) {
   if (!quantised(dtype)) {
     for (int32_t c = 0; c < columns; c++) std::memcpy(group + (c * 8 + lane) * 2, row + c * 2, 2);
     return;
   }
-  const int32_t bytes = block_bytes(dtype), heads = dtype == WKV_Q4_1 ? 2 : 1, vectors = dtype == WKV_Q8_0 ? 8 : 4;
+  if (wkv_has_pieces(dtype)) return scatter_pieces(dtype, columns, group, lane, row);
+  const int32_t bytes = wkv_form_of(dtype).bytes, heads = dtype == WKV_Q4_1 ? 2 : 1, vectors = dtype == WKV_Q8_0 ? 8 : 4;
   for (int32_t b = 0; b < columns / 32; b++, row += bytes, group += bytes * 8) {
     for (int32_t h = 0; h < heads; h++) {
       std::memcpy(group + h * 16 + lane * 2, row + h * 2, 2);
       uint16_t half;
       std::memcpy(&half, row + h * 2, 2);
-      if ((half & 0x7c00) == 0x7c00) fail(WKV_DATA, "The scale of block " + std::to_string(b) + " is not finite");
+      require_finite(half, b);
     }
     for (int32_t v = 0; v < vectors; v++) std::memcpy(group + heads * 16 + v * 32 + lane * 4, row + heads * 2 + v * 4, 4);
   }
@@ -1857,8 +2158,9 @@ void scatter(int32_t dtype, int32_t columns, uint8_t* group, int32_t lane, const
 }  // namespace
 
 Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
-  const int64_t stored = grouped(dtype) ? (int64_t{rows} + 7) / 8 * 8 : rows;
-  memory.resize(static_cast<size_t>(stored) * static_cast<size_t>(row_bytes(dtype, columns)));  // below 2^64: 2^31 rows of 2^33 bytes
+  // Below 2^64: 2^31 rows of 2^33 bytes.
+  if (grouped(dtype)) memory.resize((size_t(rows) + 7) / 8 * static_cast<size_t>(group_bytes(dtype, columns)));
+  else memory.resize(size_t(rows) * static_cast<size_t>(wkv_row_bytes(dtype, columns)));
 }
 
 }  // namespace wkv
@@ -1894,9 +2196,10 @@ int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
 int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context&) {
     require_buffer(out, out_bytes, 4, "out");
-    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(dtype >= WKV_F32 && dtype <= WKV_IQ4_NL, "dtype " + std::to_string(dtype) + " is unknown");
     require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
-    require(!quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    const int32_t whole = wkv_form_of(dtype).columns;
+    require(columns % whole == 0, "columns must be a multiple of " + std::to_string(whole) + " for quantised rows of this type: " + std::to_string(columns));
     *out = add_handle(context, std::make_shared<Tensor>(dtype, rows, columns));
   });
 }
@@ -1911,7 +2214,7 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
   return entry(context, [&](Context&) {
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
-    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
     if (!grouped(tensor->dtype)) {
       std::memcpy(tensor->memory.data() + row * bytes, data, static_cast<size_t>(rows * bytes));
@@ -1919,7 +2222,7 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
     }
     for (int64_t r = row; r < int64_t{row} + rows; r++) {
       try {
-        scatter(tensor->dtype, tensor->columns, tensor->memory.data() + r / 8 * 8 * bytes, static_cast<int32_t>(r % 8), static_cast<const uint8_t*>(data) + (r - row) * bytes);
+        scatter(tensor->dtype, tensor->columns, tensor->memory.data() + r / 8 * group_bytes(tensor->dtype, tensor->columns), static_cast<int32_t>(r % 8), static_cast<const uint8_t*>(data) + (r - row) * bytes);
       } catch (const Failure& failure) {
         fail(failure.status, "Row " + std::to_string(r) + ": " + failure.what());
       }
@@ -1932,7 +2235,7 @@ int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t ro
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
     const bool as_floats = quantised(tensor->dtype);
-    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(out, out_bytes, rows * bytes, "out");
     auto* to = static_cast<uint8_t*>(out);
     for (int64_t r = row; r < int64_t{row} + rows; r++, to += bytes) {
@@ -2592,7 +2895,7 @@ class Threads {
   "cuda/attend.cu": `/**
  * attend.cu: wkv_attend, one decode step of one layer in one launch: attend, accumulate scores, select, merge, insert.
  *
- *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len
+ *   s[g, i] = scale * rotate(q[g], len) . rotate(k[i], rank i)     i = 0..len, the new token being i = len; capped where asked
  *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 of the step (wkv.h, policy.h)
  * or, where the policy must see the whole step's weights, those weights for a second launch (settle.cu).
  *
@@ -2638,8 +2941,10 @@ struct AttendView {
   const float* qkv;
   float* out;
   float scale;
+  float softcap;                     // in units of ln 2, as scores are; 0: none
   int32_t layer;
   const int32_t* victims;
+  __device__ float capped(float s) const { return softcap > 0.0f ? softcap * tanhf(s / softcap) : s; }
 };
 
 constexpr int power_up(int x) { return x <= 1 ? 1 : 2 * power_up((x + 1) / 2); }
@@ -2988,7 +3293,7 @@ struct Attend {
     if (g >= kGroup) return sum;
 #pragma unroll
     for (int i = 0; i < kHalf / 32; i++) sum += area.dots[g * (kHalf / 32) + i];
-    return sum;
+    return a.capped(sum);
   }
 
   // ---- items ----
@@ -3160,7 +3465,7 @@ struct Attend {
         if (slot < kept) {
 #pragma unroll
           for (int k = 0; k < kMine; k++) {
-            const float s = sums[r][k], higher = fmaxf(most[k], s);
+            const float s = a.capped(sums[r][k]), higher = fmaxf(most[k], s);
             total[k] = fmaf(total[k], power(most[k] - higher), power(s - higher));
             most[k] = higher;
             if (lane % kSame == 0) scores[int64_t{entry} * kPad + mine + k] = s;
@@ -3704,18 +4009,20 @@ void by_group(Context& ctx, const Cache& cache, const AttendView& a) {
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
     const TensorRef forced = find_victims(context, victims, *cache);
+    check_softcap(softcap);
     ctx.hold(cache, from, to, forced);
     AttendView a{};
     a.cache = cache->view(layer);
     a.qkv = from->f32();
     a.out = to->f32();
     a.scale = scale;
+    a.softcap = softcap * 1.4426950408889634f;
     a.layer = layer;
     a.victims = forced ? forced->i32() : nullptr;
     by_cache_type(cache->dtype, [&](auto type) { by_group<decltype(type)>(ctx, *cache, a); });
@@ -4122,6 +4429,7 @@ void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const 
 #include <vector>
 
 #include "../handles.hpp"
+#include "../quants.h"
 
 namespace wkv {
 
@@ -4142,10 +4450,14 @@ class DeviceMemory {
   explicit DeviceMemory(size_t bytes) : bytes_(bytes) {
     const cudaError_t error = cudaMalloc(&data_, bytes ? bytes : 1);
     if (error != cudaSuccess) fail_device(error, "Allocating " + std::to_string(bytes) + " bytes on the device");
+    count_bytes(static_cast<int64_t>(bytes_));
   }
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
-  ~DeviceMemory() { cudaFree(data_); }
+  ~DeviceMemory() {
+    cudaFree(data_);
+    count_bytes(-static_cast<int64_t>(bytes_));
+  }
   template <typename T>
   T* as(size_t byte = 0) const { return reinterpret_cast<T*>(static_cast<uint8_t*>(data_) + byte); }
   size_t bytes() const { return bytes_; }
@@ -4182,24 +4494,59 @@ struct Faults {
 
 constexpr bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
 
-/** A weight as kernels see it. Quantised rows lie in two planes: 32 (Q8_0) or 16 bytes of quants a block of 32 columns, in file order,
- *  and one f16 scale a block, with Q4_1 a pair (scale, minimum). */
+/**
+ * A weight as kernels see it. Quantised rows lie in planes, each with a part for every 32 columns:
+ * - data: 32 bytes (Q8_0); 16 bytes of low and high halves, as in the file (4 low bits); 8 bytes (2 low bits: columns 4 v .. 4 v + 3 at
+ *   bit 2 v of bytes 0 to 3, columns 16 + 4 v .. of bytes 4 to 7).
+ * - scales: an f16, or a pair (scale, minimum); K types have a pair for every 256 columns.
+ * - high: 4 bytes (1 bit: columns 4 v .. at bit v, 16 + 4 v .. at bit 4 + v) or 8 (2 bits, as the low 2).
+ * - subs: 2 bytes, the sub-scales of K types (wkv_piece in quants.h).
+ */
 struct WeightView {
   int32_t dtype, rows, columns;
   const uint8_t* data;
   const __half* scales;
+  const uint8_t* high;
+  const uint16_t* subs;
 };
+
+/** Bytes of 32 columns in each plane; scales: of 256 columns in K types. */
+WKV_HD constexpr int32_t data_bytes(int32_t dtype) { return wkv_form_of(dtype).low * 4; }
+WKV_HD constexpr int32_t high_bytes(int32_t dtype) { return wkv_form_of(dtype).high * 4; }
+WKV_HD constexpr int32_t subs_bytes(int32_t dtype) { return wkv_form_of(dtype).subs ? 2 : 0; }
+WKV_HD constexpr int32_t scale_bytes(int32_t dtype) { return wkv_form_of(dtype).least || wkv_form_of(dtype).subs ? 4 : 2; }
+/** Columns that share an entry of the plane of scales. */
+WKV_HD constexpr int32_t scale_columns(int32_t dtype) { return wkv_form_of(dtype).columns; }
+
+/** Number i of 32 columns of a type of quants.h, from their parts of the planes. */
+WKV_HD inline float piece_number(int32_t dtype, const uint8_t* data, const uint8_t* high, uint32_t subs, float d, float least, int32_t i) {
+  const wkv_form form = wkv_form_of(dtype);
+  const int32_t half = i / 16, v = i % 16 / 4, c = i % 4;
+  int32_t q = form.low == 4 ? data[i % 16] >> (half * 4) & 15 : data[half * 4 + c] >> (v * 2) & 3;
+  if (form.high == 1) q |= (high[c] >> (half * 4 + v) & 1) << form.low;
+  if (form.high == 2) q |= (high[half * 4 + c] >> (v * 2) & 3) << form.low;
+  if (dtype == WKV_IQ4_NL) {
+    constexpr int8_t values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    return d * static_cast<float>(values[q]);
+  }
+  const int32_t first = static_cast<int32_t>(subs & 255), second = static_cast<int32_t>(subs >> 8), own = half ? second : first;
+  const float x = static_cast<float>(q - form.middle);
+  if (dtype == WKV_Q2_K) return d * static_cast<float>(own & 15) * x - least * static_cast<float>(own >> 4);
+  if (form.subs && form.least) return d * static_cast<float>(first) * x - least * static_cast<float>(second);
+  if (form.subs) return d * static_cast<float>(static_cast<int8_t>(own)) * x;
+  return d * x + least;
+}
 
 struct Tensor : Object {
   int32_t dtype, rows, columns;
-  size_t scales_at = 0;  // where the plane of scales begins
+  size_t scales_at = 0, high_at = 0, subs_at = 0;  // where the other planes begin
   DeviceRef memory;
   Tensor(int32_t dtype, int32_t rows, int32_t columns);
   size_t bytes() const override { return memory->bytes(); }
   float* f32() const { return memory->as<float>(); }
   int32_t* i32() const { return memory->as<int32_t>(); }
   float* row(int64_t r) const { return f32() + r * columns; }
-  WeightView view() const { return {dtype, rows, columns, memory->as<uint8_t>(), memory->as<__half>(scales_at)}; }
+  WeightView view() const { return {dtype, rows, columns, memory->as<uint8_t>(), memory->as<__half>(scales_at), memory->as<uint8_t>(high_at), memory->as<uint16_t>(subs_at)}; }
 };
 using TensorRef = std::shared_ptr<Tensor>;
 
@@ -4381,6 +4728,11 @@ __device__ inline float weight_at(const WeightView& w, int64_t row, int32_t colu
   }
   const int64_t block = row * (w.columns / 32) + column / 32;
   const int32_t within = column % 32;
+  if (wkv_has_pieces(w.dtype)) {
+    const int64_t scale = i / scale_columns(w.dtype) * (scale_bytes(w.dtype) / 2);
+    const float least = scale_bytes(w.dtype) == 4 ? __half2float(w.scales[scale + 1]) : 0.0f;
+    return piece_number(w.dtype, w.data + block * data_bytes(w.dtype), w.high + block * high_bytes(w.dtype), subs_bytes(w.dtype) ? w.subs[block] : 0, __half2float(w.scales[scale]), least, within);
+  }
   if (w.dtype == WKV_Q8_0) return reinterpret_cast<const int8_t*>(w.data)[block * 32 + within] * __half2float(w.scales[block]);
   const int32_t nibble = w.data[block * 16 + within % 16] >> (within / 16 * 4) & 15;
   if (w.dtype == WKV_Q4_0) return (nibble - 8) * __half2float(w.scales[block]);
@@ -4531,7 +4883,7 @@ __global__ void __launch_bounds__(256) finish_kernel(const float* product, const
   const float factor = factors ? factors[t] : 1.0f;
   for (int32_t j = blockIdx.y * 256 + threadIdx.x; j < columns; j += gridDim.y * 256) {
     const float first = product[from + j] * factor;
-    to.put(t, j, second ? silu_times(first, second[from + j] * factor) : first);
+    to.put(t, j, second ? activate(to.activation, first, second[from + j] * factor) : first);
   }
 }
 
@@ -4598,38 +4950,72 @@ bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* fa
 }  // namespace wkv
 `,
   "cuda/embed.cu": `/**
- * embed.cu: wkv_embed and wkv_rmsnorm, the ops at both ends of a forward pass.
+ * embed.cu: the ops that touch each activation once: wkv_embed, wkv_rmsnorm, wkv_qk_norm, wkv_softcap.
  *
- *   out[i, c] = table[tokens[i], c]                                  out [rows, C]
- *   out[i, c] = x[i, c] / sqrt(mean_c(x[i, c]^2) + epsilon) * w[c]   x, out [rows, C]
+ *   out[i, c] = scale * table[tokens[i], c]                          out [rows, C]
+ *   out[i, c] = x[i, c] / sqrt(mean_c(x[i, c]^2) + epsilon) * w[c]   x, out [rows, C], or parts of a row of queries and keys
+ *   x[i, c] = cap tanh(x[i, c] / cap)                                x [rows, C]
  *
- * A block owns one row. Bytes moved: embed one row of the table and of out, rmsnorm x twice (the second time from cache) and out once.
+ * A block owns one row, or one normed part of it. Bytes moved: embed one row of the table and of out, the norms x twice (the second time
+ * from cache) and out once, softcap x twice.
  */
+#include <algorithm>
+#include <cmath>
+
 #include "common.cuh"
 
 namespace wkv {
 namespace {
 
-__global__ void __launch_bounds__(256) embed_kernel(float* out, WeightView table, const int32_t* tokens, Faults faults) {
+__global__ void __launch_bounds__(256) embed_kernel(float* out, WeightView table, const int32_t* tokens, float scale, Faults faults) {
   wait_for_previous();
   let_next_start();
   const int32_t id = tokens[blockIdx.x];
   const bool inside = id >= 0 && id < table.rows;
   if (!inside && threadIdx.x == 0) faults.report(Fault::Token, id, table.rows);
   float* row = out + int64_t{blockIdx.x} * table.columns;
-  for (int32_t c = threadIdx.x; c < table.columns; c += blockDim.x) row[c] = inside ? weight_at(table, id, c) : 0.0f;
+  for (int32_t c = threadIdx.x; c < table.columns; c += blockDim.x) row[c] = inside ? scale * weight_at(table, id, c) : 0.0f;
 }
 
-__global__ void __launch_bounds__(256) rmsnorm_kernel(float* out, const float* x, const float* weight, int32_t columns, float epsilon) {
+/** By a block; \`to\` may be \`from\`. */
+__device__ void norm_part(float* to, const float* from, const float* weight, int32_t columns, float epsilon, bool add) {
   __shared__ double area[32];
-  wait_for_previous();
-  let_next_start();
-  const float* from = x + int64_t{blockIdx.x} * columns;
-  float* to = out + int64_t{blockIdx.x} * columns;
   double squares = 0.0;
   for (int32_t c = threadIdx.x; c < columns; c += blockDim.x) squares += static_cast<double>(from[c]) * from[c];
   const float scale = 1.0f / sqrtf(static_cast<float>(block_sum(squares, area) / columns) + epsilon);
-  for (int32_t c = threadIdx.x; c < columns; c += blockDim.x) to[c] = from[c] * scale * weight[c];
+  for (int32_t c = threadIdx.x; c < columns; c += blockDim.x) {
+    const float normed = from[c] * scale * weight[c];
+    to[c] = add ? to[c] + normed : normed;
+  }
+}
+
+__global__ void __launch_bounds__(256) rmsnorm_kernel(float* out, const float* x, const float* weight, int32_t columns, float epsilon, bool add) {
+  wait_for_previous();
+  let_next_start();
+  const int64_t at = int64_t{blockIdx.x} * columns;
+  norm_part(out + at, x + at, weight, columns, epsilon, add);
+}
+
+/** Parts [0, q_parts) are of queries, the others of keys. */
+__global__ void __launch_bounds__(256) qk_norm_kernel(float* qkv, int32_t columns, const float* q_weight, int32_t q_columns, int32_t q_parts, const float* k_weight, int32_t k_columns, float epsilon) {
+  wait_for_previous();
+  let_next_start();
+  const int32_t part = blockIdx.x;
+  float* row = qkv + int64_t{blockIdx.y} * columns;
+  if (part < q_parts) {
+    float* at = row + part * q_columns;
+    norm_part(at, at, q_weight, q_columns, epsilon, false);
+  } else {
+    float* at = row + q_parts * q_columns + (part - q_parts) * k_columns;
+    norm_part(at, at, k_weight, k_columns, epsilon, false);
+  }
+}
+
+__global__ void __launch_bounds__(256) softcap_kernel(float* x, int32_t columns, float cap) {
+  wait_for_previous();
+  let_next_start();
+  float* row = x + int64_t{blockIdx.y} * columns;
+  for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) row[c] = cap * tanhf(row[c] / cap);
 }
 
 }  // namespace
@@ -4637,7 +5023,7 @@ __global__ void __launch_bounds__(256) rmsnorm_kernel(float* out, const float* x
 
 using namespace wkv;
 
-int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows) {
+int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, int32_t rows, float scale) {
   return entry(context, [&](Context& ctx) {
     const TensorRef from = find_tensor(context, table, "table");
     require(from->dtype != WKV_I32, "table is of dtype I32");
@@ -4645,18 +5031,41 @@ int32_t wkv_embed(int32_t context, int32_t out, int32_t table, int32_t tokens, i
     const TensorRef ids = find_tensor(context, tokens, "tokens", WKV_I32, 1, -1);
     require(ids->columns >= rows, "tokens has fewer columns than rows");
     ctx.hold(from, to, ids);
-    if (rows > 0) launch(ctx, embed_kernel, {rows, 256}, to->f32(), from->view(), ids->i32(), ctx.faults());
+    if (rows > 0) launch(ctx, embed_kernel, {rows, 256}, to->f32(), from->view(), ids->i32(), scale, ctx.faults());
     ctx.submitted();
   });
 }
 
-int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon) {
+int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight, float epsilon, int32_t add) {
   return entry(context, [&](Context& ctx) {
+    require(add == 0 || add == 1, "add must be 0 or 1: " + std::to_string(add));
     const TensorRef w = find_tensor(context, weight, "weight", WKV_F32, 1, -1);
     const TensorRef from = find_tensor(context, x, "x", WKV_F32, rows, w->columns);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w->columns);
     ctx.hold(w, from, to);
-    if (rows > 0) launch(ctx, rmsnorm_kernel, {rows, 256}, to->f32(), from->f32(), w->f32(), w->columns, epsilon);
+    if (rows > 0) launch(ctx, rmsnorm_kernel, {rows, 256}, to->f32(), from->f32(), w->f32(), w->columns, epsilon, add == 1);
+    ctx.submitted();
+  });
+}
+
+int32_t wkv_qk_norm(int32_t context, int32_t qkv, int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_weight, int32_t k_weight, float epsilon) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef q = find_tensor(context, q_weight, "q_weight", WKV_F32, 1, -1), k = find_tensor(context, k_weight, "k_weight", WKV_F32, 1, -1);
+    check_qk_norm(heads, kv_heads, head_dim, q->columns, k->columns);
+    const TensorRef x = find_tensor(context, qkv, "qkv", WKV_F32, rows, (heads + 2 * kv_heads) * head_dim);
+    ctx.hold(q, k, x);
+    const int32_t q_parts = heads * head_dim / q->columns, k_parts = kv_heads * head_dim / k->columns;
+    if (rows > 0) launch(ctx, qk_norm_kernel, {dim3(q_parts + k_parts, rows), 256}, x->f32(), x->columns, q->f32(), q->columns, q_parts, k->f32(), k->columns, epsilon);
+    ctx.submitted();
+  });
+}
+
+int32_t wkv_softcap(int32_t context, int32_t x, int32_t rows, float cap) {
+  return entry(context, [&](Context& ctx) {
+    const TensorRef at = find_tensor(context, x, "x", WKV_F32, rows, -1);
+    require(std::isfinite(cap) && cap > 0.0f, "cap must be a number above 0");
+    ctx.hold(at);
+    if (rows > 0) launch(ctx, softcap_kernel, {dim3(std::min(1024, divide_up(at->columns, 256)), rows), 256}, at->f32(), at->columns, cap);
     ctx.submitted();
   });
 }
@@ -4665,7 +5074,7 @@ int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32
  * linear.cu: wkv_linear and wkv_gated, the projections of prefill and decode.
  *
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
- *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
+ *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
  * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: on the tensor
  * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops'
@@ -4678,13 +5087,13 @@ int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32
 namespace wkv {
 namespace {
 
-/** out[t, j] = silu(gate[t, j]) * up[t, j]; out may be gate. */
-__global__ void __launch_bounds__(256) silu_kernel(float* gate, int64_t stride, const float* up, int32_t columns) {
+/** out[t, j] = activation(out[t, j]) * up[t, j]. */
+__global__ void __launch_bounds__(256) activate_kernel(OutputView to, const float* up, int32_t columns) {
   wait_for_previous();
   let_next_start();
-  float* g = gate + blockIdx.y * stride;
+  float* g = to.out + blockIdx.y * to.stride;
   const float* u = up + int64_t{blockIdx.y} * columns;
-  for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) g[c] = silu_times(g[c], u[c]);
+  for (int32_t c = blockIdx.x * 256 + threadIdx.x; c < columns; c += gridDim.x * 256) g[c] = activate(to.activation, g[c], u[c]);
 }
 
 /** x, when out is x too: blocks that write must not change what others read. */
@@ -4697,7 +5106,7 @@ __global__ void __launch_bounds__(256) copy_kernel(float* to, const float* from,
 /** Where a product of many rows goes. */
 enum class Way { Int8, Half, Plain };
 Way way_of(const WeightView& w, bool int8) {
-  if (int8) return Way::Int8;
+  if (int8 && !wkv_has_pieces(w.dtype)) return Way::Int8;
   return (w.dtype == WKV_F16 || w.dtype == WKV_BF16) && w.columns % 32 == 0 ? Way::Half : Way::Plain;
 }
 
@@ -4711,8 +5120,8 @@ size_t product_bytes(const InputView& in, const WeightView& w, bool gated, bool 
   return in.rows >= kLibraryRows && !is_quantised(w.dtype) ? std::max(ups, cublaslt_bytes(in.rows, w, gated)) : ups;
 }
 
-void silu(Context& ctx, const OutputView& to, const float* ups, int32_t rows, int32_t columns) {
-  launch(ctx, silu_kernel, {dim3(divide_up(columns, 256), rows), dim3(256)}, to.out, to.stride, ups, columns);
+void activate_rows(Context& ctx, const OutputView& to, const float* ups, int32_t rows, int32_t columns) {
+  launch(ctx, activate_kernel, {dim3(divide_up(columns, 256), rows), dim3(256)}, to, ups, columns);
 }
 
 /** out = in . w^T, or gated with \`up\` (data null: not), by kernels for many rows. */
@@ -4725,13 +5134,13 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
     if (in.rows >= kLibraryRows && cublaslt_matmul(ctx, x.parts, 2, x.factors, in.rows, w, up, to, products)) return;
     return matmul_half(ctx, x, w, up, to);
   }
-  const float* x = norm_rows(ctx, in, scratch);
+  const float* x = norm_rows(ctx, in, int8, scratch);
   if (in.rows >= kLibraryRows && w.dtype == WKV_F32 && cublaslt_matmul(ctx, x, 1, nullptr, in.rows, w, up, to, products)) return;
   matmul_f32(ctx, x, in.rows, w, to);
   if (!up.data) return;
   float* ups = reinterpret_cast<float*>(products);
-  matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0});
-  silu(ctx, to, ups, in.rows, w.rows);
+  matmul_f32(ctx, x, in.rows, up, {ups, w.rows, nullptr, 0, 0});
+  activate_rows(ctx, to, ups, in.rows, w.rows);
 }
 
 /** Scratch: x prepared, products, then x copied, or up's product where each weight goes its own way. */
@@ -4742,8 +5151,8 @@ void project(Context& ctx, const InputView& in, const WeightView& w, const Weigh
     uint8_t* scratch = ctx.reserve(own + products + size_t(in.rows) * w.rows * 4);
     float* ups = reinterpret_cast<float*>(scratch + own + products);
     project_many(ctx, in, w, WeightView{}, int8, to, scratch);
-    project_many(ctx, in, up, WeightView{}, int8, {ups, w.rows, nullptr, 0}, scratch);
-    silu(ctx, to, ups, in.rows, w.rows);
+    project_many(ctx, in, up, WeightView{}, int8, {ups, w.rows, nullptr, 0, 0}, scratch);
+    activate_rows(ctx, to, ups, in.rows, w.rows);
     return;
   }
   const size_t products = product_bytes(in, w, up.data != nullptr, int8);
@@ -4796,7 +5205,7 @@ int32_t wkv_linear(int32_t context, int32_t out, int32_t out_column, int32_t x, 
     const bool int8 = is_quantised(weight->dtype) && precision == WKV_PRECISION_INT8;
     require(to != from || norm || int8, "out must not be x unless x is normed or rounded first");
     ctx.hold(weight, to, plus);
-    project(ctx, in, weight->view(), WeightView{}, int8, {to->f32() + out_column, to->columns, plus ? plus->f32() : nullptr, add}, to == from);
+    project(ctx, in, weight->view(), WeightView{}, int8, {to->f32() + out_column, to->columns, plus ? plus->f32() : nullptr, add, 0}, to == from);
     ctx.submitted();
   });
 }
@@ -4805,14 +5214,14 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
   return entry(context, [&](Context& ctx) {
     const TensorRef w_gate = find_weight(context, gate, "gate"), w_up = find_weight(context, up, "up");
     require(w_gate->rows == w_up->rows && w_gate->columns == w_up->columns, "gate and up are of different shapes");
-    require(activation == WKV_SILU, "activation " + std::to_string(activation) + " is unknown");
+    require(activation == WKV_SILU || activation == WKV_GELU_TANH, "activation " + std::to_string(activation) + " is unknown");
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, w_gate->rows);
     TensorRef from;
     const InputView in = find_input(ctx, context, x, 0, rows, norm, epsilon, w_gate->columns, precision, &from);
     const bool int8 = is_quantised(w_gate->dtype) && is_quantised(w_up->dtype) && precision == WKV_PRECISION_INT8;
     require(to != from, "out must not be x");
     ctx.hold(w_gate, w_up, to);
-    project(ctx, in, w_gate->view(), w_up->view(), int8, {to->f32(), to->columns, nullptr, 0}, false);
+    project(ctx, in, w_gate->view(), w_up->view(), int8, {to->f32(), to->columns, nullptr, 0, activation}, false);
     ctx.submitted();
   });
 }
@@ -4833,12 +5242,19 @@ struct InputView {
   float epsilon;
 };
 
+/** activation(gate) * up, a wkv_activation; (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). */
+__device__ inline float activate(int32_t activation, float gate, float up) {
+  const float s = activation == WKV_GELU_TANH ? gate * (1.5957691216f + 0.0713548162726f * gate * gate) : gate;
+  return gate / (1.0f + expf(-s)) * up;
+}
+
 /** Where results go: row t at out + t * stride. */
 struct OutputView {
   float* out;
   int64_t stride;
   const float* bias;
   int32_t add;
+  int32_t activation;  // of gated ones
   __device__ void put(int32_t t, int32_t j, float value) const {
     float* to = out + t * stride + j;
     if (bias) value += bias[j];
@@ -4846,7 +5262,7 @@ struct OutputView {
   }
 };
 
-/** out = norm(in) . w^T, or silu(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
+/** out = norm(in) . w^T, or activation(norm(in) . w^T) * (norm(in) . up^T) where up has data; weights must be of one dtype. One launch that
  *  reads in as it is. False, and nothing launched, when the shape needs matmul. */
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
 
@@ -4869,8 +5285,8 @@ struct SplitView {
 inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * (in.columns + 1) * 4); }
 RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch);
 SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch);
-/** norm(x), or x itself where there is no norm. */
-const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch);
+/** norm(x), or x itself where there is no norm; with \`rounded\` what 8 bits hold of it, as floats. */
+const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch);
 
 /** out = x . w^T, gated where up has data; weights must be of one dtype. */
 void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to);
@@ -4879,7 +5295,7 @@ void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const We
 /** out = x . w^T in f32. */
 void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to);
 
-/** Calls body with the weight's type as a constant. */
+/** Calls body with the type of a weight that has no pieces as a constant. */
 template <typename Body>
 auto by_type(int32_t dtype, Body body) {
   switch (dtype) {
@@ -4892,7 +5308,20 @@ auto by_type(int32_t dtype, Body body) {
   }
 }
 
-__device__ inline float silu_times(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+/** The same for the types of quants.h. */
+template <typename Body>
+auto by_pieces(int32_t dtype, Body body) {
+  switch (dtype) {
+    case WKV_Q5_0: return body(std::integral_constant<int, WKV_Q5_0>());
+    case WKV_Q5_1: return body(std::integral_constant<int, WKV_Q5_1>());
+    case WKV_Q2_K: return body(std::integral_constant<int, WKV_Q2_K>());
+    case WKV_Q3_K: return body(std::integral_constant<int, WKV_Q3_K>());
+    case WKV_Q4_K: return body(std::integral_constant<int, WKV_Q4_K>());
+    case WKV_Q5_K: return body(std::integral_constant<int, WKV_Q5_K>());
+    case WKV_Q6_K: return body(std::integral_constant<int, WKV_Q6_K>());
+    default: return body(std::integral_constant<int, WKV_IQ4_NL>());
+  }
+}
 
 /** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32
  *  lanes take part. Gives the four as a word, and the block's scale and sum in every lane. */
@@ -4942,6 +5371,29 @@ __global__ void __launch_bounds__(256) norm_kernel(InputView in, float* out) {
   const float* x = in.x + int64_t{blockIdx.x} * in.columns;
   const float scale = row_scale(in, x);
   for (int32_t c = threadIdx.x; c < in.columns; c += 256) out[int64_t{blockIdx.x} * in.columns + c] = x[c] * scale * in.norm[c];
+}
+
+/** norm(x), each 32 columns rounded to 8 bits and widened again. */
+__global__ void __launch_bounds__(256) norm_rounded_kernel(InputView in, float* out) {
+  wait_for_previous();
+  let_next_start();
+  const int32_t words = in.columns / 4, lane = threadIdx.x % 32;
+  const float* x = in.x + int64_t{blockIdx.x} * in.columns;
+  const float scale = row_scale(in, x);
+  for (int32_t start = threadIdx.x - lane; start < words; start += 256) {
+    const int32_t i = start + lane;
+    float4 v = make_float4(0, 0, 0, 0);
+    if (i < words) {
+      v = reinterpret_cast<const float4*>(x)[i];
+      if (in.norm) {
+        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
+        v = make_float4(v.x * scale * n.x, v.y * scale * n.y, v.z * scale * n.z, v.w * scale * n.w);
+      }
+    }
+    float step, sum;
+    const int32_t word = round_four(v, &step, &sum);
+    if (i < words) reinterpret_cast<float4*>(out + int64_t{blockIdx.x} * in.columns)[i] = make_float4((word << 24 >> 24) * step, (word << 16 >> 24) * step, (word << 8 >> 24) * step, (word >> 24) * step);
+  }
 }
 
 __global__ void __launch_bounds__(256) round_kernel(InputView in, int32_t* q, float2* of, int32_t stride) {
@@ -4995,6 +5447,8 @@ __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts
   if (threadIdx.x == 0) factors[blockIdx.x] = factor;
 }
 
+constexpr int kPieces = -1;  // any type of quants.h
+
 /** Reads 4 columns of a row at once. */
 template <int kType>
 __device__ inline float4 weights4(const WeightView& w, int64_t row, int32_t column) {
@@ -5009,6 +5463,7 @@ __device__ inline float4 weights4(const WeightView& w, int64_t row, int32_t colu
     const uint2 raw = __ldg(reinterpret_cast<const uint2*>(w.data + i * 2));
     return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
   }
+  if (kType == kPieces) return make_float4(weight_at(w, row, column), weight_at(w, row, column + 1), weight_at(w, row, column + 2), weight_at(w, row, column + 3));
   const int64_t block = row * (w.columns / 32) + column / 32;
   if (kType == WKV_Q8_0) {
     const int32_t raw = __ldg(reinterpret_cast<const int32_t*>(w.data + block * 32 + column % 32));
@@ -5087,10 +5542,10 @@ __global__ void __launch_bounds__(256) matmul_f32_kernel(const float* x, int32_t
 
 }  // namespace
 
-const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch) {
-  if (!in.norm) return in.x;
+const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch) {
+  if (!in.norm && !rounded) return in.x;
   float* out = reinterpret_cast<float*>(scratch);
-  launch(ctx, norm_kernel, {dim3(in.rows), dim3(256)}, in, out);
+  launch(ctx, rounded ? norm_rounded_kernel : norm_kernel, {dim3(in.rows), dim3(256)}, in, out);
   return out;
 }
 
@@ -5109,6 +5564,7 @@ SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scra
 
 void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w, const OutputView& to) {
   const dim3 grid(divide_up(w.rows, kTile), divide_up(rows, kTile));
+  if (wkv_has_pieces(w.dtype)) return launch(ctx, matmul_f32_kernel<kPieces>, {grid, dim3(256)}, x, rows, w, to);
   by_type(w.dtype, [&](auto type) { launch(ctx, matmul_f32_kernel<type.value>, {grid, dim3(256)}, x, rows, w, to); });
 }
 
@@ -5422,7 +5878,7 @@ void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const 
  * matvec.cu: wkv_linear and wkv_gated for few rows of x, in one launch.
  *
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])          x [rows, C], w [J, C]
- *   out[t, j] = silu(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
+ *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
  * A block holds all of kRows rows of x in shared memory and owns a run of pairs of weight rows: rows 2 p and 2 p + 1 of w, or row p of gate
  * and of up. \`ways\` warps share a pair, each lane with every (32 * ways)th chunk of 16 bytes of both rows; so that small matrices, too, keep
@@ -5452,6 +5908,11 @@ struct Share {
 __device__ inline int4 load_once(const uint8_t* from) {
   int4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+__device__ inline int2 load_once2(const uint8_t* from) {
+  int2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
   return v;
 }
 __device__ inline uint32_t load_scale2(const __half* from) {
@@ -5527,12 +5988,77 @@ struct Chunk {
   }
 };
 
+/** IQ4_NL's values of the four numbers in the bytes of a word. */
+__device__ inline uint32_t iq4_values(uint32_t q) {
+  const uint32_t selector = (q & 0xf) | (q >> 4 & 0xf0) | (q >> 8 & 0xf00) | (q >> 12 & 0xf000);
+  const uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector & 0x7777), high = __byte_perm(0x26190d01u, 0x71594535u, selector & 0x7777);
+  const uint32_t upper = (q >> 3 & 0x01010101u) * 255u;  // numbers from 8 on
+  return (low & ~upper) | (high & upper);
+}
+
+/** 32 columns of a type of quants.h; chunk i of the whole tensor. */
+template <int kType>
+struct PieceChunk {
+  static constexpr wkv_form kForm = wkv_form_of(kType);
+  static constexpr int kColumns = 32, kFours = 8;
+  int4 data;         // with 2 low bits, its first half
+  int2 high;
+  uint32_t scales, subs;
+
+  __device__ void load(const WeightView& w, uint32_t i) {
+    if (kForm.low == 4) {
+      data = load_once(w.data + size_t{i} * 16);
+    } else {
+      const int2 both = load_once2(w.data + size_t{i} * 8);
+      data.x = both.x, data.y = both.y;
+    }
+    if (kForm.high == 1) high.x = static_cast<int32_t>(load_scale2(reinterpret_cast<const __half*>(w.high + size_t{i} * 4)));
+    if (kForm.high == 2) high = load_once2(w.high + size_t{i} * 8);
+    if (kForm.subs) subs = load_scale(reinterpret_cast<const __half*>(w.subs + i)), scales = load_scale2(w.scales + size_t{i / 8} * 2);
+    else scales = kForm.least ? load_scale2(w.scales + size_t{i} * 2) : load_scale(w.scales + i);
+  }
+
+  /** Columns 16 half + 4 v to + 3 as int8. */
+  __device__ int32_t word(int half, int v) const {
+    const auto pick = [&](int i) { return static_cast<uint32_t>(i == 0 ? data.x : i == 1 ? data.y : i == 2 ? data.z : data.w); };
+    uint32_t q = kForm.low == 4 ? pick(v) >> (half * 4) & 0x0f0f0f0fu : pick(half) >> (v * 2) & 0x03030303u;
+    if (kForm.high == 1) q |= (static_cast<uint32_t>(high.x) >> (half * 4 + v) & 0x01010101u) << kForm.low;
+    if (kForm.high == 2) q |= (static_cast<uint32_t>(half ? high.y : high.x) >> (v * 2) & 0x03030303u) << kForm.low;
+    if (kType == WKV_IQ4_NL) return static_cast<int32_t>(iq4_values(q));
+    return static_cast<int32_t>(kForm.middle ? __vsub4(q, kForm.middle * 0x01010101u) : q);
+  }
+
+  /** The product with the same columns of x in 8 bits, columns 0 to 15 in \`low\`; of: scale and sum. */
+  __device__ float product(int4 low, int4 high_x, float2 of) const {
+    const auto dot = [&](int half, int4 x) {
+      return __dp4a(word(half, 3), x.w, __dp4a(word(half, 2), x.z, __dp4a(word(half, 1), x.y, __dp4a(word(half, 0), x.x, 0))));
+    };
+    const float first = static_cast<float>(dot(0, low)), second = static_cast<float>(dot(1, high_x)), d = low_half(scales), least = high_half(scales);
+    const int32_t sub0 = static_cast<int32_t>(subs & 255), sub1 = static_cast<int32_t>(subs >> 8);
+    if (!kForm.subs) {
+      const float value = (first + second) * (d * of.x);
+      return kForm.least ? fmaf(least, of.y, value) : value;
+    }
+    if (kType == WKV_Q2_K) {
+      constexpr int32_t kOnes = 0x01010101;
+      const float sum = static_cast<float>(__dp4a(kOnes, low.w, __dp4a(kOnes, low.z, __dp4a(kOnes, low.y, __dp4a(kOnes, low.x, 0))))) * of.x;
+      const float value = (first * static_cast<float>(sub0 & 15) + second * static_cast<float>(sub1 & 15)) * (d * of.x);
+      return value - least * (static_cast<float>(sub0 >> 4) * sum + static_cast<float>(sub1 >> 4) * (of.y - sum));
+    }
+    if (kForm.least) return (first + second) * (d * static_cast<float>(sub0) * of.x) - least * static_cast<float>(sub1) * of.y;
+    return (first * static_cast<float>(static_cast<int8_t>(sub0)) + second * static_cast<float>(static_cast<int8_t>(sub1))) * (d * of.x);
+  }
+};
+
+template <int kType>
+using ChunkOf = std::conditional_t<wkv_has_pieces(kType), PieceChunk<kType>, Chunk<kType>>;
+
 /** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
  *  Floats: the p-th four columns of every chunk lie together. 8 bits: Q4 has the low halves of all blocks of 32, then the high halves;
  *  then scale and sum of every block. */
 template <int kType, bool kInt8>
 struct Staged {
-  static constexpr int kFours = Chunk<kType>::kFours;
+  static constexpr int kFours = ChunkOf<kType>::kFours;
   /** In units of 16 bytes: from one four to the next, of a row; the former keeps writes free of conflicts. */
   static __host__ __device__ int32_t plane(int32_t columns) { return kFours == 1 ? 0 : (columns / chunk_columns(kType) + 7) / 8 * 8 + 8 / kFours; }
   static __host__ __device__ int32_t row(int32_t columns) {
@@ -5599,7 +6125,7 @@ __device__ inline void stage_int8(const InputView& in, const float* x, int32_t r
 /** x, times the norm's weight, into shared memory; the scale that norm_scale() gives is left to do. */
 template <int kType, int kRows>
 __device__ inline void stage_f32(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
-  constexpr int kFours = Chunk<kType>::kFours;
+  constexpr int kFours = ChunkOf<kType>::kFours;
   const int32_t fours = in.columns / 4, plane = Staged<kType, false>::plane(in.columns), row = Staged<kType, false>::row(in.columns);
 #pragma unroll
   for (int t = 0; t < kRows; t++) {
@@ -5628,7 +6154,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   extern __shared__ int4 shared[];
   __shared__ double area[kThreads / 32][kRows];
   __shared__ float norm_scales[kRows];
-  constexpr int kColumns = Chunk<kType>::kColumns, kFours = Chunk<kType>::kFours, kDepth = kType >= WKV_Q8_0 ? 3 : 4;
+  constexpr int kColumns = ChunkOf<kType>::kColumns, kFours = ChunkOf<kType>::kFours, kDepth = wkv_has_pieces(kType) ? 2 : kType >= WKV_Q8_0 ? 3 : 4;
   const int32_t chunks = in.columns / kColumns, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int32_t way = warp % share.ways, groups = share.warps / share.ways, first = way * 32 + lane, step = share.ways * 32;
   const int32_t first_pair = blockIdx.x * share.block_pairs, pairs = min(share.block_pairs, share.pairs - first_pair);
@@ -5638,7 +6164,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   float* sums = reinterpret_cast<float*>(shared + kRows * row);  // [pair][row of the pair][t][way]
 
   // What comes next: chunk \`next\` of the pair whose rows begin at chunks \`start_a\` and \`start_b\`.
-  Chunk<kType> a[kDepth], b[kDepth];
+  ChunkOf<kType> a[kDepth], b[kDepth];
   int32_t next_pair = group, next = first;
   uint32_t start_a, start_b;
   const auto begin_pair = [&] {
@@ -5716,7 +6242,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   const int32_t wide = share.gated ? pairs : 2 * pairs;
   for (int32_t o = threadIdx.x; o < wide * rows; o += blockDim.x) {
     const int32_t t = o / wide, local = o % wide;
-    if (share.gated) to.put(t0 + t, first_pair + local, silu_times(sum(2 * local, t), sum(2 * local + 1, t)));
+    if (share.gated) to.put(t0 + t, first_pair + local, activate(to.activation, sum(2 * local, t), sum(2 * local + 1, t)));
     else if (first_pair * 2 + local < w.rows) to.put(t0 + t, first_pair * 2 + local, sum(local, t));
   }
 }
@@ -5760,6 +6286,9 @@ bool matvec_typed(Context& ctx, const InputView& in, const WeightView& w, const 
 
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to) {
   if (up.data && w.dtype != up.dtype) return false;
+  if (wkv_has_pieces(w.dtype)) {
+    return int8 && by_pieces(w.dtype, [&](auto type) { return matvec_typed<type.value, true>(ctx, in, w, up, to); });
+  }
   return by_type(w.dtype, [&](auto type) {
     if constexpr (is_quantised(type.value)) {
       if (int8) return matvec_typed<type.value, true>(ctx, in, w, up, to);
@@ -5816,6 +6345,7 @@ __device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0
  * prefill.cu: wkv_prefill, many tokens of one sequence at once: causal attention whose columns are also summed into the scores.
  *
  *   p[t, i] = softmax_i(scale * rotate(q[t], len + t) . rotate(k[i], i)),  i <= len + t;  out[t] = sum_i p[t, i] v[i]
+ *   (scores capped, and i > len + t - window, where asked)
  *   a[i] += mean_g sum_t p[t, i]
  *
  * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
@@ -5848,7 +6378,8 @@ struct PrefillView {
   int32_t width;  // of a scratch row: D and zeros
   const float* qkv;
   float* out;
-  float scale;  // in units of ln 2
+  float scale, softcap;  // in units of ln 2; softcap 0: none
+  int32_t window;        // 0: none
   // Scratch.
   void* q;                          // [H, rows, width], rotated, in the library's order, scaled
   void *keys, *values;              // [N, entries, width], keys rotated
@@ -5860,6 +6391,17 @@ struct PrefillView {
   uint32_t* words;                  // [N, words a token, entries]
   int32_t *birth, *rank, *freed;
 
+  /** Whether scores are more than products. */
+  __host__ __device__ bool bent() const { return softcap > 0.0f || window > 0; }
+  /** The score of entry i for row t, a finite low number outside the window: what a row adds up before the first entry that it sees
+   *  is then shrunk to nothing. */
+  __device__ float bend(float s, int32_t n, int32_t kept, int32_t i, int32_t t) const {
+    if (window > 0) {
+      const int32_t rank = i < kept ? cache.ranks[head(n) * (cache.slots + 1) + i] : i;
+      if (rank <= kept + t - window) return -1.0e30f;
+    }
+    return softcap > 0.0f ? softcap * tanhf(s / softcap) : s;
+  }
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
   template <typename T>
   __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }
@@ -6034,7 +6576,8 @@ __device__ inline float quad_max(float x) {
 template <int kDim, int kTiles, int kKeys>
 constexpr size_t forward_shared() { return size_t(kTiles * 16 * kWarps + 2 * kKeys) * kStride<kDim> * 2; }
 
-template <int kDim, int kTiles, int kKeys>
+/** kBent: scores may be capped or windowed. */
+template <int kDim, int kTiles, int kKeys, bool kBent>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Faults faults) {
   extern __shared__ uint4 shared16[];
   wait_for_previous();
@@ -6082,6 +6625,16 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
     __syncthreads();
     if (first + kKeys < length) copy_rows<kDim, kKeys>(key, keys + int64_t{first + kKeys} * kDim, length - first - kKeys);
     if (!seen) continue;
+    if constexpr (kBent) {
+#pragma unroll
+      for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+          for (int x = 0; x < 4; x++) s[m][i][x] = p.bend(s[m][i][x], n, kept, min(first + i * 8 + lane % 4 * 2 + x % 2, length - 1), warp_t + m * 16 + x / 2 * 8 + lane / 4);
+        }
+      }
+    }
     if (first + kKeys - 1 > reach) {
       const int32_t ahead = reach - first + lane / 4 - lane % 4 * 2;
 #pragma unroll
@@ -6099,7 +6652,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
     for (int m = 0; m < kTiles; m++) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        // The first entry is seen by every row, so \`highest\` is finite; rows past the end are never written.
+        // The first entry has a finite score for every row, so \`highest\` is finite; rows past the end are never written.
         float highest = most[m][r];
 #pragma unroll
         for (int i = 0; i < kKeys / 8; i++) highest = fmaxf(highest, fmaxf(s[m][i][2 * r], s[m][i][2 * r + 1]));
@@ -6162,7 +6715,7 @@ template <int kDim>
 constexpr size_t columns_shared() { return size_t(2 * kQueries) * kStride<kDim> * 2 + 2 * kQueries * 4; }
 
 /** A warp holds kTiles times 16 entries in registers. The scores come out across: a row of c is an entry, a column a query. */
-template <int kDim, int kTiles>
+template <int kDim, int kTiles, bool kBent>
 __global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
   extern __shared__ uint4 shared16[];
   wait_for_previous();
@@ -6217,6 +6770,16 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
             load_matrices(b, query_at + offset_of<kDim>(q0 + i * 16, k * 16));
 #pragma unroll
             for (int m = 0; m < kTiles; m++) multiply(s[m][2 * i], key[m][k], b[0], b[1]), multiply(s[m][2 * i + 1], key[m][k], b[2], b[3]);
+          }
+        }
+        if constexpr (kBent) {
+#pragma unroll
+          for (int m = 0; m < kTiles; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+#pragma unroll
+              for (int x = 0; x < 4; x++) s[m][i][x] = p.bend(s[m][i][x], n, kept, min(own + m * 16 + x / 2 * 8, length - 1), t0 + q0 + i * 8 + lane % 4 * 2 + x % 2);
+            }
           }
         }
         if (!all_seen) {
@@ -6318,12 +6881,14 @@ __global__ void __launch_bounds__(256) exact_forward_kernel(PrefillView p, Fault
       float highest = most[i], add = 0.0f;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        if (first + x + 16 * j > kept + t0 + 4 * y + i) s[i][j] = -INFINITY;
+        const int32_t entry = first + x + 16 * j, t = t0 + 4 * y + i;
+        if (p.bent()) s[i][j] = p.bend(s[i][j], n, kept, min(entry, length - 1), t);
+        if (entry > kept + t) s[i][j] = -INFINITY;
         highest = fmaxf(highest, s[i][j]);
       }
 #pragma unroll
       for (int o = 8; o > 0; o >>= 1) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, o));
-      // The first entry is seen by every row, so \`highest\` is finite; rows past the end are never written.
+      // The first entry has a finite score for every row, so \`highest\` is finite; rows past the end are never written.
       shrink[i] = exp2f(most[i] - highest);
       most[i] = highest;
 #pragma unroll
@@ -6411,7 +6976,10 @@ __global__ void __launch_bounds__(256) exact_columns_kernel(PrefillView p) {
         const float lse = p.lse[int64_t{h} * p.rows + t];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          if (first + x + 16 * j <= kept + t) add[j] += exp2f(s[i][j] - lse);
+          const int32_t entry = first + x + 16 * j;
+          if (entry > kept + t) continue;
+          if (p.bent()) s[i][j] = p.bend(s[i][j], n, kept, entry, t);
+          add[j] += exp2f(s[i][j] - lse);
         }
       }
 #pragma unroll
@@ -6471,23 +7039,25 @@ void arrive(Context& ctx, const PrefillView& p) {
   launch(ctx, arrive_kernel<T, S>, {dim3(std::min(divide_up(p.entries, 32), 64), p.cache.heads + p.cache.kv_heads), 256}, p);
 }
 
-template <int kDim, int kTiles, int kKeys>
+template <int kDim, int kTiles, int kKeys, bool kBent>
 void forward(Context& ctx, const PrefillView& p) {
   const dim3 grid(p.cache.heads, divide_up(p.rows, kTiles * 16 * kWarps));
-  launch(ctx, forward_kernel<kDim, kTiles, kKeys>, {grid, kThreads, forward_shared<kDim, kTiles, kKeys>()}, p, ctx.faults());
+  launch(ctx, forward_kernel<kDim, kTiles, kKeys, kBent>, {grid, kThreads, forward_shared<kDim, kTiles, kKeys>()}, p, ctx.faults());
 }
 
-template <int kDim, int kTiles>
+template <int kDim, int kTiles, bool kBent>
 void columns(Context& ctx, const PrefillView& p) {
-  launch(ctx, columns_kernel<kDim, kTiles>, {entry_blocks(p, kTiles * 16 * kWarps), kThreads, columns_shared<kDim>()}, p);
+  launch(ctx, columns_kernel<kDim, kTiles, kBent>, {entry_blocks(p, kTiles * 16 * kWarps), kThreads, columns_shared<kDim>()}, p);
 }
 
-/** Blocks of 64 rows where those of 128 would leave multiprocessors idle. */
+/** Blocks of 64 rows where those of 128 would leave multiprocessors idle, or where scores are bent, which takes registers. */
 template <int kDim>
 void attend(Context& ctx, const PrefillView& p) {
-  if (int64_t{divide_up(p.rows, 128)} * p.cache.heads < 2 * ctx.processors) forward<kDim, 1, 64>(ctx, p);
-  else forward<kDim, 2, 64>(ctx, p);
-  columns<kDim, 2>(ctx, p);
+  constexpr int kKeys = kDim > 128 ? 32 : 64, kTiles = kDim > 128 ? 1 : 2;
+  if (p.bent()) return forward<kDim, 1, kKeys, true>(ctx, p), columns<kDim, 1, true>(ctx, p);
+  if (int64_t{divide_up(p.rows, 128)} * p.cache.heads < 2 * ctx.processors) forward<kDim, 1, kKeys, false>(ctx, p);
+  else forward<kDim, kTiles, kKeys, false>(ctx, p);
+  columns<kDim, kTiles, false>(ctx, p);
 }
 
 template <int kParts>
@@ -6513,7 +7083,7 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
     arrive<T, __half>(ctx, p);
     if (p.width == 64) attend<64>(ctx, p);
     else if (p.width == 128) attend<128>(ctx, p);
-    else forward<256, 1, 32>(ctx, p), columns<256, 1>(ctx, p);
+    else attend<256>(ctx, p);
   }
   launch(ctx, settle_kernel<T>, {cache.kv_heads, 512}, p, ctx.faults());
 }
@@ -6523,11 +7093,13 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
     require(rows >= 1, "rows must be at least 1: " + std::to_string(rows));
+    check_softcap(softcap);
+    require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
     const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
     const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
@@ -6541,6 +7113,8 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     p.out = to->f32();
     p.width = width_of(*cache);
     p.scale = scale * kPerLn2;
+    p.softcap = softcap * kPerLn2;
+    p.window = window;
     p.entries = int64_t{cache->slots} + rows;
     // Cut the scratch memory: once to know its size, once to have it.
     uint8_t* scratch = nullptr;
@@ -6747,25 +7321,53 @@ void Context::zero(void* to, size_t bytes) {
 // ---- tensors ----
 
 namespace {
-int32_t quant_bytes(int32_t dtype) { return dtype == WKV_Q8_0 ? 32 : 16; }
-int32_t scale_bytes(int32_t dtype) { return dtype == WKV_Q4_1 ? 4 : 2; }
-int64_t row_bytes(int32_t dtype, int32_t columns) {
-  if (is_quantised(dtype)) return int64_t{columns} / 32 * (quant_bytes(dtype) + scale_bytes(dtype));
-  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
-}
 bool finite(const uint8_t* half) { return (half[1] & 0x7c) != 0x7c; }
+[[noreturn]] void refuse_scale(int64_t row, int64_t block) {
+  fail(WKV_DATA, "Row " + std::to_string(row) + ": The scale of block " + std::to_string(block) + " is not finite");
+}
 
-/** Spreads rows in file order over the two planes. */
-void split(const Tensor& tensor, int32_t row, int32_t rows, const uint8_t* from, std::vector<uint8_t>& quants, std::vector<uint8_t>& scales) {
-  const int64_t blocks = tensor.columns / 32;
-  const int32_t q = quant_bytes(tensor.dtype), s = scale_bytes(tensor.dtype);
-  quants.resize(size_t(rows * blocks * q));
-  scales.resize(size_t(rows * blocks * s));
-  for (int64_t i = 0; i < rows * blocks; i++, from += q + s) {
-    if (!finite(from) || (s == 4 && !finite(from + 2))) fail(WKV_DATA, "Row " + std::to_string(row + i / blocks) + ": The scale of block " + std::to_string(i % blocks) + " is not finite");
-    std::memcpy(scales.data() + i * s, from, size_t(s));
-    std::memcpy(quants.data() + i * q, from + s, size_t(q));
+/** Rows of a quantised weight, spread over the planes of WeightView. */
+struct Planes {
+  std::vector<uint8_t> data, scales, high, subs;
+  Planes(int32_t dtype, int64_t columns, int64_t rows)
+      : data(size_t(rows * columns / 32 * data_bytes(dtype))), scales(size_t(rows * columns / scale_columns(dtype) * scale_bytes(dtype))),
+        high(size_t(rows * columns / 32 * high_bytes(dtype))), subs(size_t(rows * columns / 32 * subs_bytes(dtype))) {}
+};
+
+/** Spreads rows in file order out. */
+Planes split(const Tensor& tensor, int32_t row, int32_t rows, const uint8_t* from) {
+  const int32_t dtype = tensor.dtype;
+  const wkv_form form = wkv_form_of(dtype);
+  const int64_t pieces = tensor.columns / 32, blocks = tensor.columns / form.columns;
+  Planes to(dtype, tensor.columns, rows);
+  const int32_t q = data_bytes(dtype), s = scale_bytes(dtype), h = high_bytes(dtype);
+  for (int64_t i = 0; i < rows * pieces; i++) {
+    const int64_t block = i * 32 / form.columns;
+    const uint8_t* at = from + block * form.bytes;
+    if (!wkv_has_pieces(dtype)) {
+      if (!finite(at) || (s == 4 && !finite(at + 2))) refuse_scale(row + i / pieces, block % blocks);
+      std::memcpy(to.scales.data() + i * s, at, size_t(s));
+      std::memcpy(to.data.data() + i * q, at + s, size_t(q));
+      continue;
+    }
+    wkv_piece piece;
+    wkv_read_piece(dtype, at, form.subs ? static_cast<int32_t>(i % 8) : 0, &piece);
+    const uint16_t pair[2] = {piece.d, piece.least};
+    const auto* halves = reinterpret_cast<const uint8_t*>(pair);
+    if (!finite(halves) || !finite(halves + 2)) refuse_scale(row + i / pieces, block % blocks);
+    std::memcpy(to.scales.data() + block * s, pair, size_t(s));
+    if (form.subs) std::memcpy(to.subs.data() + i * 2, piece.sub, 2);
+    uint8_t *data = to.data.data() + i * q, *high = to.high.data() + i * h;
+    for (int32_t k = 0; k < 32; k++) {
+      const int32_t half = k / 16, v = k % 16 / 4, c = k % 4, low = piece.q[k] & ((1 << form.low) - 1), rest = piece.q[k] >> form.low;
+      const auto put = [](uint8_t& byte, int32_t bits) { byte = static_cast<uint8_t>(byte | bits); };
+      if (form.low == 4) put(data[k % 16], low << (half * 4));
+      else put(data[half * 4 + c], low << (v * 2));
+      if (form.high == 1) put(high[c], rest << (half * 4 + v));
+      if (form.high == 2) put(high[half * 4 + c], rest << (v * 2));
+    }
   }
+  return to;
 }
 
 float half_to_float(const uint8_t* p) {
@@ -6780,11 +7382,13 @@ void check_rows(const Tensor& tensor, int32_t row, int32_t rows) {
 }  // namespace
 
 Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tensor), dtype(dtype), rows(rows), columns(columns) {
-  size_t bytes = size_t(rows) * row_bytes(dtype, columns);
+  size_t bytes = size_t(rows) * wkv_row_bytes(dtype, columns);
   if (is_quantised(dtype)) {
-    const size_t blocks = size_t(rows) * (columns / 32);
-    scales_at = round_up(blocks * quant_bytes(dtype));
-    bytes = scales_at + blocks * scale_bytes(dtype);
+    const size_t pieces = size_t(rows) * (columns / 32);
+    scales_at = round_up(pieces * data_bytes(dtype));
+    high_at = round_up(scales_at + size_t(rows) * (columns / scale_columns(dtype)) * scale_bytes(dtype));
+    subs_at = round_up(high_at + pieces * high_bytes(dtype));
+    bytes = subs_at + pieces * subs_bytes(dtype);
   }
   memory = std::make_shared<DeviceMemory>(bytes);
 }
@@ -6820,9 +7424,10 @@ int32_t wkv_device(int32_t context, char* out, int32_t out_bytes) {
 int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context& ctx) {
     require_buffer(out, out_bytes, 4, "out");
-    require(dtype >= WKV_F32 && dtype <= WKV_Q4_1, "dtype " + std::to_string(dtype) + " is unknown");
+    require(dtype >= WKV_F32 && dtype <= WKV_IQ4_NL, "dtype " + std::to_string(dtype) + " is unknown");
     require(rows >= 1 && columns >= 1, "rows and columns must be at least 1: " + std::to_string(rows) + " x " + std::to_string(columns));
-    require(!is_quantised(dtype) || columns % 32 == 0, "columns must be a multiple of 32 for quantised rows: " + std::to_string(columns));
+    const int32_t whole = wkv_form_of(dtype).columns;
+    require(columns % whole == 0, "columns must be a multiple of " + std::to_string(whole) + " for quantised rows of this type: " + std::to_string(columns));
     const auto tensor = std::make_shared<Tensor>(dtype, rows, columns);
     ctx.zero(tensor->memory->as<void>(), tensor->memory->bytes());
     *out = add_handle(context, tensor);
@@ -6833,17 +7438,20 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
   return entry(context, [&](Context& ctx) {
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
-    const int64_t bytes = row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
     if (!is_quantised(tensor->dtype)) {
       ctx.copy(tensor->memory->as<uint8_t>(row * bytes), data, size_t(rows * bytes));
       return;
     }
-    std::vector<uint8_t> quants, scales;
-    split(*tensor, row, rows, static_cast<const uint8_t*>(data), quants, scales);
-    const size_t first = size_t(row) * (tensor->columns / 32);
-    ctx.copy(tensor->memory->as<uint8_t>(first * quant_bytes(tensor->dtype)), quants.data(), quants.size());
-    ctx.copy(tensor->memory->as<uint8_t>(tensor->scales_at + first * scale_bytes(tensor->dtype)), scales.data(), scales.size());
+    const Planes planes = split(*tensor, row, rows, static_cast<const uint8_t*>(data));
+    const auto copy = [&](size_t plane, const std::vector<uint8_t>& from) {
+      if (!from.empty()) ctx.copy(tensor->memory->as<uint8_t>(plane + from.size() / rows * row), from.data(), from.size());
+    };
+    copy(0, planes.data);
+    copy(tensor->scales_at, planes.scales);
+    copy(tensor->high_at, planes.high);
+    copy(tensor->subs_at, planes.subs);
   });
 }
 
@@ -6852,23 +7460,31 @@ int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t ro
     const TensorRef tensor = find_tensor(context, handle, "tensor");
     check_rows(*tensor, row, rows);
     const bool as_floats = is_quantised(tensor->dtype);
-    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : row_bytes(tensor->dtype, tensor->columns);
+    const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(out, out_bytes, rows * bytes, "out");
     if (!as_floats) {
       ctx.copy(out, tensor->memory->as<uint8_t>(row * bytes), size_t(rows * bytes));
       return;
     }
-    const int32_t dtype = tensor->dtype, q = quant_bytes(dtype), s = scale_bytes(dtype);
-    const size_t blocks = size_t(tensor->columns / 32), first = row * blocks, count = rows * blocks;
-    std::vector<uint8_t> quants(count * q), scales(count * s);
-    ctx.copy(quants.data(), tensor->memory->as<uint8_t>(first * q), quants.size());
-    ctx.copy(scales.data(), tensor->memory->as<uint8_t>(tensor->scales_at + first * s), scales.size());
+    const int32_t dtype = tensor->dtype, columns = tensor->columns, s = scale_bytes(dtype);
+    Planes planes(dtype, columns, rows);
+    const auto copy = [&](size_t plane, std::vector<uint8_t>& to) {
+      if (!to.empty()) ctx.copy(to.data(), tensor->memory->as<uint8_t>(plane + to.size() / rows * row), to.size());
+    };
+    copy(0, planes.data);
+    copy(tensor->scales_at, planes.scales);
+    copy(tensor->high_at, planes.high);
+    copy(tensor->subs_at, planes.subs);
     auto* to = static_cast<float*>(out);
-    for (size_t b = 0; b < count; b++, to += 32) {
-      const float scale = half_to_float(scales.data() + b * s), least = s == 4 ? half_to_float(scales.data() + b * s + 2) : 0.0f;
-      const uint8_t* from = quants.data() + b * q;
+    for (size_t b = 0; b < size_t(rows) * (columns / 32); b++, to += 32) {
+      const uint8_t* scales = planes.scales.data() + b * 32 / scale_columns(dtype) * s;
+      const float scale = half_to_float(scales), least = s == 4 ? half_to_float(scales + 2) : 0.0f;
+      const uint8_t* from = planes.data.data() + b * data_bytes(dtype);
+      uint16_t subs = 0;
+      if (!planes.subs.empty()) std::memcpy(&subs, planes.subs.data() + b * 2, 2);
       for (int32_t i = 0; i < 32; i++) {
-        if (dtype == WKV_Q8_0) to[i] = static_cast<float>(static_cast<int8_t>(from[i])) * scale;
+        if (wkv_has_pieces(dtype)) to[i] = piece_number(dtype, from, planes.high.data() + b * high_bytes(dtype), subs, scale, least, i);
+        else if (dtype == WKV_Q8_0) to[i] = static_cast<float>(static_cast<int8_t>(from[i])) * scale;
         else to[i] = static_cast<float>((from[i % 16] >> (i / 16 * 4) & 15) - (dtype == WKV_Q4_0 ? 8 : 0)) * scale + least;
       }
     }
@@ -8028,7 +8644,7 @@ struct Tile {
       const int32_t j = row_out(r);
       if (t0 + t >= rows || j >= w.rows) return;
       const float factor = factors ? factors[t0 + t] : 1.0f;
-      to.put(t0 + t, j, gated ? silu_times(first * factor, second * factor) : first * factor);
+      to.put(t0 + t, j, gated ? activate(to.activation, first * factor, second * factor) : first * factor);
     };
     if constexpr (P::kAlongC == 1) {
 #pragma unroll
@@ -8077,6 +8693,7 @@ struct Tile {
 #include "handles.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -8093,6 +8710,7 @@ std::mutex handles_mutex;
 std::vector<Place> places;
 std::vector<int32_t> free_places;
 int32_t live = 0;
+std::atomic<int64_t> held{0};
 std::string open_text;
 
 constexpr int32_t kPlaceBits = 20;
@@ -8122,6 +8740,8 @@ const char* name(Kind kind) {
   }
 }
 }  // namespace
+
+void count_bytes(int64_t change) { held += change; }
 
 int32_t add_handle(int32_t context, std::shared_ptr<Object> object) {
   std::lock_guard<std::mutex> lock(handles_mutex);
@@ -8215,6 +8835,13 @@ int32_t wkv_close(int32_t context, int32_t handle) {
     }
     gone.push_back(place->object);
     release(*place, handle);
+  });
+}
+
+int32_t wkv_memory(int32_t context, double* out, int32_t out_bytes) {
+  return entry_of<ContextBase>(context, [&](ContextBase&) {
+    require_buffer(out, out_bytes, 8, "out");
+    *out = static_cast<double>(held.load());
   });
 }
 
@@ -8319,6 +8946,18 @@ inline void require_buffer(const void* data, int64_t have, int64_t want, const c
   require(data != nullptr, std::string(what) + " is null");
   require(have == want, std::string(what) + " has " + std::to_string(have) + " bytes, expected " + std::to_string(want));
 }
+
+/** What wkv_qk_norm asks of its numbers and its weights' columns. */
+inline void check_qk_norm(int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_columns, int32_t k_columns) {
+  require(heads >= 1 && heads <= 4096 && kv_heads >= 1 && kv_heads <= 4096 && head_dim >= 1 && head_dim <= 4096, "heads, kv_heads and head_dim must be between 1 and 4096: " + std::to_string(heads) + ", " + std::to_string(kv_heads) + ", " + std::to_string(head_dim));
+  require(q_columns == head_dim || q_columns == heads * head_dim, "q_weight has " + std::to_string(q_columns) + " columns, expected " + std::to_string(head_dim) + " or " + std::to_string(heads * head_dim));
+  require(k_columns == head_dim || k_columns == kv_heads * head_dim, "k_weight has " + std::to_string(k_columns) + " columns, expected " + std::to_string(head_dim) + " or " + std::to_string(kv_heads * head_dim));
+}
+
+inline void check_softcap(float softcap) { require(softcap >= 0.0f && softcap <= 3.0e38f, "softcap must be 0 or a number above it: " + std::to_string(softcap)); }
+
+/** Adds to what wkv_memory gives. */
+void count_bytes(int64_t change);
 
 /** Copies a text out, cut to out_bytes and ended by a zero. */
 void give_text(const std::string& text, char* out, int32_t out_bytes);
@@ -8455,6 +9094,130 @@ WKV_HD inline float wkv_merged(float w_v, float v, float w_r, float r) {
 
 #endif
 `,
+  "quants.h": `/**
+ * quants.h: how GGUF's blocks of few-bit numbers lie in a file, taken apart 32 columns at a time; compiled into both libraries, which lay
+ * the parts out as their loops like them. The blocks are those of ggml-common.h; Q8_0, Q4_0 and Q4_1 are so simple that each library
+ * takes them as they are.
+ */
+#ifndef WKV_QUANTS_H
+#define WKV_QUANTS_H
+#include <stdint.h>
+#include <string.h>
+
+#include "policy.h"
+
+/** What a type's blocks are: a number is d * sub * (q - middle) - least * sub', with q of \`low\` + \`high\` bits. */
+struct wkv_form {
+  int32_t columns, bytes;  /* of a block in the file */
+  int32_t low, high;       /* bits of q: the low and the high ones lie apart */
+  int32_t middle;          /* what q is counted from */
+  bool subs;               /* a K type: its 8 pieces of 32 columns have scales of their own, integers times those of the block */
+  bool least;              /* a minimum belongs to each scale */
+  bool halves;             /* each 16 columns have a scale of their own, not each 32 */
+};
+
+WKV_HD constexpr wkv_form wkv_form_of(int32_t dtype) {
+  switch (dtype) {
+    case WKV_Q8_0: return {32, 34, 8, 0, 0, false, false, false};
+    case WKV_Q4_0: return {32, 18, 4, 0, 8, false, false, false};
+    case WKV_Q4_1: return {32, 20, 4, 0, 0, false, true, false};
+    case WKV_Q5_0: return {32, 22, 4, 1, 16, false, false, false};
+    case WKV_Q5_1: return {32, 24, 4, 1, 0, false, true, false};
+    case WKV_Q2_K: return {256, 84, 2, 0, 0, true, true, true};
+    case WKV_Q3_K: return {256, 110, 2, 1, 4, true, false, true};
+    case WKV_Q4_K: return {256, 144, 4, 0, 0, true, true, false};
+    case WKV_Q5_K: return {256, 176, 4, 1, 0, true, true, false};
+    case WKV_Q6_K: return {256, 210, 4, 2, 32, true, false, true};
+    case WKV_IQ4_NL: return {32, 18, 4, 0, 0, false, false, false};
+    default: return {1, 0, 0, 0, 0, false, false, false};
+  }
+}
+
+/** Whether rows of this type are blocks that wkv_read_piece takes apart. */
+WKV_HD constexpr bool wkv_has_pieces(int32_t dtype) { return dtype >= WKV_Q5_0 && dtype <= WKV_IQ4_NL; }
+
+/** Bytes of a row in the file. */
+inline int64_t wkv_row_bytes(int32_t dtype, int32_t columns) {
+  if (dtype >= WKV_Q8_0) return int64_t{columns} / wkv_form_of(dtype).columns * wkv_form_of(dtype).bytes;
+  return int64_t{columns} * (dtype == WKV_F16 || dtype == WKV_BF16 ? 2 : 4);
+}
+
+/** What IQ4_NL's 16 numbers stand for. */
+constexpr int8_t WKV_IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+/** 32 columns of a block. */
+struct wkv_piece {
+  uint8_t q[32];
+  uint8_t sub[2];      /* K types. Q4_K, Q5_K: scale and minimum. Q2_K: for each half the scale in the low, the minimum in the high 4 bits.
+                          Q3_K, Q6_K: for each half the scale, signed. */
+  uint16_t d, least;   /* the f16 scale and minimum of the block, 0 where it has none */
+};
+
+/** 6-bit scale and minimum of piece p, of the 12 bytes that Q4_K and Q5_K have for 8 pieces. */
+inline void wkv_read_subs(const uint8_t* s, int32_t p, uint8_t* sub) {
+  if (p < 4) {
+    sub[0] = s[p] & 63, sub[1] = s[p + 4] & 63;
+  } else {
+    sub[0] = static_cast<uint8_t>((s[p + 4] & 15) | s[p - 4] >> 6 << 4);
+    sub[1] = static_cast<uint8_t>(s[p + 4] >> 4 | s[p] >> 6 << 4);
+  }
+}
+
+/** Takes piece p of a block apart; p is 0 for blocks of 32 columns. */
+inline void wkv_read_piece(int32_t dtype, const uint8_t* block, int32_t p, wkv_piece* out) {
+  const auto half = [&](int32_t at) {
+    uint16_t bits;
+    memcpy(&bits, block + at, 2);
+    return bits;
+  };
+  const auto byte = [](int32_t x) { return static_cast<uint8_t>(x); };
+  out->sub[0] = out->sub[1] = 0;
+  out->least = 0;
+  switch (dtype) {
+    case WKV_Q5_0:
+    case WKV_Q5_1: {
+      const int32_t at = dtype == WKV_Q5_0 ? 2 : 4;
+      out->d = half(0);
+      if (dtype == WKV_Q5_1) out->least = half(2);
+      uint32_t high;
+      memcpy(&high, block + at, 4);
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte((block[at + 4 + i % 16] >> (i / 16 * 4) & 15) | static_cast<int32_t>(high >> i & 1) << 4);
+      return;
+    }
+    case WKV_IQ4_NL:
+      out->d = half(0);
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte(block[2 + i % 16] >> (i / 16 * 4) & 15);
+      return;
+    case WKV_Q2_K:
+      out->d = half(80), out->least = half(82);
+      memcpy(out->sub, block + 2 * p, 2);
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte(block[16 + p / 4 * 32 + i] >> (p % 4 * 2) & 3);
+      return;
+    case WKV_Q3_K:
+      out->d = half(108);
+      for (int32_t h = 0; h < 2; h++) {
+        const int32_t s = 2 * p + h, low = block[96 + s % 8] >> (s / 8 * 4) & 15, high = block[104 + s % 4] >> (s / 4 * 2) & 3;
+        out->sub[h] = byte((low | high << 4) - 32);
+      }
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte((block[32 + p / 4 * 32 + i] >> (p % 4 * 2) & 3) | (block[i] >> p & 1) << 2);
+      return;
+    case WKV_Q4_K:
+    case WKV_Q5_K: {
+      out->d = half(0), out->least = half(2);
+      wkv_read_subs(block + 4, p, out->sub);
+      const uint8_t* q = block + (dtype == WKV_Q4_K ? 16 : 48) + p / 2 * 32;
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte((q[i] >> (p % 2 * 4) & 15) | (dtype == WKV_Q5_K ? (block[16 + i] >> p & 1) << 4 : 0));
+      return;
+    }
+    default: /* WKV_Q6_K */
+      out->d = half(208);
+      memcpy(out->sub, block + 192 + 2 * p, 2);
+      for (int32_t i = 0; i < 32; i++) out->q[i] = byte((block[p / 4 * 64 + p % 2 * 32 + i] >> (p % 4 / 2 * 4) & 15) | (block[128 + p / 4 * 32 + i] >> (p % 4 * 2) & 3) << 4);
+  }
+}
+
+#endif
+`,
   "random.h": `/** random.h: the counter-based random numbers of wkv_sample, the same on both libraries. */
 #ifndef WKV_RANDOM_H
 #define WKV_RANDOM_H
@@ -8499,7 +9262,7 @@ WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 2
+#define WKV_ABI_VERSION 3
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -8519,7 +9282,7 @@ enum wkv_status {
   WKV_INTERNAL = 6, /* a fault of the library */
 };
 
-/** Element types; a quantised row is a sequence of GGUF blocks of 32 columns. */
+/** Element types; a quantised row is a sequence of GGUF blocks, of 256 columns where the name ends in K, of 32 elsewhere (quants.h). */
 enum wkv_dtype {
   WKV_F32 = 0,
   WKV_F16 = 1,
@@ -8528,6 +9291,14 @@ enum wkv_dtype {
   WKV_Q8_0 = 4, /* 34 bytes a block: f16 scale, 32 int8 */
   WKV_Q4_0 = 5, /* 18 bytes a block: f16 scale, 32 4-bit values less 8 */
   WKV_Q4_1 = 6, /* 20 bytes a block: f16 scale, f16 minimum, 32 4-bit values */
+  WKV_Q5_0 = 7, /* 22 bytes a block */
+  WKV_Q5_1 = 8, /* 24 */
+  WKV_Q2_K = 9, /* 84 */
+  WKV_Q3_K = 10, /* 110 */
+  WKV_Q4_K = 11, /* 144 */
+  WKV_Q5_K = 12, /* 176 */
+  WKV_Q6_K = 13, /* 210 */
+  WKV_IQ4_NL = 14, /* 18 */
 };
 
 /** Which dimensions a rotation turns together. */
@@ -8581,7 +9352,11 @@ enum wkv_cache_field {
   WKV_CACHE_EVENT = 7,     /* float [4]: the last step's victim and right neighbour (places in the text, -1: none), both averages */
 };
 
-enum wkv_activation { WKV_SILU = 0 };
+/** What the gate of a feed-forward part goes through. */
+enum wkv_activation {
+  WKV_SILU = 0,      /* x / (1 + e^-x) */
+  WKV_GELU_TANH = 1, /* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
+};
 
 /** How a linear op holds its input: as it is, or rounded to 8 bits in blocks of 32 (quantised weights only). */
 enum wkv_precision { WKV_PRECISION_F32 = 0, WKV_PRECISION_INT8 = 1 };
@@ -8609,12 +9384,15 @@ WKV_API int32_t wkv_device(int32_t context, char* out, int32_t out_bytes);
 /** Closes a handle of any kind. Closing a context closes all that it opened. What a graph uses lives as long as the graph. */
 WKV_API int32_t wkv_close(int32_t context, int32_t handle);
 
+/** Bytes that all contexts of this process hold on the device: what was opened, and memory that ops share. */
+WKV_API int32_t wkv_memory(int32_t context, double* out /* [1] */, int32_t out_bytes);
+
 /** Bytes that a tensor, rotation or cache holds. */
 WKV_API int32_t wkv_bytes(int32_t context, int32_t handle, double* out /* [1] */, int32_t out_bytes);
 
 /* ---- tensors ---- */
 
-/** Opens a tensor of zeros. columns must be a multiple of 32 for a quantised dtype. */
+/** Opens a tensor of zeros. columns must be whole blocks of a quantised dtype. */
 WKV_API int32_t wkv_tensor_open(int32_t context, int32_t dtype, int32_t rows, int32_t columns, int32_t* out /* [1] */, int32_t out_bytes);
 
 /** Copies rows [row, row + rows) in, in file order. data_bytes must be their exact size. A scale that is not finite is WKV_DATA. */
@@ -8637,11 +9415,18 @@ WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times
 
 /* ---- ops on activations ---- */
 
-/** op: out[i] = table[tokens[i]]. An id outside the table is WKV_DATA. */
-WKV_API int32_t wkv_embed(int32_t context, int32_t out /* [>= rows, C] */, int32_t table /* [vocabulary, C] */, int32_t tokens /* I32 [1, >= rows] */, int32_t rows);
+/** op: out[i] = scale * table[tokens[i]]. An id outside the table is WKV_DATA. */
+WKV_API int32_t wkv_embed(int32_t context, int32_t out /* [>= rows, C] */, int32_t table /* [vocabulary, C] */, int32_t tokens /* I32 [1, >= rows] */, int32_t rows, float scale);
 
-/** op: out[i] = x[i] / sqrt(mean(x[i]^2) + epsilon) * weight; out may be x. */
-WKV_API int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight /* [1, C] */, float epsilon);
+/** op: out[i] = x[i] / sqrt(mean(x[i]^2) + epsilon) * weight (+ what out held, when add is 1); out may be x. */
+WKV_API int32_t wkv_rmsnorm(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t weight /* [1, C] */, float epsilon, int32_t add);
+
+/** op: wkv_rmsnorm of queries and keys where they lie, before they are rotated. The weights tell what is normed: every head on its own
+ *  ([1, D]), or all query heads and all key heads together ([1, H * D] and [1, N * D]). */
+WKV_API int32_t wkv_qk_norm(int32_t context, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_weight, int32_t k_weight, float epsilon);
+
+/** op: x[i] = cap tanh(x[i] / cap) where it lies; cap above 0. */
+WKV_API int32_t wkv_softcap(int32_t context, int32_t x /* [>= rows, C] */, int32_t rows, float cap);
 
 /** op: out[i, out_column + j] = norm(x[x_row + i]) . w[j] + bias[j] (+ what out held, when add is 1), for rows i and all rows j of w.
  *  norm and bias are 0 or tensors [1, C]; norm is wkv_rmsnorm's. out must not be x unless norm, x and out are of one width and add is 1. */
@@ -8671,8 +9456,9 @@ WKV_API int32_t wkv_cache_read(int32_t context, int32_t cache, int32_t field, in
 /** op: one decode step of one layer for every sequence (the paper's Algorithm 1). The new token attends over cache and itself at
  *  rank \`kept\`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks
  *  \`interval\` victims, merges or drops them, and the new token takes a freed slot. k and v are rounded to the cache's type first.
+ *  softcap: 0, or the scores s = scale q . k become softcap tanh(s / softcap) before the softmax.
  *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice). */
-WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, int32_t victims);
+WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, float softcap, int32_t victims);
 
 /** op: steps 3 to 6 of wkv_attend with attention weights that the caller computed: kv[b] holds N keys, then N values. */
 WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_t kv /* [B, 2 N * D] */, int32_t weights /* [B, N * (M + 1)], rank order */, int32_t victims);
@@ -8680,8 +9466,9 @@ WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_
 /** op: \`rows\` tokens of one sequence at once: causal attention over cache and tokens, each column's sum of weights added to its score
  *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
  *  left. Refused for policies that keep a record of each step's weights, and to let tokens leave for those that choose by one
- *  step's weights (wkv_by_step, wkv_uses_now in policy.h). */
-WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale);
+ *  step's weights (wkv_by_step, wkv_uses_now in policy.h).
+ *  window: 0, or how many ranks a token looks back on, itself counted: those before weigh nothing. softcap is wkv_attend's. */
+WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale, float softcap, int32_t window);
 
 /* ---- from logits to tokens ---- */
 

@@ -1,6 +1,6 @@
 /** The C ABI as Deno.dlopen wants it, and its constants. Made from kernels/wkv.h by `deno task bind`. */
 
-export const ABI_VERSION = 2;
+export const ABI_VERSION = 3;
 
 export const wkv_status = {
   WKV_OK: 0,
@@ -20,6 +20,14 @@ export const wkv_dtype = {
   WKV_Q8_0: 4,
   WKV_Q4_0: 5,
   WKV_Q4_1: 6,
+  WKV_Q5_0: 7,
+  WKV_Q5_1: 8,
+  WKV_Q2_K: 9,
+  WKV_Q3_K: 10,
+  WKV_Q4_K: 11,
+  WKV_Q5_K: 12,
+  WKV_Q6_K: 13,
+  WKV_IQ4_NL: 14,
 } as const;
 
 export const wkv_pairs = {
@@ -70,6 +78,7 @@ export const wkv_cache_field = {
 
 export const wkv_activation = {
   WKV_SILU: 0,
+  WKV_GELU_TANH: 1,
 } as const;
 
 export const wkv_precision = {
@@ -85,6 +94,7 @@ export const symbols = {
   wkv_error: { parameters: ["i32","buffer","i32"], result: "i32" },
   wkv_device: { parameters: ["i32","buffer","i32"], result: "i32" },
   wkv_close: { parameters: ["i32","i32"], result: "i32" },
+  wkv_memory: { parameters: ["i32","buffer","i32"], result: "i32" },
   wkv_bytes: { parameters: ["i32","i32","buffer","i32"], result: "i32" },
   wkv_tensor_open: { parameters: ["i32","i32","i32","i32","buffer","i32"], result: "i32" },
   wkv_tensor_write: { parameters: ["i32","i32","i32","i32","buffer","i32"], result: "i32" },
@@ -92,17 +102,19 @@ export const symbols = {
   wkv_graph_begin: { parameters: ["i32"], result: "i32" },
   wkv_graph_end: { parameters: ["i32","buffer","i32"], result: "i32" },
   wkv_graph_run: { parameters: ["i32","i32","i32"], result: "i32", nonblocking: true },
-  wkv_embed: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },
-  wkv_rmsnorm: { parameters: ["i32","i32","i32","i32","i32","f32"], result: "i32" },
+  wkv_embed: { parameters: ["i32","i32","i32","i32","i32","f32"], result: "i32" },
+  wkv_rmsnorm: { parameters: ["i32","i32","i32","i32","i32","f32","i32"], result: "i32" },
+  wkv_qk_norm: { parameters: ["i32","i32","i32","i32","i32","i32","i32","i32","f32"], result: "i32" },
+  wkv_softcap: { parameters: ["i32","i32","i32","f32"], result: "i32" },
   wkv_linear: { parameters: ["i32","i32","i32","i32","i32","i32","i32","f32","i32","i32","i32","i32"], result: "i32" },
   wkv_gated: { parameters: ["i32","i32","i32","i32","i32","f32","i32","i32","i32","i32"], result: "i32" },
   wkv_rope_open: { parameters: ["i32","i32","i32","buffer","i32","i32","buffer","i32"], result: "i32" },
   wkv_cache_open: { parameters: ["i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","buffer","i32"], result: "i32" },
   wkv_cache_reset: { parameters: ["i32","i32","i32"], result: "i32" },
   wkv_cache_read: { parameters: ["i32","i32","i32","i32","i32","i32","buffer","i32"], result: "i32" },
-  wkv_attend: { parameters: ["i32","i32","i32","i32","i32","f32","i32"], result: "i32" },
+  wkv_attend: { parameters: ["i32","i32","i32","i32","i32","f32","f32","i32"], result: "i32" },
   wkv_insert: { parameters: ["i32","i32","i32","i32","i32","i32"], result: "i32" },
-  wkv_prefill: { parameters: ["i32","i32","i32","i32","i32","i32","i32","f32"], result: "i32" },
+  wkv_prefill: { parameters: ["i32","i32","i32","i32","i32","i32","i32","f32","f32","i32"], result: "i32" },
   wkv_sample: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },
   wkv_log_prob: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },
   wkv_divergence: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },

@@ -1,33 +1,46 @@
 /** Tensors of the native library; the model's weights and activations. */
 
 import type { Backend } from "./backend.ts";
+import { GGML_TYPES } from "../formats/ggml_types.ts";
 import { wkv_dtype } from "./symbols.ts";
 
-/** Element types of tensors; quantised ones are GGUF blocks of 32 columns. */
-export type Dtype = "F32" | "F16" | "BF16" | "I32" | "Q8_0" | "Q4_0" | "Q4_1";
-
-/** The library's number of each type, and its bytes for 32 columns. */
-const layouts: Record<Dtype, { id: number; bytes: number }> = {
-  F32: { id: wkv_dtype.WKV_F32, bytes: 128 },
-  F16: { id: wkv_dtype.WKV_F16, bytes: 64 },
-  BF16: { id: wkv_dtype.WKV_BF16, bytes: 64 },
-  I32: { id: wkv_dtype.WKV_I32, bytes: 128 },
-  Q8_0: { id: wkv_dtype.WKV_Q8_0, bytes: 34 },
-  Q4_0: { id: wkv_dtype.WKV_Q4_0, bytes: 18 },
-  Q4_1: { id: wkv_dtype.WKV_Q4_1, bytes: 20 },
-};
+/** Element types of tensors; quantised ones are GGUF blocks of 32 or 256 columns. */
+export type Dtype =
+  | "F32"
+  | "F16"
+  | "BF16"
+  | "I32"
+  | "Q8_0"
+  | "Q4_0"
+  | "Q4_1"
+  | "Q5_0"
+  | "Q5_1"
+  | "Q2_K"
+  | "Q3_K"
+  | "Q4_K"
+  | "Q5_K"
+  | "Q6_K"
+  | "IQ4_NL";
 
 /** The types that a tensor can have. */
-export const dtypes = Object.keys(layouts) as Dtype[];
+export const dtypes: readonly Dtype[] = [
+  ...["F32", "F16", "BF16", "I32", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"],
+  ...["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"],
+] as Dtype[];
 
 /** The library's number of a type. */
 export function dtypeId(dtype: Dtype): number {
-  return layouts[dtype].id;
+  return wkv_dtype[`WKV_${dtype}`];
+}
+
+/** Columns of a block of this type; 1 where numbers stand alone. */
+export function blockColumns(dtype: Dtype): number {
+  return GGML_TYPES[dtype].block;
 }
 
 /** Whether rows of this type are blocks of few-bit numbers. */
 export function isQuantised(dtype: Dtype): boolean {
-  return layouts[dtype].bytes < 64;
+  return blockColumns(dtype) > 1;
 }
 
 /** A tensor `[rows, columns]` in the library's memory. */
@@ -72,7 +85,8 @@ export class Tensor implements Disposable {
 
   /** Bytes of one row as files hold it and {@linkcode Tensor.write} wants it. */
   get rowBytes(): number {
-    return this.columns / 32 * layouts[this.dtype].bytes;
+    const { block, bytes } = GGML_TYPES[this.dtype];
+    return this.columns / block * bytes;
   }
 
   /** Copies rows in, in file order, from row `row` on. */

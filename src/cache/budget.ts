@@ -24,6 +24,46 @@ export const budgetPresets: Readonly<Record<string, number>> = {
   "paper-1024": 1024,
 };
 
+/** How a budget is spread over the layers, at the same total. */
+export type LayerBudgets = "constant" | "pyramid" | "inverse";
+
+/** What part of the mean the smallest layer of a pyramid keeps (PyramidKV's beta). */
+const PYRAMID = 20;
+
+/**
+ * The budget of each layer. A pyramid falls in a line from the first layer,
+ * `2 m - m / 20` tokens, to the last, `m / 20` (PyramidKV, arXiv 2406.02069,
+ * section 4.2, without its window of queries); the inverse rises.
+ *
+ * @param budget m, the mean over the layers.
+ * @returns Whole numbers of at least 1 whose sum is `budget * layers`.
+ * @throws {RangeError} `kind` is none of the three.
+ */
+export function layerBudgets(
+  kind: LayerBudgets,
+  budget: number,
+  layers: number,
+): number[] {
+  if (!["constant", "pyramid", "inverse"].includes(kind)) {
+    throw new RangeError(
+      `The layer budgets must be constant, pyramid or inverse: current value is "${kind}"`,
+    );
+  }
+  const least = Math.max(1, budget / PYRAMID), most = 2 * budget - least;
+  if (kind === "constant" || layers === 1 || most < least) {
+    return Array(layers).fill(budget);
+  }
+  // Rounding the running total keeps the sum exact.
+  const falling: number[] = [];
+  let wanted = 0, given = 0;
+  for (let layer = 0; layer < layers; layer++) {
+    wanted += most - (most - least) * layer / (layers - 1);
+    falling.push(Math.round(wanted) - given);
+    given = Math.round(wanted);
+  }
+  return kind === "pyramid" ? falling : falling.toReversed();
+}
+
 const units: Readonly<Record<string, number>> = {
   B: 1,
   KB: 1e3,

@@ -12,62 +12,17 @@ import {
 } from "../backend/symbols.ts";
 import { type Dtype, dtypeId, type Tensor } from "../backend/tensor.ts";
 import {
-  MAX_SLOTS,
-  type Merge,
-  type Policy,
-  resolveBudget,
-  type Select,
-} from "./policy.ts";
-import { type BudgetSize, parseBudget } from "./budget.ts";
-import { findPolicy } from "./registry.ts";
-
-/** Element types of cached keys and values. */
-export type CacheType = "f32" | "f16" | "bf16";
-
-/** Where keys are rotated: at their rank in the cache, or at their place in the text. */
-export type Positions = "cache" | "text";
-
-/** What a cache is made of. */
-export interface CacheOptions {
-  /** The policy's name. @default `"weighted-kv"` */
-  policy?: string | undefined;
-  /** How much is kept a KV head; no meaning for `full`. @default `256` tokens */
-  budget?: BudgetSize | undefined;
-  /** First tokens that never leave. @default by policy */
-  sinks?: number | undefined;
-  /** Newest tokens that never leave. @default by policy */
-  recent?: number | undefined;
-  /** Tokens that leave, one after another, when it overflows. @default by policy */
-  interval?: number | undefined;
-  /** Of policies that draw: a whole number below 2^31. @default `0` */
-  seed?: number | undefined;
-  /** Where keys are rotated. @default `"cache"` */
-  positions?: Positions | undefined;
-  /** Type of keys and values. @default `"f16"` */
-  cacheType?: CacheType | undefined;
-  /** Sequences that are fed side by side. @default `1` */
-  sequences?: number | undefined;
-  /** Tokens that `full` has room for. @default the model's context */
-  capacity?: number | undefined;
-}
-
-/** The shape that a model gives its caches. */
-export interface CacheShape {
-  /** Layers. */
-  layers: number;
-  /** Query heads. */
-  heads: number;
-  /** Key and value heads. */
-  kvHeads: number;
-  /** Dimensions of a head. */
-  headDim: number;
-  /** Tokens that the model was made for. */
-  context: number;
-  /** What products of queries and keys are multiplied by. @default 1 / sqrt(D) */
-  scale?: number;
-  /** The fewest tokens that a layer looks back on, the new one counted. @default all */
-  window?: number;
-}
+  type CacheOptions,
+  type CacheShape,
+  type CacheType,
+  type LayerPlan,
+  layerRows,
+  planCache,
+  type Positions,
+  rowBytes,
+  samePlan,
+} from "./layout.ts";
+import type { Merge, Policy, Select } from "./policy.ts";
 
 /** What became of a sequence's tokens; `seen = kept + merged + evicted`. */
 export interface CacheStats {
@@ -140,6 +95,20 @@ const types: Record<CacheType, Dtype> = {
   bf16: "BF16",
 };
 
+/** Layers that are alike, as one cache of the library. */
+interface Group extends LayerPlan {
+  handle: number;
+  /** Bytes of keys, values, state and rotation. */
+  bytes: number;
+}
+
+/** Opens a rotation whose tables reach `positions`, for texts of `length` tokens; `windowed`: of the layers with a window. */
+export type OpenRope = (
+  positions: number,
+  length: number,
+  windowed: boolean,
+) => number;
+
 /** Keys, values and state of all layers, of one or more sequences. */
 export class KvCache implements Disposable {
   /** The policy, its option included in the name. */
@@ -160,21 +129,30 @@ export class KvCache implements Disposable {
   readonly sequences: number;
   /** Slots a KV head: the budget, or what `full` has room for. */
   readonly capacity: number;
+  /**
+   * Slots a KV head of each layer. They differ where the budget is spread
+   * unevenly, and where a layer keeps the model's sliding window.
+   */
+  readonly layerSlots: readonly number[];
   /** Bytes of keys, values and state, all allocated at once. */
   readonly bytes: number;
   readonly #backend: Backend;
-  readonly #handle: number;
+  readonly #groups: Group[] = [];
+  /** Where each layer is: in which group, and which of its layers. */
+  readonly #places: { group: Group; index: number }[] = [];
+  /** The layer that stands for all in numbers of the whole. */
+  readonly #typical: number;
   readonly #shape: CacheShape;
   readonly #scale: number;
   #closed = false;
 
   /**
-   * Opens an empty cache. `rope` is a function that gives the handle of a
-   * rotation whose tables reach a number of positions, for texts of a length.
+   * Opens an empty cache.
    *
-   * Distances are counted where keys are rotated. With positions in the cache a
-   * sliding window is one of ranks, so a cache that is smaller never meets it;
-   * a larger one, whose steps it would cut, is refused.
+   * A layer with a sliding window that the budget is smaller than follows the
+   * policy: with positions in the cache, distances are ranks, and none is beyond
+   * the window. Where the budget, or `full`, is as large, the layer keeps its
+   * window exactly as the model does, and no more.
    *
    * @throws {RangeError} An option is out of range.
    * @throws {WkvError} Memory is short.
@@ -182,107 +160,56 @@ export class KvCache implements Disposable {
   constructor(
     backend: Backend,
     shape: CacheShape,
-    rope: (positions: number, length: number) => number,
+    rope: OpenRope,
     options: CacheOptions = {},
   ) {
-    const { positions = "cache", cacheType = "f16", sequences = 1 } = options;
-    if (!Object.hasOwn(places, positions)) {
-      throw new RangeError(
-        `The positions must be cache or text: current value is "${positions}"`,
-      );
-    }
-    if (!Object.hasOwn(types, cacheType)) {
-      throw new RangeError(
-        `The cache type must be f32, f16 or bf16: current value is "${cacheType}"`,
-      );
-    }
-    if (!Number.isInteger(sequences) || sequences < 1 || sequences > 4096) {
-      throw new RangeError(
-        `The sequences must be a whole number between 1 and 4096: current value is ${sequences}`,
-      );
-    }
-    this.policy = findPolicy(options.policy ?? "weighted-kv");
+    const plans = planCache(shape, options);
+    const { positions, cacheType, sequences } = plans;
+    this.policy = plans.policy;
     this.positions = positions;
     this.cacheType = cacheType;
     this.sequences = sequences;
-    if (this.policy.select === "none") {
-      this.budget = this.sinks = this.recent = null;
-      this.interval = 1;
-      this.capacity = options.capacity ?? shape.context;
-      if (
-        !Number.isInteger(this.capacity) || this.capacity < 1 ||
-        this.capacity > MAX_SLOTS
-      ) {
-        throw new RangeError(
-          `The capacity must be a whole number between 1 and ${MAX_SLOTS}: current value is ${this.capacity}`,
-        );
-      }
-    } else {
-      const resolved = resolveBudget(
-        this.policy,
-        tokensOf(options.budget ?? 256, options.capacity ?? shape.context),
-        options,
-      );
-      this.budget = this.capacity = resolved.budget;
-      this.sinks = resolved.sinks;
-      this.recent = resolved.recent;
-      this.interval = resolved.interval;
-    }
     this.#backend = backend;
     this.#shape = shape;
     this.#scale = shape.scale ?? 1 / Math.sqrt(shape.headDim);
-    const reach = this.budget === null
-      ? this.capacity
-      : positions === "cache"
-      ? this.capacity + 1
-      : Math.max(shape.context, this.capacity + 1);
-    if (shape.window !== undefined && reach > shape.window) {
-      throw new RangeError(
-        `The model's layers look back on ${shape.window} tokens, which no kernel does yet: take a ${
-          this.budget === null
-            ? `capacity of at most ${shape.window}`
-            : `budget below ${shape.window} and positions in the cache`
-        }, current values are ${this.capacity} and ${positions}`,
-      );
+    this.capacity = plans.budget;
+    if (this.policy.select === "none") {
+      this.budget = this.sinks = this.recent = null;
+      this.interval = 1;
+    } else {
+      this.budget = plans.budget;
+      this.sinks = plans.sinks;
+      this.recent = plans.recent;
+      this.interval = plans.interval;
     }
-    const rotation = rope(
-      positions === "cache" ? this.capacity + 1 : 0,
-      reach,
-    );
+    this.layerSlots = plans.layers.map(({ slots }) => slots);
+    this.#typical = plans.typical;
     try {
-      this.#handle = backend.open((out) =>
-        backend.call(
-          "wkv_cache_open",
-          rotation,
-          shape.layers,
-          sequences,
-          shape.heads,
-          shape.kvHeads,
-          shape.headDim,
-          this.capacity,
-          this.sinks ?? 0,
-          this.recent ?? 0,
-          this.interval,
-          selects[this.policy.select],
-          merges[this.policy.merge],
-          options.seed ?? 0,
-          places[positions],
-          dtypeId(types[cacheType]),
-          out,
-          4,
-        )
-      );
-      this.bytes = backend.bytes(this.#handle) + backend.bytes(rotation);
-    } finally {
-      backend.closeHandle(rotation);
+      for (const [layer, plan] of plans.layers.entries()) {
+        if (this.#places[layer] !== undefined) continue;
+        const alike = plans.layers.flatMap((other, i) =>
+          samePlan(plan, other) ? [i] : []
+        );
+        const group = this.#openGroup(
+          plan,
+          alike.length,
+          rope,
+          plans.reach,
+          options,
+        );
+        alike.forEach((i, index) => this.#places[i] = { group, index });
+      }
+    } catch (error) {
+      this.close();
+      throw error;
     }
+    this.bytes = this.#groups.reduce((sum, { bytes }) => sum + bytes, 0);
   }
 
   /** Bytes that keys and values of this many tokens of one sequence take in full. */
   fullBytes(tokens: number): number {
-    const { layers, kvHeads, headDim } = this.#shape;
-    const size = this.cacheType === "f32" ? 4 : 2;
-    return 2 * tokens * layers * kvHeads * headDim * size;
+    const rows = layerRows(this.#shape, tokens).reduce((a, b) => a + b);
+    return rows * rowBytes(this.#shape, this.cacheType);
   }
 
   /**
@@ -292,11 +219,11 @@ export class KvCache implements Disposable {
   attend(layer: number, out: Tensor, qkv: Tensor, victims?: Tensor): void {
     this.#backend.call(
       "wkv_attend",
-      this.#open,
-      layer,
+      ...this.#at(layer),
       out.handle,
       qkv.handle,
       this.#scale,
+      this.#shape.scoreCap ?? 0,
       victims?.handle ?? 0,
     );
   }
@@ -308,8 +235,7 @@ export class KvCache implements Disposable {
   insert(layer: number, kv: Tensor, weights: Tensor, victims?: Tensor): void {
     this.#backend.call(
       "wkv_insert",
-      this.#open,
-      layer,
+      ...this.#at(layer),
       kv.handle,
       weights.handle,
       victims?.handle ?? 0,
@@ -326,35 +252,37 @@ export class KvCache implements Disposable {
   ): void {
     this.#backend.call(
       "wkv_prefill",
-      this.#open,
-      layer,
+      ...this.#at(layer),
       sequence,
       out.handle,
       qkv.handle,
       rows,
       this.#scale,
+      this.#shape.scoreCap ?? 0,
+      this.#places[layer]?.group.window ?? 0,
     );
+  }
+
+  /** Whether layers keep different numbers of tokens. */
+  get uneven(): boolean {
+    return this.layerSlots.some((slots) => slots !== this.capacity);
+  }
+
+  /** Tokens that a sequence has room for in every layer that follows the policy. */
+  room(sequence = 0): number {
+    const rooms = this.#layers().map(({ slots, layer }) =>
+      slots - this.stats(sequence, layer).kept
+    );
+    return Math.max(0, Math.min(...rooms));
   }
 
   /**
-   * Checks that a pass of `rows` tokens stays within the model's sliding window.
-   *
-   * @throws {RangeError} It does not.
+   * What became of a sequence's tokens, the same in every head of a layer; where
+   * layers differ, of the layer whose slots are nearest to the budget.
    */
-  checkPass(sequence: number, rows: number): void {
-    const { window } = this.#shape;
-    if (window === undefined) return;
-    const { kept } = this.stats(sequence);
-    if (kept + rows <= window) return;
-    throw new RangeError(
-      `A pass of ${rows} tokens behind ${kept} cached ones is beyond the ${window} that the model's layers look back on: take smaller chunks`,
-    );
-  }
-
-  /** What became of a sequence's tokens, the same in every head. */
-  stats(sequence = 0): CacheStats {
+  stats(sequence = 0, layer: number = this.#typical): CacheStats {
     const counts = new Int32Array(4);
-    this.#read(field.WKV_CACHE_COUNTS, 0, sequence, 0, counts);
+    this.#read(field.WKV_CACHE_COUNTS, layer, sequence, 0, counts);
     const [kept, seen, merged, evicted] = counts as unknown as [
       number,
       number,
@@ -366,7 +294,7 @@ export class KvCache implements Disposable {
 
   /** One head's cached tokens with their state, the oldest first. */
   rows(layer: number, head: number, sequence = 0): CacheRows {
-    const { kept } = this.stats(sequence);
+    const { kept } = this.stats(sequence, layer);
     const positions = new Int32Array(kept);
     const steps = new Int32Array(kept);
     const score = new Float32Array(kept);
@@ -401,7 +329,7 @@ export class KvCache implements Disposable {
 
   /** The slots of one head's tokens, the oldest first. */
   slots(layer: number, head: number, sequence = 0): number[] {
-    const slots = new Int32Array(this.stats(sequence).kept);
+    const slots = new Int32Array(this.stats(sequence, layer).kept);
     this.#read(field.WKV_CACHE_SLOTS, layer, sequence, head, slots);
     return [...slots];
   }
@@ -409,10 +337,10 @@ export class KvCache implements Disposable {
   /** What the last step did, for each head that a token has left. */
   events(sequence = 0): CacheEvent[] {
     const events: CacheEvent[] = [];
-    const { merged, evicted } = this.stats(sequence);
-    if (merged + evicted === 0) return events;
     const out = new Float32Array(4);
     for (let layer = 0; layer < this.#shape.layers; layer++) {
+      const { merged, evicted } = this.stats(sequence, layer);
+      if (merged + evicted === 0) continue;
       for (let head = 0; head < this.#shape.kvHeads; head++) {
         this.#read(field.WKV_CACHE_EVENT, layer, sequence, head, out);
         const [from, into, a, b] = out as unknown as [
@@ -435,7 +363,10 @@ export class KvCache implements Disposable {
 
   /** Empties one sequence, or all of them. */
   reset(sequence = -1): void {
-    this.#backend.call("wkv_cache_reset", this.#open, sequence);
+    this.#checkOpen();
+    for (const { handle } of this.#groups) {
+      this.#backend.call("wkv_cache_reset", handle, sequence);
+    }
   }
 
   /** Whether {@linkcode KvCache.close} was called. */
@@ -447,7 +378,7 @@ export class KvCache implements Disposable {
   close(): void {
     if (this.#closed) return;
     this.#closed = true;
-    this.#backend.closeHandle(this.#handle);
+    for (const { handle } of this.#groups) this.#backend.closeHandle(handle);
   }
 
   /** Same as {@linkcode KvCache.close}. */
@@ -455,9 +386,76 @@ export class KvCache implements Disposable {
     this.close();
   }
 
-  get #open(): number {
+  #checkOpen(): void {
     if (this.#closed) throw new Error("The cache is closed");
-    return this.#handle;
+  }
+
+  /** A layer's cache in the library, and which of its layers it is. */
+  #at(layer: number): [handle: number, layer: number] {
+    this.#checkOpen();
+    const place = this.#places[layer];
+    // The library's own message says which layers there are.
+    if (place === undefined) return [this.#groups[0]!.handle, layer];
+    return [place.group.handle, place.index];
+  }
+
+  /** One layer of each group that follows the policy; all groups where none does. */
+  #layers(): { slots: number; layer: number }[] {
+    const follow = this.#groups.filter(({ whole }) => !whole);
+    return (follow.length > 0 ? follow : this.#groups).map((group) => ({
+      slots: group.whole ? Infinity : group.slots,
+      layer: this.#places.findIndex((place) => place.group === group),
+    }));
+  }
+
+  /** Opens the cache of some layers that are alike. */
+  #openGroup(
+    plan: LayerPlan,
+    layers: number,
+    rope: OpenRope,
+    reach: number,
+    { seed = 0 }: CacheOptions,
+  ): Group {
+    const { slots, sinks, recent, interval, whole, window } = plan;
+    const backend = this.#backend;
+    const rotation = rope(
+      this.positions === "cache" ? slots + 1 : 0,
+      reach,
+      window > 0,
+    );
+    try {
+      const handle = backend.open((out) =>
+        backend.call(
+          "wkv_cache_open",
+          rotation,
+          layers,
+          this.sequences,
+          this.#shape.heads,
+          this.#shape.kvHeads,
+          this.#shape.headDim,
+          slots,
+          sinks,
+          recent,
+          interval,
+          whole ? selects.oldest : selects[this.policy.select],
+          whole ? merges.none : merges[this.policy.merge],
+          // Layers of the same number in two groups draw apart.
+          this.#groups.length === 0
+            ? seed
+            : (seed + this.#groups.length * 0x10001) % 2 ** 31,
+          places[this.positions],
+          dtypeId(types[this.cacheType]),
+          out,
+          4,
+        )
+      );
+      const bytes = backend.bytes(handle) + backend.bytes(rotation);
+      const group = { ...plan, handle, bytes };
+      this.#groups.push(group);
+      return group;
+    } finally {
+      backend.closeHandle(rotation);
+    }
   }
 
   #stored(
@@ -466,7 +464,7 @@ export class KvCache implements Disposable {
     head: number,
     sequence: number,
   ): Float32Array<ArrayBuffer> {
-    const { kept } = this.stats(sequence);
+    const { kept } = this.stats(sequence, layer);
     const out = new Float32Array(kept * this.#shape.headDim);
     this.#read(what, layer, sequence, head, out);
     return out;
@@ -479,29 +477,16 @@ export class KvCache implements Disposable {
     head: number,
     out: Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer>,
   ): void {
+    const [handle, index] = this.#at(layer);
     this.#backend.call(
       "wkv_cache_read",
-      this.#open,
+      handle,
       what,
-      layer,
+      index,
       sequence,
       head,
       out,
       out.byteLength,
     );
   }
-}
-
-/** A budget in tokens, a share being one of what a full cache would hold. */
-function tokensOf(size: BudgetSize, capacity: number): number {
-  // A number's own message says most.
-  if (typeof size === "number") return size;
-  const parsed = parseBudget(size);
-  if (parsed.kind === "tokens") return parsed.tokens;
-  if (parsed.kind === "share") {
-    return Math.max(1, Math.floor(parsed.share * capacity));
-  }
-  throw new RangeError(
-    `A budget in bytes is resolved by a model's createCache: current value is "${size}"`,
-  );
 }

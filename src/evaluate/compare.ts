@@ -1,6 +1,6 @@
 /** compare(): continues one prompt under several policies in lock-step; called by users and by `wkv compare`. */
 
-import type { CacheOptions } from "../cache/cache.ts";
+import type { CacheOptions } from "../cache/layout.ts";
 import {
   type CacheReport,
   checkRoom,
@@ -122,7 +122,7 @@ export async function compare(
     session.setSampler({ ...options, seed });
     return {
       session,
-      stream: new TextStream(model.tokenizer),
+      stream: new TextStream(model.tokenizer, { continues: true }),
       tokens: [],
       pieces: [],
       drawn: -1,

@@ -1,8 +1,12 @@
 /** evaluate(): questions whose answers lie far back, asked through bounded caches; called by users and by `wkv eval`. */
 
-import type { CacheOptions, CacheType, Positions } from "../cache/cache.ts";
+import type { CacheOptions, CacheType, Positions } from "../cache/layout.ts";
 import { choosesByStep, resolveBudget } from "../cache/policy.ts";
-import { type BudgetSize, parseBudget } from "../cache/budget.ts";
+import {
+  type BudgetSize,
+  type LayerBudgets,
+  parseBudget,
+} from "../cache/budget.ts";
 import { findPolicy } from "../cache/registry.ts";
 import { checkRoom, openCache } from "../generate.ts";
 import { type Model, PASS_ROWS } from "../model.ts";
@@ -50,6 +54,8 @@ export interface EvaluateOptions {
   recent?: number | undefined;
   /** Tokens that leave at once when a cache overflows. @default by policy */
   interval?: number | undefined;
+  /** How the budget is spread over the layers. @default `"constant"` */
+  layerBudgets?: LayerBudgets | undefined;
   /** Where keys are rotated. @default `"cache"` */
   positions?: Positions | undefined;
   /** Type of keys and values. @default `"f16"` */
@@ -280,8 +286,13 @@ function check(options: EvaluateOptions): Plan[] {
 
 /** A cache for each policy and budget, `full` once. */
 function cachesOf(options: EvaluateOptions): CacheOptions[] {
-  const { sinks, recent, interval, positions, cacheType } = options;
-  const common = { sinks, recent, interval, positions, cacheType };
+  const { sinks, recent, interval, layerBudgets } = options;
+  const { positions, cacheType } = options;
+  const common = {
+    ...{ sinks, recent, interval, layerBudgets },
+    positions,
+    cacheType,
+  };
   return options.policies.flatMap((name) => {
     const policy = findPolicy(name);
     const full = policy.select === "none";
@@ -346,7 +357,9 @@ async function ask(
     if (made.prompt.length <= room) [low, best] = [units, made];
     else high = units;
   }
-  const answer = await tokenizer.encode(best.question.answer);
+  const answer = await tokenizer.encode(best.question.answer, {
+    continues: true,
+  });
   return { task, length, depth, index, ...best, answer };
 }
 

@@ -1,13 +1,9 @@
 /** perplexity(): sliding-window perplexity by policy and budget (paper, Table I); called by users and by `wkv perplexity`. */
 
 import type { Precision } from "../backend/ops.ts";
-import type {
-  CacheOptions,
-  CacheType,
-  KvCache,
-  Positions,
-} from "../cache/cache.ts";
-import type { BudgetSize } from "../cache/budget.ts";
+import type { KvCache } from "../cache/cache.ts";
+import type { CacheOptions, CacheType, Positions } from "../cache/layout.ts";
+import type { BudgetSize, LayerBudgets } from "../cache/budget.ts";
 import { findPolicy } from "../cache/registry.ts";
 import { resolveBudget } from "../cache/policy.ts";
 import type { Model } from "../model.ts";
@@ -34,6 +30,8 @@ export interface PerplexityOptions {
   recent?: number | undefined;
   /** Tokens that leave at once when a cache overflows. @default by policy */
   interval?: number | undefined;
+  /** How the budget is spread over the layers. @default `"constant"` */
+  layerBudgets?: LayerBudgets | undefined;
   /** Where keys are rotated. @default `"cache"` */
   positions?: Positions | undefined;
   /** Type of keys and values. @default `"f16"` */
@@ -95,6 +93,8 @@ export interface PerplexityRow {
   recent: number | null;
   /** Tokens that leave at once when the cache overflows; null for `full`. */
   interval: number | null;
+  /** Tokens kept in each layer where they differ; null where they do not. */
+  layerSlots: readonly number[] | null;
   /** KV heads of a layer, each with a cache of its own. */
   kvHeads: number;
   /** Where keys are rotated. */
@@ -247,7 +247,7 @@ function plan(
   window: number,
   stride: number,
 ): PlannedRow[] {
-  const { sinks, recent, interval, divergence = false } = options;
+  const { sinks, recent, interval, layerBudgets, divergence = false } = options;
   const { positions = "cache", cacheType, prefill = "exact" } = options;
   if (options.policies.length === 0) {
     throw new RangeError("Name at least one policy");
@@ -279,6 +279,7 @@ function plan(
         sinks,
         recent,
         interval,
+        layerBudgets,
       });
       if (budget !== undefined) {
         resolveBudget(policy, budget, { sinks, recent, interval });
@@ -291,6 +292,7 @@ function plan(
           sinks,
           recent,
           interval,
+          layerBudgets,
           positions,
           cacheType,
           capacity: window - 1,
@@ -455,6 +457,7 @@ function header(
   | "sinks"
   | "recent"
   | "interval"
+  | "layerSlots"
   | "kvHeads"
   | "positions"
   | "prefill"
@@ -469,6 +472,7 @@ function header(
     sinks: cache.sinks,
     recent: cache.recent,
     interval: cache.budget === null ? null : cache.interval,
+    layerSlots: cache.uneven ? cache.layerSlots : null,
     kvHeads: model.config.kvHeads,
     positions: cache.positions,
     prefill,
@@ -664,7 +668,7 @@ async function feedChunks(
   const fed = run.window - 1;
   for (let i = 0; i < fed;) {
     run.signal?.throwIfAborted();
-    const room = session.cache.capacity - session.cache.stats().kept;
+    const room = session.cache.room();
     const rows = Math.min(fed - i, room > 0 ? Math.min(room, 64) : chunk);
     const logs = await session.scorePass(
       0,

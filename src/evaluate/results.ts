@@ -1,6 +1,6 @@
 /** ResultStore: where results of single windows and questions are kept; a run folder is one. */
 
-import type { CacheOptions } from "../cache/cache.ts";
+import type { CacheOptions } from "../cache/layout.ts";
 
 /** A cache whose budget is in tokens. */
 export type SizedCache = CacheOptions & { budget?: number | undefined };

@@ -1,4 +1,4 @@
-/** An open config.json of a Hugging Face folder, its values checked as they are asked for; used by the architectures. */
+/** An open JSON file of a Hugging Face folder, its values checked as they are asked for; used by the architectures and the tokenizer. */
 
 import { FormatError, quote } from "./error.ts";
 import type { GgufRange } from "./gguf.ts";
@@ -6,7 +6,7 @@ import type { Json } from "./json.ts";
 import { readJsonFile } from "./json_file.ts";
 import { describe } from "./safetensors_header.ts";
 
-/** The values of a config.json, or of an object inside it. Null counts as absent. */
+/** The values of such a file, or of an object inside it. Null counts as absent. */
 export class ConfigFile {
   /** Path of the file, for messages. */
   readonly path: string;
@@ -26,11 +26,16 @@ export class ConfigFile {
   /**
    * Reads a file.
    *
+   * @param path Path of the file.
+   * @param kind What it should be, for messages.
    * @throws {FormatError} When it is not one JSON object.
    * @throws {Deno.errors.NotFound} When there is none, and so on.
    */
-  static async open(path: string): Promise<ConfigFile> {
-    return new ConfigFile(path, await readJsonFile(path, "config.json"), "");
+  static async open(
+    path: string,
+    kind: string = "config.json",
+  ): Promise<ConfigFile> {
+    return new ConfigFile(path, await readJsonFile(path, kind), "");
   }
 
   /** Whether there is a value that is not null. */
@@ -145,6 +150,27 @@ export class ConfigFile {
       return new ConfigFile(this.path, value, `${this.#prefix}${key}.`);
     }
     throw this.error(key, "an object");
+  }
+
+  /**
+   * Objects in a list; none when the key is absent.
+   *
+   * @throws {FormatError} When it is of another type.
+   */
+  objects(key: string): ConfigFile[] {
+    const value = this.#get(key, []);
+    if (!Array.isArray(value)) throw this.error(key, "a list of objects");
+    return value.map((item, i) => {
+      const prefix = `${this.#prefix}${key}.${i}`;
+      if (item instanceof Map) {
+        return new ConfigFile(this.path, item, `${prefix}.`);
+      }
+      throw new FormatError(
+        this.path,
+        prefix,
+        `Found ${describe(item)}, expected an object`,
+      );
+    });
   }
 
   /** A value as it is; undefined when the key is absent. */

@@ -1,15 +1,23 @@
 /**
- * Models named `hf:org/repo[@revision][:file]`: their names, and their files on
- * the Hugging Face Hub; called by `models.ts`.
+ * Models named `hf:org/repo[@revision][:file or quant]`: their names, which of a
+ * repository's files they mean, and how these come from the Hugging Face Hub;
+ * called by `models.ts`.
  */
 
-import type { ListFileEntry } from "@huggingface/hub";
+import {
+  COMMIT,
+  hubTokenPath,
+  linkBlob,
+  repoFolder,
+  writeRef,
+} from "./hub_cache.ts";
 import { Meter, type Progress } from "./progress.ts";
 import {
   checkSpace,
+  delay,
+  difference,
   type Expected,
   messageOf,
-  writeChecked,
 } from "./staging.ts";
 
 /** A name on the Hub, taken apart. */
@@ -18,14 +26,16 @@ export interface HubName {
   readonly repo: string;
   /** A branch, tag or commit. */
   readonly revision: string;
-  /** Path in the repository; null for its only GGUF file. */
+  /** A GGUF file's path in the repository, or a quant such as `Q4_K_M`; null for what the repository has. */
   readonly file: string | null;
 }
 
-/** A file on the Hub that can be pulled. */
+/** A file on the Hub. */
 export interface HubFile extends Expected {
-  /** Where it is. */
-  readonly name: HubName & { readonly file: string };
+  /** Its path in the repository. */
+  readonly file: string;
+  /** Its hash, by which blobs are named. */
+  readonly hash: string;
 }
 
 /** How the Hub is asked. */
@@ -34,19 +44,35 @@ export interface HubOptions {
   hubUrl?: string | undefined;
   /** Stands in for the global `fetch`. */
   fetch?: typeof fetch | undefined;
-  /** Called with the stage `download`. */
+  /** Milliseconds without a byte after which a connection is given up. @default `60000` */
+  stallMs?: number | undefined;
+  /** Milliseconds before the first of the further tries, doubled each time. @default `1000` */
+  retryMs?: number | undefined;
+  /** Called with the stages `download` and `verify`. */
   onProgress?: ((progress: Progress) => void) | undefined;
   /** Ends the requests when it aborts. */
   signal?: AbortSignal | undefined;
 }
 
 /** What these names look like, for messages. */
-export const HUB_FORM = "hf:org/repo[@revision][:file.gguf]";
+export const HUB_FORM = "hf:org/repo[@revision][:file.gguf or quant]";
 
 /** The Hub's own rule for organisations and repositories. */
 const PART = /^(?!.*(?:--|\.\.))\w(?:[\w.-]{0,94}\w)?$/;
 /** Revisions and files: plain segments, none of which begins with a dot. */
 const PATH = /^(?!.*\.\.)(?=.{1,200}$)\w[\w.+-]*(?:\/\w[\w.+-]*)*$/;
+const QUANT = /^[A-Za-z]+\w*$/;
+/** What a folder is loaded from, beside its weights. */
+const FOLDER_FILES = [
+  ...["config.json", "generation_config.json", "tokenizer.json"],
+  ...["tokenizer_config.json", "special_tokens_map.json"],
+  ...["chat_template.jinja", "model.safetensors.index.json"],
+];
+const WEIGHTS = /^model(?:-(\d{5})-of-(\d{5}))?\.safetensors$/;
+const SHARD = /-\d{5}-of-\d{5}\.gguf$/;
+/** Tries of one file, each going on where the one before ended. */
+const TRIES = 5;
+const REDIRECTS = 5;
 
 /**
  * Takes a name apart. Nothing in it can lead out of the folder it is given.
@@ -65,8 +91,10 @@ export function parseHubName(name: string): HubName {
       `${JSON.stringify(name)} is not of the form ${HUB_FORM}`,
     );
   }
-  if (file !== null && !file.endsWith(".gguf")) {
-    throw new RangeError(`${name}: ${file} is not a .gguf file`);
+  if (file !== null && !file.endsWith(".gguf") && !QUANT.test(file)) {
+    throw new RangeError(
+      `${name}: ${file} is neither a .gguf file nor a quant`,
+    );
   }
   return { repo: `${org}/${repo}`, revision, file };
 }
@@ -78,167 +106,469 @@ export function formatHubName({ repo, revision, file }: HubName): string {
   }`;
 }
 
-/**
- * The folder of a name's repository and revision, relative to the models
- * folder: names of files repeat across repositories.
- */
-export function hubFolder({ repo, revision }: HubName): string {
-  return `hf/${repo}/${encodeURIComponent(revision)}`;
+/** What a name means among the files of its repository. */
+export interface Choice {
+  /** The file to open; null for the folder. */
+  readonly open: string | null;
+  /** All that it needs. */
+  readonly files: readonly string[];
 }
 
 /**
- * Turns a path below the models folder back into its name; null where it is
- * none of a Hub file.
+ * Which files a name means: the GGUF file or the quant that it names; else
+ * safetensors with their config.json, or the only GGUF file.
+ *
+ * @param listed Paths of the repository's files.
+ * @throws {RangeError} If it means none, or several.
  */
-export function hubNameOf(path: string): string | null {
-  const [hf, org, repo, revision, ...file] = path.split("/");
-  if (hf !== "hf" || revision === undefined || file.length === 0) return null;
-  try {
-    const name = formatHubName({
-      repo: `${org}/${repo}`,
-      revision: decodeURIComponent(revision),
-      file: file.join("/"),
+export function chooseFiles(
+  name: HubName,
+  listed: readonly string[],
+): Choice {
+  const label = formatHubName(name);
+  const ggufs = listed.filter((path) => path.endsWith(".gguf")).sort();
+  const { file } = name;
+  if (file === null) {
+    const weights = listed.filter((path) => WEIGHTS.test(path));
+    if (weights.length > 0 && listed.includes("config.json")) {
+      const others = FOLDER_FILES.filter((path) => listed.includes(path));
+      return { open: null, files: [...others, ...weights.sort()] };
+    }
+  }
+  if (ggufs.length === 0) {
+    throw new RangeError(
+      file === null
+        ? `${label}: The repository has neither a .gguf file nor config.json with model.safetensors`
+        : `${label}: The repository has no .gguf file`,
+    );
+  }
+  const wanted = file === null
+    ? ggufs
+    : file.endsWith(".gguf")
+    ? ggufs.filter((path) => path === file)
+    : ggufs.filter((path) => hasQuant(path, file));
+  if (wanted.some((path) => SHARD.test(path))) {
+    throw new RangeError(
+      `${label}: The model is split into several files, which is not supported yet; take one that is not`,
+    );
+  }
+  const [only] = wanted;
+  if (only === undefined) {
+    throw new RangeError(
+      `${label}: The repository has no ${file}, but ${ggufs.join(", ")}`,
+    );
+  }
+  if (wanted.length > 1) {
+    throw new RangeError(
+      `${label}: The repository has ${wanted.length} such .gguf files, name one of them: ${
+        wanted.join(", ")
+      }`,
+    );
+  }
+  return { open: only, files: [only] };
+}
+
+/** Whether a file's name has the quant as a part of its own. */
+function hasQuant(path: string, quant: string): boolean {
+  const parts = path.split("/").at(-1)!.replace(/\.gguf$/, "").split(/[-.]/);
+  return parts.some((part) => part.toLowerCase() === quant.toLowerCase());
+}
+
+/** Whether the files of a snapshot are all that a choice needs. */
+export function isWhole(choice: Choice, listed: readonly string[]): boolean {
+  if (choice.open !== null) return listed.includes(choice.open);
+  const shards = listed.flatMap((path) => {
+    const of = WEIGHTS.exec(path)?.[2];
+    return of === undefined ? [] : [Number(of)];
+  });
+  return listed.includes("model.safetensors") || (shards.length > 0 &&
+    shards.length === shards[0] &&
+    listed.includes("model.safetensors.index.json"));
+}
+
+/** What the Hub says of a revision. */
+export interface HubRevision {
+  /** The commit that it is now. */
+  readonly commit: string;
+  /** Its files. */
+  readonly files: readonly HubFile[];
+}
+
+/**
+ * Asks the Hub what a revision is, and for the sizes and hashes of its files.
+ *
+ * @throws {Error} If the Hub can't be reached, refuses or makes no sense.
+ */
+export async function askHub(
+  name: HubName,
+  options: HubOptions,
+): Promise<HubRevision> {
+  const label = formatHubName(name);
+  const access = await hubAccess(options);
+  // Both are read before what they hold is trusted.
+  const revision = encodeURIComponent(name.revision);
+  const path = `api/models/${name.repo}/revision/${revision}`;
+  const { sha } = await onHub(name, options, async () => {
+    const response = await request(access, path, {}, options);
+    return await response.json() as { sha?: unknown };
+  });
+  if (typeof sha !== "string" || !COMMIT.test(sha)) {
+    throw new Error(`${label}: The Hub names no commit of this revision`);
+  }
+  const files: HubFile[] = [];
+  await onHub(name, options, async () => {
+    const { listFiles } = await import("@huggingface/hub");
+    const entries = listFiles({
+      repo: name.repo,
+      revision: sha,
+      recursive: true,
+      fetch: (input, init) =>
+        request(access, String(input), init ?? {}, options),
+      hubUrl: access.url,
     });
-    parseHubName(name);
-    return name;
+    for await (const { type, path, size, oid, lfs } of entries) {
+      if (type !== "file") continue;
+      const sha256 = lfs?.oid.replace(/^sha256:/, "").toLowerCase() ?? null;
+      const hash = sha256 ?? oid?.toLowerCase() ?? "";
+      if (!/^[0-9a-f]{40}(?:[0-9a-f]{24})?$/.test(hash)) continue;
+      files.push({
+        file: path,
+        bytes: lfs?.size ?? size,
+        sha256,
+        ...(sha256 === null ? { gitSha1: hash } : {}),
+        hash,
+      });
+    }
+  });
+  return { commit: sha, files };
+}
+
+/**
+ * Gets files of a commit into the cache, checked against what the Hub said of
+ * them. A file that was begun goes on where it ended; blobs that are there are
+ * verified.
+ *
+ * @throws {Error} If the Hub can't be reached, or a file does not come whole.
+ */
+export async function pullFiles(
+  cache: string,
+  name: HubName,
+  { commit, files }: HubRevision,
+  options: HubOptions,
+): Promise<void> {
+  for (const { file } of files) {
+    // A name from the Hub becomes a path here: it obeys the rule of typed ones.
+    if (!PATH.test(file)) {
+      throw new RangeError(
+        `${formatHubName(name)}: The Hub lists ${
+          JSON.stringify(file)
+        }, which is no path below a folder`,
+      );
+    }
+  }
+  const folder = repoFolder(cache, name.repo);
+  await Deno.mkdir(`${folder}/blobs`, { recursive: true });
+  // Python's client locks blobs; two of us would write to one file.
+  using lock = await Deno.open(`${folder}/.weightedkv.lock`, {
+    create: true,
+    write: true,
+  });
+  for (let waited = false; !await lock.tryLock(true); waited = true) {
+    if (!waited) {
+      new Meter(options.onProgress, "download", name.repo, null).say(
+        `Another pull of ${name.repo} is running: waiting for it`,
+      );
+    }
+    await delay(100, options.signal);
+  }
+  const total = files.reduce((sum, { bytes }) => sum + (bytes ?? 0), 0);
+  const label = formatHubName(name);
+  const meter = new Meter(options.onProgress, "download", label, total);
+  await checkSpace(folder, total);
+  let before = 0;
+  for (const [i, one] of files.entries()) {
+    const blob = `${folder}/blobs/${one.hash}`;
+    const own = files.length === 1
+      ? `${label}${name.file === one.file ? "" : `:${one.file}`}`
+      : `${label}: ${one.file} (${i + 1} of ${files.length})`;
+    if (!await isVerified(blob, one, own, options)) {
+      await download(name, commit, one, blob, own, options, (loaded) => {
+        meter.at(before + loaded);
+      });
+    }
+    before += one.bytes ?? 0;
+    meter.at(before);
+    await linkBlob(cache, name.repo, { commit, ...one });
+  }
+  meter.done(total);
+  await writeRef(cache, name, commit);
+}
+
+/** Whether a blob is there and right; one that is not is removed. */
+async function isVerified(
+  blob: string,
+  expected: HubFile,
+  label: string,
+  options: HubOptions,
+): Promise<boolean> {
+  const { onProgress, signal } = options;
+  const meter = new Meter(onProgress, "verify", label, expected.bytes);
+  try {
+    const wrong = await difference(blob, expected, { meter, signal });
+    if (wrong === null) {
+      meter.done(expected.bytes ?? 0, `${label}: already there, hash verified`);
+      return true;
+    }
+    await Deno.remove(blob);
+    meter.say(`Removed ${blob} (${wrong}): pulling it again`);
+  } catch (error) {
+    if (!(error instanceof Deno.errors.NotFound)) throw error;
+  }
+  return false;
+}
+
+async function download(
+  name: HubName,
+  commit: string,
+  expected: HubFile,
+  blob: string,
+  label: string,
+  options: HubOptions,
+  onLoaded: (bytes: number) => void,
+): Promise<void> {
+  const { signal, retryMs = 1000, onProgress } = options;
+  const part = `${blob}.incomplete`;
+  const access = await hubAccess(options);
+  const path = `${name.repo}/resolve/${commit}/${
+    expected.file.split("/").map(encodeURIComponent).join("/")
+  }`;
+  const bytes = expected.bytes ?? 0;
+  let resumed = await sizeOf(part) > 0;
+  for (let tries = 1;; tries++) {
+    try {
+      await fetchPart(access, path, part, bytes, options, onLoaded);
+    } catch (cause) {
+      signal?.throwIfAborted();
+      if (cause instanceof Deno.errors.NotCapable) throw cause;
+      const final = cause instanceof HubError && cause.status < 500 &&
+        cause.status !== 429;
+      if (!final && tries < TRIES) {
+        await delay(retryMs * 2 ** (tries - 1), signal);
+        resumed = true;
+        continue;
+      }
+      const have = await sizeOf(part);
+      throw new Error(
+        `${label}: ${
+          messageOf(cause)
+        }; ${have} of its ${bytes} bytes are here, and the next pull goes on from there`,
+        { cause },
+      );
+    }
+    const meter = new Meter(onProgress, "verify", label, bytes);
+    const wrong = await difference(part, expected, { meter, signal });
+    if (wrong === null) break;
+    await Deno.remove(part);
+    // What an earlier pull left may have been of no use.
+    if (resumed) {
+      resumed = false;
+      continue;
+    }
+    throw new Error(`${label}: ${wrong}; what had come was removed`);
+  }
+  await Deno.rename(part, blob);
+}
+
+/** Adds to `part` what it lacks. */
+async function fetchPart(
+  access: HubAccess,
+  path: string,
+  part: string,
+  bytes: number,
+  options: HubOptions,
+  onLoaded: (bytes: number) => void,
+): Promise<void> {
+  const { signal, stallMs = 60_000 } = options;
+  let have = await sizeOf(part);
+  if (have > bytes) await Deno.remove(part), have = 0;
+  if (have === bytes && bytes > 0) return onLoaded(have);
+  const headers: Record<string, string> = have > 0
+    ? { range: `bytes=${have}-` }
+    : {};
+  const response = await request(access, path, { headers }, options);
+  const goesOn = response.status === 206 &&
+    response.headers.get("content-range")?.startsWith(`bytes ${have}-`);
+  if (!goesOn) have = 0;
+  using file = await Deno.open(part, {
+    create: true,
+    write: true,
+    truncate: !goesOn,
+    append: goesOn === true,
+  });
+  const reader = response.body?.getReader();
+  try {
+    while (reader !== undefined) {
+      signal?.throwIfAborted();
+      const { done, value } = await within(reader.read(), stallMs, signal);
+      if (done) break;
+      have += value.length;
+      // A server with more to say is not let fill the disk.
+      if (have > bytes) {
+        throw new Error(
+          `The data does not end after the expected ${bytes} bytes`,
+        );
+      }
+      for (let at = 0; at < value.length;) {
+        at += await file.write(value.subarray(at));
+      }
+      onLoaded(have);
+    }
+    await file.sync();
+  } finally {
+    reader?.cancel().catch(() => {});
+  }
+  if (have < bytes) {
+    throw new Error(`The data ends after ${have} of ${bytes} bytes`);
+  }
+}
+
+/** Waits for a part of an answer, not for ever. */
+async function within<T>(
+  wait: Promise<T>,
+  ms: number,
+  signal: AbortSignal | undefined,
+): Promise<T> {
+  const done = new AbortController();
+  const onAbort = (): void => done.abort();
+  signal?.addEventListener("abort", onAbort, { once: true });
+  try {
+    return await Promise.race([
+      wait,
+      delay(ms, done.signal).then(() => {
+        throw new Error(`The Hub sent nothing for ${ms / 1000} s`);
+      }, (): T => {
+        signal?.throwIfAborted();
+        return undefined as never;
+      }),
+    ]);
+  } finally {
+    signal?.removeEventListener("abort", onAbort);
+    done.abort();
+  }
+}
+
+async function sizeOf(path: string): Promise<number> {
+  return (await Deno.stat(path).catch(() => null))?.size ?? 0;
+}
+
+// ---- requests ----
+
+/** Where the Hub is, and who asks. */
+interface HubAccess {
+  url: string;
+  token: string | null;
+}
+
+/** An answer that is an error. */
+class HubError extends Error {
+  override readonly name = "HubError";
+  readonly status: number;
+  constructor(status: number) {
+    super(`HTTP ${status}`);
+    this.status = status;
+  }
+}
+
+async function hubAccess(options: HubOptions): Promise<HubAccess> {
+  const { HUB_URL } = await import("@huggingface/hub");
+  const url = options.hubUrl ??
+    (Deno.env.get("HF_ENDPOINT")?.trim() || HUB_URL);
+  if (!/^https?:\/\/\S+$/.test(url)) {
+    throw new RangeError(
+      `The Hub's address is ${
+        JSON.stringify(url)
+      }, it should be an http(s) one`,
+    );
+  }
+  const token = Deno.env.get("HF_TOKEN")?.trim() || await loggedIn();
+  if (token !== null && !token.startsWith("hf_")) {
+    throw new RangeError("HF_TOKEN is not a token of the Hub: they begin hf_");
+  }
+  return { url: url.replace(/\/+$/, ""), token };
+}
+
+/** The token that a client of the Hub was logged in with; null where it can't be read. */
+async function loggedIn(): Promise<string | null> {
+  try {
+    return (await Deno.readTextFile(hubTokenPath())).trim() || null;
   } catch {
     return null;
   }
 }
 
 /**
- * Asks the Hub which file a name means, and for its size and hash.
+ * One request. The token goes to the Hub's own host only, wherever it sends us.
  *
- * @throws {RangeError} If the repository has no such file, or no file is named
- * and it has none or several.
- * @throws {Error} If the Hub can't be reached or refuses.
+ * @throws {HubError} The answer is an error.
  */
-export async function findHubFile(
-  name: HubName,
+async function request(
+  { url, token }: HubAccess,
+  path: string,
+  init: RequestInit,
   options: HubOptions,
-): Promise<HubFile> {
-  const files = new Map<string, ListFileEntry>();
-  await onHub(name, options, async ({ listFiles }, common) => {
-    // listFiles puts the revision into its address as it is.
-    const revision = encodeURIComponent(name.revision);
-    for await (
-      const entry of listFiles({ ...common, revision, recursive: true })
-    ) {
-      if (entry.type === "file" && entry.path.endsWith(".gguf")) {
-        files.set(entry.path, entry);
-      }
+): Promise<Response> {
+  const { signal, fetch: get = fetch, stallMs = 60_000 } = options;
+  let target = new URL(path, `${url}/`);
+  for (let hops = 0;; hops++) {
+    const headers = new Headers(init.headers);
+    headers.delete("authorization");
+    if (token !== null && target.origin === new URL(url).origin) {
+      headers.set("authorization", `Bearer ${token}`);
     }
-  });
-  const label = formatHubName(name);
-  const listed = [...files.keys()].join(", ");
-  const [only] = files.keys();
-  if (only === undefined) {
-    throw new RangeError(`${label}: The repository has no .gguf file`);
-  }
-  if (name.file === null && files.size > 1) {
-    throw new RangeError(
-      `${label}: The repository has ${files.size} .gguf files, name one of them: ${listed}`,
+    const response = await within(
+      get(target, {
+        ...init,
+        headers,
+        redirect: "manual",
+        ...(signal === undefined ? {} : { signal }),
+      }),
+      stallMs,
+      signal,
     );
+    const location = response.headers.get("location");
+    if (response.status >= 300 && response.status < 400 && location !== null) {
+      await response.body?.cancel();
+      if (hops >= REDIRECTS) throw new Error("The Hub redirects without end");
+      target = new URL(location, target);
+      if (!/^https?:$/.test(target.protocol)) {
+        throw new Error("The Hub redirects to no web address");
+      }
+      continue;
+    }
+    if (response.ok) return response;
+    await response.body?.cancel();
+    throw new HubError(response.status);
   }
-  const file = name.file ?? only;
-  const entry = files.get(file);
-  if (entry === undefined) {
-    throw new RangeError(
-      `${label}: The repository has no ${file}, but ${listed}`,
-    );
-  }
-  // A name from the Hub becomes a path here: it obeys the rule of typed ones.
-  const full = { ...name, file };
-  parseHubName(formatHubName(full));
-  const oid = entry.lfs?.oid.replace(/^sha256:/, "").toLowerCase() ?? "";
-  return {
-    name: full,
-    bytes: entry.lfs?.size ?? entry.size,
-    sha256: /^[0-9a-f]{64}$/.test(oid) ? oid : null,
-  };
 }
 
-/**
- * Downloads a file into `folder`, checked against what the Hub said of it, and
- * synced.
- *
- * @param folder An empty folder; the caller removes it.
- * @returns The path of the file in `folder`.
- * @throws {Error} If the Hub can't be reached, or the file does not come whole.
- */
-export async function pullFromHub(
-  file: HubFile,
-  folder: string,
-  options: HubOptions,
-): Promise<string> {
-  const label = formatHubName(file.name);
-  if (file.bytes !== null) await checkSpace(folder, file.bytes);
-  const stream = await onHub(file.name, options, async (hub, common) => {
-    const blob = await hub.downloadFile({
-      ...common,
-      path: file.name.file,
-      revision: file.name.revision,
-      // Plain HTTP: one request, whose bytes are hashed as they come.
-      xet: false,
-    });
-    return blob?.stream();
-  });
-  if (stream === undefined) {
-    throw new Error(`${label}: The Hub lists the file but does not have it`);
-  }
-  const path = `${folder}/model.gguf`;
-  await writeChecked(path, stream, file, {
-    label,
-    meter: new Meter(options.onProgress, "download", label, file.bytes),
-    signal: options.signal,
-  });
-  return path;
-}
-
-type Hub = typeof import("@huggingface/hub");
-interface Common {
-  repo: string;
-  fetch: typeof fetch;
-  hubUrl?: string;
-  accessToken?: string;
-}
-
-/** Loads the Hub's client, which nothing else needs, and words its errors. */
+/** Words the errors of questions to the Hub. */
 async function onHub<T>(
   name: HubName,
   options: HubOptions,
-  ask: (hub: Hub, common: Common) => Promise<T>,
+  ask: () => Promise<T>,
 ): Promise<T> {
-  const { signal, fetch: get = fetch } = options;
+  const { signal } = options;
   signal?.throwIfAborted();
-  const hubUrl = options.hubUrl ??
-    (Deno.env.get("HF_ENDPOINT")?.trim() || null);
-  if (hubUrl !== null && !/^https?:\/\/\S+$/.test(hubUrl)) {
-    throw new RangeError(
-      `The Hub's address is ${
-        JSON.stringify(hubUrl)
-      }, it should be an http(s) one`,
-    );
-  }
-  const accessToken = Deno.env.get("HF_TOKEN")?.trim() || null;
-  if (accessToken !== null && !accessToken.startsWith("hf_")) {
-    throw new RangeError("HF_TOKEN is not a token of the Hub: they begin hf_");
-  }
-  const hub = await import("@huggingface/hub");
   try {
-    return await ask(hub, {
-      repo: name.repo,
-      fetch: (input, init) =>
-        get(input, signal === undefined ? init : { ...init, signal }),
-      ...(hubUrl === null ? {} : { hubUrl: hubUrl.replace(/\/+$/, "") }),
-      ...(accessToken === null ? {} : { accessToken }),
-    });
+    return await ask();
   } catch (cause) {
     signal?.throwIfAborted();
     if (cause instanceof Deno.errors.NotCapable) throw cause;
-    const status = cause instanceof hub.HubApiError ? cause.statusCode : 0;
+    const status = cause instanceof HubError ? cause.status : 0;
     const why = status === 401 || status === 403 || status === 404
       ? `The Hub has no such repository or revision, or keeps it from you (HTTP ${status}); check the name, or set HF_TOKEN to a token that may read it`
+      : status === 429
+      ? "The Hub asks to wait before the next request (HTTP 429)"
       : `The Hub could not be asked (${messageOf(cause)})`;
     throw new Error(`${formatHubName(name)}: ${why}`, { cause });
   }

@@ -2,13 +2,24 @@
 
 import { modelsDir } from "../user_cache.ts";
 import {
-  findHubFile,
+  allSnapshots,
+  type CachedFile,
+  findSnapshot,
+  hubCacheDir,
+  removeFiles,
+  type Snapshot,
+  snapshotFiles,
+} from "./hub_cache.ts";
+import {
+  askHub,
+  type Choice,
+  chooseFiles,
   formatHubName,
   HUB_FORM,
-  hubFolder,
-  hubNameOf,
+  type HubName,
+  isWhole,
   parseHubName,
-  pullFromHub,
+  pullFiles,
 } from "./huggingface.ts";
 import { pullFromPip } from "./pip.ts";
 import { Meter, type Progress } from "./progress.ts";
@@ -39,6 +50,12 @@ export interface ModelOptions {
   /** Takes what is there and asks nobody. @default `false` */
   offline?: boolean | undefined;
   /**
+   * The Hub's cache folder, shared with other clients of the Hub.
+   *
+   * @default `HF_HUB_CACHE`, `HF_HOME/hub` or `~/.cache/huggingface/hub`
+   */
+  hubCache?: string | undefined;
+  /**
    * The Hugging Face Hub's address.
    *
    * @default `HF_ENDPOINT`, or the public Hub
@@ -46,6 +63,10 @@ export interface ModelOptions {
   hubUrl?: string | undefined;
   /** Stands in for the global `fetch` towards the Hub. */
   fetch?: typeof fetch | undefined;
+  /** Milliseconds without a byte after which a connection to the Hub is given up. @default `60000` */
+  stallMs?: number | undefined;
+  /** Milliseconds before a broken download goes on, doubled each time. @default `1000` */
+  retryMs?: number | undefined;
   /** The command of a Python 3 that has pip. @default `"python3"` */
   python?: string | undefined;
 }
@@ -54,10 +75,18 @@ export interface ModelOptions {
 export interface ListedModel {
   /** What `resolveModel` takes. */
   name: string;
-  /** Where it is. */
+  /** Where it is: a file, or the folder of a safetensors model. */
   path: string;
   /** Its size in bytes. */
   bytes: number;
+  /** The commit of the Hub that it is of; null where it came another way. */
+  revision: string | null;
+}
+
+/** A pulled model with its files. */
+export interface ModelDetails extends ListedModel {
+  /** Its files, with the hashes that the Hub has for them. */
+  files: { path: string; bytes: number; hash: string | null }[];
 }
 
 /** A file to have in the models folder. */
@@ -71,15 +100,14 @@ interface Target extends Expected {
 }
 
 /**
- * Finds the file of a model, and pulls it when it is not there yet.
+ * Finds a model, and pulls it when it is not there yet.
  *
- * A registry name or a Hub file that has been pulled is trusted by its size;
- * `hf:org/repo` without a file is what has been pulled of it when that is one
- * file, and the Hub is asked otherwise.
+ * A registry name is trusted by its size. What the Hub's cache has of a name,
+ * whoever pulled it, is taken without asking the Hub, be it newer there.
  *
- * @param name A name of the registry, `hf:org/repo[@revision][:file]`, or a
- * path of a GGUF file.
- * @returns The file's path.
+ * @param name A name of the registry, `hf:org/repo[@revision][:file or quant]`,
+ * or a path of a GGUF file or a folder.
+ * @returns The path of its file, or of the folder of a safetensors model.
  * @throws {RangeError} If the name is of no known form, or means no one file.
  * @throws {Deno.errors.NotFound} If a path leads nowhere, or `offline` is set
  * and the model was not pulled.
@@ -97,22 +125,11 @@ export async function resolveModel(
   const models = modelsDir(options.cacheDir);
   if (!name.startsWith("hf:")) return await resolvePath(name, models);
   const hubName = parseHubName(name);
-  const folder = `${models}/${hubFolder(hubName)}`;
-  const pulled = hubName.file === null
-    ? (await filesBelow(folder)).map(({ path }) => path)
-    : await fileSize(`${folder}/${hubName.file}`) === null
-    ? []
-    : [`${folder}/${hubName.file}`];
-  const [path] = pulled;
-  if (path !== undefined && pulled.length === 1) return path;
-  if (!options.offline) return await pullModel(name, options);
-  if (path === undefined) throw notPulled(name);
-  const files = pulled.map((path) => path.slice(folder.length + 1));
-  throw new RangeError(
-    `${name}: ${files.length} of its files are here, name one of them: ${
-      files.join(", ")
-    }`,
-  );
+  const cache = options.hubCache ?? hubCacheDir();
+  const here = await chooseHere(cache, hubName);
+  if (here !== null) return here.path;
+  if (options.offline) throw notPulled(name);
+  return await pullModel(name, options);
 }
 
 /**
@@ -155,14 +172,16 @@ export async function pullModel(
   }
   const hubName = parseHubName(name);
   if (options.offline) throw offlinePull(name);
-  const file = await findHubFile(hubName, options);
-  return await pullTarget({
-    label: formatHubName(file.name),
-    place: `${hubFolder(file.name)}/${file.name.file}`,
-    bytes: file.bytes,
-    sha256: file.sha256,
-    get: (folder) => pullFromHub(file, folder, options),
-  }, options);
+  const cache = options.hubCache ?? hubCacheDir();
+  const { commit, files } = await askHub(hubName, options);
+  const choice = chooseFiles(hubName, files.map(({ file }) => file));
+  const wanted = files.filter(({ file }) => choice.files.includes(file));
+  await pullFiles(cache, hubName, { commit, files: wanted }, options);
+  const here = await chooseHere(cache, { ...hubName, revision: commit });
+  if (here === null) {
+    throw new Error(`${name}: The Hub lacks some of its files`);
+  }
+  return here.path;
 }
 
 /**
@@ -189,22 +208,183 @@ export async function pullEntry(
 }
 
 /**
- * Lists the models that have been pulled, sorted by name.
+ * Lists the models that are here, sorted by name: those in the models folder,
+ * and what the Hub's cache holds of GGUF files and safetensors folders.
  *
- * @param cacheDir This project's cache folder, the user's by default.
+ * @param options Other folders than the user's.
  */
-export async function listModels(cacheDir?: string): Promise<ListedModel[]> {
+export async function listModels(
+  options: Pick<ModelOptions, "cacheDir" | "hubCache"> = {},
+): Promise<ListedModel[]> {
+  return (await allModels(options)).map(({ name, path, bytes, revision }) => ({
+    name,
+    path,
+    bytes,
+    revision,
+  }));
+}
+
+/**
+ * A model that is here, with its files.
+ *
+ * @param name What {@linkcode listModels} gives, or another form of a Hub name.
+ * @throws {RangeError} If no such model is here.
+ */
+export async function describeModel(
+  name: string,
+  options: Pick<ModelOptions, "cacheDir" | "hubCache"> = {},
+): Promise<ModelDetails> {
+  return (await findModel(name, options)).details;
+}
+
+/**
+ * Removes a model that is here; of the Hub's cache what no other revision needs.
+ *
+ * @param name What {@linkcode listModels} gives, or another form of a Hub name.
+ * @returns The bytes that were freed.
+ * @throws {RangeError} If no such model is here.
+ */
+export async function removeModel(
+  name: string,
+  options: Pick<ModelOptions, "cacheDir" | "hubCache"> = {},
+): Promise<number> {
+  const { details, snapshot, files } = await findModel(name, options);
+  if (snapshot !== null) {
+    const cache = options.hubCache ?? hubCacheDir();
+    return await removeFiles(cache, snapshot, files);
+  }
+  await Deno.remove(details.path);
+  return details.bytes;
+}
+
+/** A model, and where it is in the Hub's cache. */
+interface FoundModel {
+  details: ModelDetails;
+  snapshot: Snapshot | null;
+  files: readonly CachedFile[];
+}
+
+async function findModel(
+  name: string,
+  options: Pick<ModelOptions, "cacheDir" | "hubCache">,
+): Promise<FoundModel> {
+  checkName(name);
+  if (name.startsWith("hf:")) {
+    const cache = options.hubCache ?? hubCacheDir();
+    const here = await chooseHere(cache, parseHubName(name));
+    if (here !== null) return foundIn(here, name);
+  } else {
+    const found = (await ownModels(options.cacheDir)).find((model) =>
+      model.name === name
+    );
+    if (found) return { details: found, snapshot: null, files: [] };
+  }
+  throw new RangeError(
+    `${name}: No such model is here; \`list\` names those that are`,
+  );
+}
+
+/** What a name means among the pulled files of its revision; null where they do not suffice. */
+async function chooseHere(
+  cache: string,
+  name: HubName,
+): Promise<{ path: string; snapshot: Snapshot; files: CachedFile[] } | null> {
+  const snapshot = await findSnapshot(cache, name);
+  if (snapshot === null) return null;
+  const all = await snapshotFiles(snapshot);
+  const listed = all.map(({ file }) => file);
+  let choice: Choice;
+  try {
+    choice = chooseFiles(name, listed);
+  } catch (error) {
+    // What was pulled may be less than what the repository has.
+    if (
+      error instanceof RangeError && !/name one of them/.test(error.message)
+    ) {
+      return null;
+    }
+    throw error;
+  }
+  if (!isWhole(choice, listed)) return null;
+  return {
+    path: choice.open === null
+      ? snapshot.path
+      : `${snapshot.path}/${choice.open}`,
+    snapshot,
+    files: all.filter(({ file }) => choice.files.includes(file)),
+  };
+}
+
+function foundIn(
+  { path, snapshot, files }: {
+    path: string;
+    snapshot: Snapshot;
+    files: CachedFile[];
+  },
+  name: string,
+): FoundModel {
+  return {
+    details: {
+      name,
+      path,
+      bytes: files.reduce((sum, { bytes }) => sum + bytes, 0),
+      revision: snapshot.commit,
+      files: files.map(({ file, bytes, hash }) => ({
+        path: `${snapshot.path}/${file}`,
+        bytes,
+        hash,
+      })),
+    },
+    snapshot,
+    files,
+  };
+}
+
+async function allModels(
+  options: Pick<ModelOptions, "cacheDir" | "hubCache">,
+): Promise<ModelDetails[]> {
+  const models = await ownModels(options.cacheDir);
+  const cache = options.hubCache ?? hubCacheDir();
+  for (const snapshot of await allSnapshots(cache)) {
+    const { repo, refs, commit } = snapshot;
+    const revision = refs.includes("main") ? "main" : refs[0] ?? commit;
+    const files = (await snapshotFiles(snapshot)).map(({ file }) => file);
+    const names = [
+      null,
+      ...files.filter((file) => file.endsWith(".gguf")),
+    ].map((file): HubName => ({ repo, revision: commit, file }));
+    for (const name of names) {
+      const here = await chooseHere(cache, name).catch(() => null);
+      // The only GGUF file is listed by its name.
+      if (
+        here === null || (name.file === null && here.path !== snapshot.path)
+      ) {
+        continue;
+      }
+      models.push(foundIn(here, formatHubName({ ...name, revision })).details);
+    }
+  }
+  return models.sort((a, b) => a.name < b.name ? -1 : a.name > b.name ? 1 : 0);
+}
+
+/** The models of this project's own folder. */
+async function ownModels(cacheDir?: string): Promise<ModelDetails[]> {
   const models = modelsDir(cacheDir);
-  const listed: ListedModel[] = [];
-  for (const { path, bytes } of await filesBelow(models)) {
+  return (await filesBelow(models)).map(({ path, bytes }) => {
     const place = path.slice(models.length + 1);
     const entry = REGISTRY.find((entry) =>
       entry.file === place && entry.bytes === bytes
     );
-    const name = entry?.name ?? hubNameOf(place) ?? place;
-    listed.push({ name, path, bytes });
-  }
-  return listed.sort((a, b) => a.name < b.name ? -1 : a.name > b.name ? 1 : 0);
+    const name = entry?.name ?? place;
+    const hash = entry?.sha256 ?? null;
+    return {
+      name,
+      path,
+      bytes,
+      revision: null,
+      files: [{ path, bytes, hash }],
+    };
+  });
 }
 
 async function pullTarget(
@@ -227,13 +407,9 @@ async function pullTarget(
         const wrong = await verify(target, path, options);
         if (wrong === null) return path;
         if (wrong !== undefined) {
-          // A Hub file may just be older: it stays until the new one is here.
-          const old = target.place.startsWith("hf/");
-          if (!old) await Deno.remove(path);
+          await Deno.remove(path);
           new Meter(onProgress, "download", target.label, null).say(
-            old
-              ? `${path} is not what the Hub has now (${wrong}): pulling it again`
-              : `Removed ${path} (${wrong}): pulling it again`,
+            `Removed ${path} (${wrong}): pulling it again`,
           );
         }
         const staged = await target.get(folder);
@@ -273,8 +449,7 @@ async function verify(
     signal: options.signal,
   });
   if (wrong === null) {
-    const what = target.sha256 === null ? "size" : "hash";
-    meter.done(bytes, `${target.label}: already there, ${what} verified`);
+    meter.done(bytes, `${target.label}: already there, hash verified`);
   }
   return wrong;
 }

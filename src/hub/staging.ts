@@ -22,6 +22,8 @@ export interface Expected {
   readonly bytes: number | null;
   /** SHA-256 in lower-case hexadecimal. */
   readonly sha256: string | null;
+  /** The name that git has for it, in lower-case hexadecimal. */
+  readonly gitSha1?: string;
 }
 
 /** Milliseconds between two looks at a lock that another process holds. */
@@ -258,8 +260,11 @@ export async function difference(
   if (expected.bytes !== null && size !== expected.bytes) {
     return `its size is ${size} bytes, it should be ${expected.bytes}`;
   }
-  if (expected.sha256 === null) return null;
-  const hash = createHash("sha256");
+  const { sha256, gitSha1 } = expected;
+  if (sha256 === null && gitSha1 === undefined) return null;
+  const kind = sha256 === null ? "sha1" : "sha256";
+  const hash = createHash(kind);
+  if (sha256 === null) hash.update(`blob ${size}\0`);
   const chunk = new Uint8Array(1 << 20);
   let loaded = 0;
   for (let n; (n = await file.read(chunk)) !== null;) {
@@ -267,8 +272,8 @@ export async function difference(
     hash.update(chunk.subarray(0, n));
     options.meter.at(loaded += n);
   }
-  const sha256 = hash.digest("hex");
-  return sha256 === expected.sha256
+  const right = sha256 ?? gitSha1, found = hash.digest("hex");
+  return found === right
     ? null
-    : `its sha256 is ${sha256}, it should be ${expected.sha256}`;
+    : `its ${kind} is ${found}, it should be ${right}`;
 }

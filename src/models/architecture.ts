@@ -1,13 +1,23 @@
 /** What an architecture gives: its configuration from a GGUF header or a config.json, its weights, and its forward pass. */
 
 import type { Backend } from "../backend/backend.ts";
-import type { Precision } from "../backend/ops.ts";
+import type { Activation, Precision } from "../backend/ops.ts";
 import type { Tensor } from "../backend/tensor.ts";
 import type { KvCache } from "../cache/cache.ts";
 import type { ConfigFile } from "../formats/config.ts";
 import type { GgufFile } from "../formats/gguf.ts";
 import type { Rope } from "./rope.ts";
 import type { WeightSource } from "./weights.ts";
+
+/** Layers whose tokens see those closest behind them only. */
+export interface SlidingWindow {
+  /** Tokens that one sees, itself counted. */
+  tokens: number;
+  /** Whether layer i has the window. */
+  layers: readonly boolean[];
+  /** The rotation of these layers. @default the model's */
+  rope?: Rope | undefined;
+}
 
 /** The numbers of a model, from its file. */
 export interface ModelConfig {
@@ -37,11 +47,22 @@ export interface ModelConfig {
   rope: Rope;
   /** What products of queries and keys are multiplied by. @default 1 / sqrt(D) */
   scale?: number;
-  /**
-   * The fewest tokens that a layer looks back on, the new one counted; absent
-   * where every layer sees all.
-   */
-  window?: number;
+  /** Scores s become cap tanh(s / cap). @default none */
+  scoreCap?: number | undefined;
+  /** The same for logits. @default none */
+  logitCap?: number | undefined;
+  /** Layers that look back on some tokens only. @default none */
+  window?: SlidingWindow | undefined;
+  /** What embeddings are multiplied by. @default 1 */
+  embeddingScale?: number | undefined;
+  /** What the gate of the feed-forward part goes through. @default `"silu"` */
+  activation?: Activation | undefined;
+  /** Where a block's norms stand: before its parts, after them, or both. @default `"before"` */
+  norms?: "before" | "after" | "both" | undefined;
+  /** What is added to every norm's weight. @default 0 */
+  normOffset?: number | undefined;
+  /** Norms of queries and keys, of each head or of all together. @default none */
+  qkNorm?: "head" | "all" | undefined;
   /** Which projections of attention have biases: those in, or the output too. @default `"none"` */
   biases?: "none" | "qkv" | "all";
   /** Whether the head is the embedding. @default where the file has no head */
@@ -78,6 +99,8 @@ export interface Activations {
   attended: Tensor;
   /** Inside the feed-forward part, `[rows, hidden]`. */
   hidden: Tensor;
+  /** What a part of a block gives, before its norm, `[rows, C]`; absent where no norm stands behind one. */
+  branch?: Tensor | undefined;
 }
 
 /** A model's weights with the pass over them. */

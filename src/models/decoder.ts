@@ -1,9 +1,18 @@
-/** The weights of a Llama-like decoder and the pass over them: RMSNorm, rotary attention with grouped heads, SwiGLU; used by the architectures. */
+/** The weights of a decoder and the pass over them: RMSNorm, rotary attention with grouped heads, a gated feed-forward part; used by the architectures. */
 
 import type { Backend } from "../backend/backend.ts";
-import { embed, gated, linear, type Norm } from "../backend/ops.ts";
+import {
+  embed,
+  gated,
+  linear,
+  type Norm,
+  qkNorm,
+  rmsnorm,
+  softcap,
+} from "../backend/ops.ts";
 import { Tensor } from "../backend/tensor.ts";
 import type { ModelConfig, Network, Pass } from "./architecture.ts";
+import type { Rope } from "./rope.ts";
 import type { Part, WeightSource } from "./weights.ts";
 
 /** How an architecture's files hold the weights. */
@@ -21,14 +30,20 @@ interface Projection {
 }
 
 interface Block {
-  attentionNorm: Norm;
+  attentionNorm: Norm | undefined;
   /** One matrix `[(H + 2 N) D, C]`, or queries, keys and values apart. */
   qkv: Projection[];
+  /** Norms of queries and keys. */
+  qkNorm: { q: Norm; k: Norm } | undefined;
   output: Projection;
-  feedForwardNorm: Norm;
+  /** Of what attention gives. */
+  postAttentionNorm: Norm | undefined;
+  feedForwardNorm: Norm | undefined;
   gate: Tensor;
   up: Tensor;
   down: Tensor;
+  /** Of what the feed-forward part gives. */
+  postFeedForwardNorm: Norm | undefined;
 }
 
 interface Weights {
@@ -51,19 +66,36 @@ export async function loadDecoder(
   { fused = false }: DecoderOptions = {},
 ): Promise<Network> {
   const { layers, width, hidden, heads, headDim, vocabulary } = config;
-  const { biases = "none" } = config;
-  const norm = async (name: string): Promise<Norm> => ({
-    weight: await loader.vector(name, width),
-    epsilon: config.epsilon,
-  });
-  if (loader.has("rope_freqs.weight")) {
-    const { frequencies } = config.rope;
-    const factors = await loader.floats(
-      "rope_freqs.weight",
-      frequencies.length,
-    );
-    frequencies.forEach((f, i) => frequencies[i] = f / factors[i]!);
-  }
+  const { biases = "none", norms = "before", normOffset = 0 } = config;
+  const norm = async (
+    name: string,
+    columns = width,
+    repeat = (weight: Float32Array<ArrayBuffer>) => weight,
+  ): Promise<Norm> => {
+    const stored = await loader.floats(name, columns);
+    const weight = repeat(stored.map((w) => w + normOffset));
+    return { weight: Tensor.from(backend, weight), epsilon: config.epsilon };
+  };
+  const before = (name: string) =>
+    norms === "after" ? undefined : norm(`${name}.weight`);
+  const after = (name: string) =>
+    norms === "before" ? undefined : norm(`${name}.weight`);
+  const normsOfQk = async (block: string) => {
+    if (config.qkNorm === undefined) return undefined;
+    const { kvHeads, storedKvHeads = kvHeads, qkNorm } = config;
+    const all = qkNorm === "all";
+    return {
+      q: await norm(`${block}.attn_q_norm.weight`, (all ? heads : 1) * headDim),
+      k: await norm(
+        `${block}.attn_k_norm.weight`,
+        (all ? storedKvHeads : 1) * headDim,
+        all
+          ? (weight) => repeatHeads(weight, storedKvHeads, kvHeads)
+          : undefined,
+      ),
+    };
+  };
+  await loadRopeFactors(config.rope, loader);
   const tied = config.tied ?? !loader.has("output.weight");
   const vectors = async (parts: readonly Part[]) => {
     const all: number[] = [];
@@ -113,24 +145,27 @@ export async function loadDecoder(
   };
   const blocks: Block[] = [];
   for (let i = 0; i < layers; i++) {
-    const of = (name: string) => `blk.${i}.${name}.weight`;
+    const block = `blk.${i}`;
     blocks.push({
-      attentionNorm: await norm(of("attn_norm")),
+      attentionNorm: await before(`${block}.attn_norm`),
       qkv: await projections(
         i,
         attentionParts(config, fused),
         width,
         biases !== "none",
       ),
+      qkNorm: await normsOfQk(block),
       output: (await projections(
         i,
         [["attn_output", width]],
         heads * headDim,
         biases === "all",
       ))[0]!,
-      feedForwardNorm: await norm(of("ffn_norm")),
+      postAttentionNorm: await after(`${block}.post_attention_norm`),
+      feedForwardNorm: await before(`${block}.ffn_norm`),
       ...await gateAndUp(i),
-      down: await loader.matrix(of("ffn_down"), width, hidden),
+      down: await loader.matrix(`${block}.ffn_down.weight`, width, hidden),
+      postFeedForwardNorm: await after(`${block}.post_ffw_norm`),
     });
   }
   const weights: Weights = {
@@ -146,8 +181,27 @@ export async function loadDecoder(
     // The head is read whole, whether or not it is the embedding.
     stepBytes: loader.bytes -
       (weights.head === embedding ? 0 : embedding.rowBytes * vocabulary),
-    forward: (pass) => forward(backend, weights, pass),
+    forward: (pass) => forward(backend, config, weights, pass),
   };
+}
+
+/** Divides frequencies by the factors that are tensors: one list, or LongRoPE's two. */
+async function loadRopeFactors(
+  rope: Rope,
+  loader: WeightSource,
+): Promise<void> {
+  const plain = rope.frequencies;
+  const divided = async (name: string) => {
+    const factors = await loader.floats(`${name}.weight`, plain.length);
+    return plain.map((f, i) => f / factors[i]!);
+  };
+  if (loader.has("rope_freqs.weight")) {
+    rope.frequencies = await divided("rope_freqs");
+  } else if (loader.has("rope_factors_long.weight")) {
+    const far = await divided("rope_factors_long");
+    rope.frequencies = await divided("rope_factors_short");
+    if (rope.longer) rope.longer.at = () => far;
+  }
 }
 
 /** The rows of queries, keys and values; KV heads that the file has fewer of are repeated. */
@@ -179,21 +233,47 @@ function attentionParts(config: ModelConfig, fused: boolean): Part[] {
   ];
 }
 
-// ---- forward pass ----
-
-function forward(backend: Backend, weights: Weights, pass: Pass): void {
-  const { x } = pass.activations;
-  embed(backend, x, weights.embedding, pass.tokens, pass.rows);
-  weights.blocks.forEach((block, layer) => {
-    attention(backend, block, layer, pass);
-    feedForward(backend, block, pass);
-  });
-  if (pass.logits) head(backend, weights, pass, pass.logits);
+/** The weights of key heads, each repeated for the heads that stand for it. */
+function repeatHeads(
+  weight: Float32Array<ArrayBuffer>,
+  stored: number,
+  heads: number,
+): Float32Array<ArrayBuffer> {
+  const headDim = weight.length / stored;
+  return Float32Array.from(
+    { length: heads * headDim },
+    (_, i) =>
+      weight[
+        Math.floor(Math.floor(i / headDim) * stored / heads) * headDim +
+        i % headDim
+      ]!,
+  );
 }
 
-/** x += attention(norm(x) [q; k; v]^T) output^T */
+// ---- forward pass ----
+
+function forward(
+  backend: Backend,
+  config: ModelConfig,
+  weights: Weights,
+  pass: Pass,
+): void {
+  const { x } = pass.activations;
+  embed(backend, x, weights.embedding, pass.tokens, {
+    rows: pass.rows,
+    scale: config.embeddingScale,
+  });
+  weights.blocks.forEach((block, layer) => {
+    attention(backend, config, block, layer, pass);
+    feedForward(backend, config, block, pass);
+  });
+  if (pass.logits) head(backend, config, weights, pass, pass.logits);
+}
+
+/** x += norm(attention(norm(x) [q; k; v]^T) output^T), either norm where there is one */
 function attention(
   backend: Backend,
+  config: ModelConfig,
   block: Block,
   layer: number,
   pass: Pass,
@@ -206,24 +286,58 @@ function attention(
     linear(backend, qkv, x, weight, { rows, norm, bias, outColumn, precision });
     outColumn += weight.rows;
   }
+  if (block.qkNorm) {
+    const { heads, kvHeads, headDim } = config;
+    qkNorm(backend, qkv, block.qkNorm, { rows, heads, kvHeads, headDim });
+  }
   if (sequence === null) cache.attend(layer, attended, qkv);
   else cache.prefill(layer, sequence, attended, qkv, rows);
-  const { weight, bias } = block.output;
-  linear(backend, x, attended, weight, { rows, bias, add: true, precision });
+  addBranch(backend, attended, block.output, block.postAttentionNorm, pass);
 }
 
-/** x += (silu(norm(x) gate^T) * (norm(x) up^T)) down^T */
-function feedForward(backend: Backend, block: Block, pass: Pass): void {
+/** x += norm((activation(norm(x) gate^T) * (norm(x) up^T)) down^T), either norm where there is one */
+function feedForward(
+  backend: Backend,
+  config: ModelConfig,
+  block: Block,
+  pass: Pass,
+): void {
   const { rows, precision } = pass;
   const { x, hidden } = pass.activations;
   const norm = block.feedForwardNorm;
-  gated(backend, hidden, x, block.gate, block.up, { rows, norm, precision });
-  linear(backend, x, hidden, block.down, { rows, add: true, precision });
+  const { activation } = config;
+  gated(backend, hidden, x, block.gate, block.up, {
+    rows,
+    norm,
+    activation,
+    precision,
+  });
+  const down = { weight: block.down, bias: undefined };
+  addBranch(backend, hidden, down, block.postFeedForwardNorm, pass);
+}
+
+/** x += norm(from weight^T + bias), without the norm where there is none */
+function addBranch(
+  backend: Backend,
+  from: Tensor,
+  { weight, bias }: Projection,
+  norm: Norm | undefined,
+  pass: Pass,
+): void {
+  const { rows, precision } = pass;
+  const { x, branch } = pass.activations;
+  if (norm === undefined || branch === undefined) {
+    linear(backend, x, from, weight, { rows, bias, add: true, precision });
+  } else {
+    linear(backend, branch, from, weight, { rows, bias, precision });
+    rmsnorm(backend, x, branch, norm, { rows, add: true });
+  }
 }
 
 /** logits = norm(x) head^T, for the last rows */
 function head(
   backend: Backend,
+  config: ModelConfig,
   weights: Weights,
   pass: Pass,
   logits: Tensor,
@@ -235,4 +349,6 @@ function head(
     norm: weights.norm,
     precision,
   });
+  const { logitCap } = config;
+  if (logitCap) softcap(backend, logits, logits.rows, logitCap);
 }

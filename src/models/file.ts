@@ -10,6 +10,7 @@ import { FormatError, quote } from "../formats/error.ts";
 import { GgufFile } from "../formats/gguf.ts";
 import { SafetensorsFile } from "../formats/safetensors.ts";
 import { tokenizerFromGguf } from "../tokenizer/gguf.ts";
+import { tokenizerFromFolder } from "../tokenizer/hugging_face.ts";
 import { noTokenizer } from "../tokenizer/none.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import type { Architecture, ModelConfig } from "./architecture.ts";
@@ -121,11 +122,14 @@ async function openFolder(folder: string, path: string): Promise<ModelFile> {
     config,
     tensors: file.tensors.values(),
     weights: safetensorsWeights(file, architecture.huggingFace.tensors),
-    tokenizer: () =>
-      Promise.resolve(noTokenizer(
-        `${folder}: The tokenizer of a Hugging Face folder is not read yet, give token ids instead of text`,
+    tokenizer: async () =>
+      await tokenizerFromFolder(folder, {
+        rows: config.vocabulary,
+        endTokens: config.endTokens,
+      }) ?? noTokenizer(
+        `${folder}: This folder has no tokenizer.json, give token ids instead of text`,
         config.endTokens,
-      )),
+      ),
     chatTemplates: () => folderChatTemplates(folder),
     [Symbol.dispose]: () => file.close(),
   };

@@ -1,8 +1,9 @@
 /** What the config.json of every decoder has, and the names that most give their tensors; used by the architectures. */
 
 import type { ConfigFile } from "../formats/config.ts";
-import type { ModelConfig } from "./architecture.ts";
-import { ropeOf } from "./rope.ts";
+import type { Activation } from "../backend/ops.ts";
+import type { ModelConfig, SlidingWindow } from "./architecture.ts";
+import { type Rope, ropeOf, type RopeShape } from "./rope.ts";
 
 /** Names of Llama's tensors, and of most others'. */
 export const llamaTensors: Readonly<Record<string, string>> = {
@@ -20,8 +21,43 @@ export const llamaTensors: Readonly<Record<string, string>> = {
   ffn_down: "mlp.down_proj",
 };
 
+/** The same with norms of queries and keys. */
+export const normedTensors: Readonly<Record<string, string>> = {
+  ...llamaTensors,
+  attn_q_norm: "self_attn.q_norm",
+  attn_k_norm: "self_attn.k_norm",
+};
+
+/** Gemma's: norms before and after each part. */
+export const gemmaTensors: Readonly<Record<string, string>> = {
+  ...normedTensors,
+  post_attention_norm: "post_attention_layernorm",
+  ffn_norm: "pre_feedforward_layernorm",
+  post_ffw_norm: "post_feedforward_layernorm",
+};
+
 /** Types that weights are announced in; what counts is the type of each tensor. */
 const DTYPES = ["float32", "float16", "bfloat16"];
+
+/** Activations by the names that transformers has for them. */
+const ACTIVATIONS: Readonly<Record<string, Activation>> = {
+  silu: "silu",
+  gelu_pytorch_tanh: "gelu-tanh",
+};
+
+/** What a file means where it is silent, as transformers reads it. */
+export interface ConfigDefaults {
+  /** The architecture's name. */
+  architecture: string;
+  /** Dimensions of a head. @default width / heads */
+  headDim?: number;
+  /** What the gate goes through; the only one that is taken. @default `"silu"` */
+  activation?: "silu" | "gelu_pytorch_tanh";
+  /** Whether the head is the embedding. @default `false` */
+  tied?: boolean;
+  /** Reads the rotation. @default `ropeOf` */
+  rope?: (file: ConfigFile, shape: RopeShape) => Rope;
+}
 
 /**
  * Reads and checks what all decoders have.
@@ -30,7 +66,7 @@ const DTYPES = ["float32", "float16", "bfloat16"];
  */
 export function huggingFaceConfig(
   file: ConfigFile,
-  options: { architecture: string },
+  defaults: ConfigDefaults,
 ): ModelConfig {
   const layers = file.integer("num_hidden_layers", { min: 1, max: 1024 });
   const width = file.integer("hidden_size", { min: 8, max: 1 << 16 });
@@ -47,7 +83,7 @@ export function huggingFaceConfig(
     );
   }
   if (
-    !file.has("head_dim") && width % heads !== 0
+    !file.has("head_dim") && !defaults.headDim && width % heads !== 0
   ) {
     throw file.error(
       "num_attention_heads",
@@ -57,7 +93,7 @@ export function huggingFaceConfig(
   const headDim = file.integer("head_dim", {
     min: 2,
     max: 256,
-    fallback: width / heads,
+    fallback: defaults.headDim ?? width / heads,
   });
   if (headDim % 2 !== 0) throw file.error("head_dim", "an even number");
   const context = file.integer("max_position_embeddings", {
@@ -65,8 +101,11 @@ export function huggingFaceConfig(
     max: 1 << 24,
   });
   const vocabulary = file.integer("vocab_size", { min: 1, max: 1 << 24 });
-  if (file.string("hidden_act", "silu") !== "silu") {
-    throw file.error("hidden_act", '"silu"');
+  const { activation = "silu" } = defaults;
+  for (const key of ["hidden_activation", "hidden_act"]) {
+    if (file.string(key, activation) !== activation) {
+      throw file.error(key, `"${activation}"`);
+    }
   }
   for (const key of ["dtype", "torch_dtype"]) {
     if (!DTYPES.includes(file.string(key, "float32"))) {
@@ -79,11 +118,11 @@ export function huggingFaceConfig(
       "none: take the weights as they were before, or a GGUF file",
     );
   }
-  const rope = ropeOf(file, { headDim, context });
+  const rope = (defaults.rope ?? ropeOf)(file, { headDim, context });
   // A factor of queries and of keys is its square on their products.
   const { factor = 1 } = rope;
   return {
-    architecture: options.architecture,
+    architecture: defaults.architecture,
     layers,
     width,
     hidden: file.integer("intermediate_size", { min: 1, max: 1 << 20 }),
@@ -99,25 +138,60 @@ export function huggingFaceConfig(
     }),
     rope,
     scale: factor ** 2 / Math.sqrt(headDim),
-    tied: file.boolean("tie_word_embeddings", false),
+    activation: ACTIVATIONS[activation],
+    tied: file.boolean("tie_word_embeddings", defaults.tied ?? false),
     endTokens: file.ids("eos_token_id", vocabulary - 1),
   };
 }
 
-/** `sliding_window`, whether it is used or not; undefined for none. */
-export function slidingWindow(file: ConfigFile): number | undefined {
-  return file.has("sliding_window")
-    ? file.integer("sliding_window", { min: 1, max: 1 << 24 })
-    : undefined;
-}
-
 /**
- * Which layers look back on a window only.
+ * The sliding window, `sliding_window` tokens; undefined where the file has none
+ * or no layer uses it.
  *
  * @param fallback Whether layer i does, where the file has no `layer_types`.
- * @throws {FormatError} Their number or a name is wrong.
+ * @throws {FormatError} A value is out of range or of an unknown type.
  */
-export function windowLayers(
+export function slidingWindow(
+  file: ConfigFile,
+  layers: number,
+  fallback: (layer: number) => boolean,
+): SlidingWindow | undefined {
+  if (!file.has("sliding_window")) return undefined;
+  const tokens = file.integer("sliding_window", { min: 2, max: 1 << 24 });
+  const which = windowLayers(file, layers, fallback);
+  return which.includes(true) ? { tokens, layers: which } : undefined;
+}
+
+/** Qwen's window: of the layers from `max_window_layers` on, where it is used. */
+export function qwenWindow(
+  file: ConfigFile,
+  layers: number,
+): SlidingWindow | undefined {
+  if (!file.boolean("use_sliding_window", false)) return undefined;
+  const first = file.integer("max_window_layers", {
+    min: 0,
+    max: 1024,
+    fallback: 28,
+  });
+  return slidingWindow(file, layers, (layer) => layer >= first);
+}
+
+/** What the files of all Gemmas leave unsaid. */
+export function gemmaParts({ width }: ModelConfig) {
+  return {
+    activation: "gelu-tanh",
+    norms: "both",
+    embeddingScale: Math.sqrt(width),
+  } as const;
+}
+
+/** What Gemma's products of queries and keys are multiplied by. */
+export function gemmaScale(file: ConfigFile): number {
+  const range = { min: Number.MIN_VALUE, max: 1e6, fallback: 256 };
+  return file.float("query_pre_attn_scalar", range) ** -0.5;
+}
+
+function windowLayers(
   file: ConfigFile,
   layers: number,
   fallback: (layer: number) => boolean,

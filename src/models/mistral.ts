@@ -24,9 +24,6 @@ export const mistral: Architecture = {
 // ---- configuration ----
 
 function config(file: ConfigFile): ModelConfig {
-  const window = slidingWindow(file);
-  return {
-    ...huggingFaceConfig(file, { architecture: "mistral" }),
-    ...window === undefined ? {} : { window },
-  };
+  const all = huggingFaceConfig(file, { architecture: "mistral" });
+  return { ...all, window: slidingWindow(file, all.layers, () => true) };
 }

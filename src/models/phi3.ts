@@ -3,6 +3,7 @@
 import type { ConfigFile } from "../formats/config.ts";
 import type { Architecture, ModelConfig } from "./architecture.ts";
 import { loadDecoder } from "./decoder.ts";
+import { ggufConfig, ggufWindow } from "./gguf_config.ts";
 import {
   huggingFaceConfig,
   llamaTensors,
@@ -12,7 +13,16 @@ import {
 /** Phi-3: Llama whose files hold fused projections. */
 export const phi3: Architecture = {
   name: "phi3",
-  gguf: null,
+  gguf: {
+    name: "phi3",
+    config(file) {
+      const all = ggufConfig(file, "phi3", "half");
+      return {
+        ...all,
+        window: ggufWindow(file, "phi3", all.layers, () => true),
+      };
+    },
+  },
   huggingFace: {
     classes: ["Phi3ForCausalLM"],
     config,
@@ -37,6 +47,5 @@ function config(file: ConfigFile): ModelConfig {
       "1 where cosines and sines have a factor: no kernel multiplies part of a head yet",
     );
   }
-  const window = slidingWindow(file);
-  return { ...all, ...window === undefined ? {} : { window } };
+  return { ...all, window: slidingWindow(file, all.layers, () => true) };
 }

@@ -4,12 +4,7 @@ import type { ConfigFile } from "../formats/config.ts";
 import type { Architecture, ModelConfig } from "./architecture.ts";
 import { loadDecoder } from "./decoder.ts";
 import { ggufConfig } from "./gguf_config.ts";
-import {
-  huggingFaceConfig,
-  llamaTensors,
-  slidingWindow,
-  windowLayers,
-} from "./hugging_face.ts";
+import { huggingFaceConfig, llamaTensors, qwenWindow } from "./hugging_face.ts";
 
 /** Qwen2: Llama with biases of queries, keys and values. */
 export const qwen2: Architecture = {
@@ -30,18 +25,5 @@ export const qwen2: Architecture = {
 
 function config(file: ConfigFile): ModelConfig {
   const all = huggingFaceConfig(file, { architecture: "qwen2" });
-  const window = file.boolean("use_sliding_window", false)
-    ? slidingWindow(file)
-    : undefined;
-  const first = file.integer("max_window_layers", {
-    min: 0,
-    max: 1024,
-    fallback: 28,
-  });
-  const acts = windowLayers(file, all.layers, (layer) => layer >= first);
-  return {
-    ...all,
-    biases: "qkv",
-    ...window !== undefined && acts.includes(true) ? { window } : {},
-  };
+  return { ...all, biases: "qkv", window: qwenWindow(file, all.layers) };
 }

@@ -35,16 +35,26 @@ export interface RopeShape {
   context: number;
 }
 
+/** Pairs (i, i + rotary / 2) that turn by base^(-2 i / rotary). */
+export function plainRope(base: number, rotary: number): Rope {
+  const frequencies = Float32Array.from(powers(base, rotary));
+  return { pairs: "half", frequencies };
+}
+
 /**
  * The rotation of a config.json: `rope_parameters`, or `rope_theta` and
  * `rope_scaling` as older files have them.
  *
+ * @param inner The parameters, where they are not in these places.
  * @throws {FormatError} A value is missing, out of range or of an unknown type.
  */
-export function ropeOf(config: ConfigFile, shape: RopeShape): Rope {
+export function ropeOf(
+  config: ConfigFile,
+  shape: RopeShape,
+  inner: ConfigFile | null = config.object("rope_parameters") ??
+    config.object("rope_scaling"),
+): Rope {
   const { headDim, context } = shape;
-  const inner = config.object("rope_parameters") ??
-    config.object("rope_scaling");
   const within = (key: string) => inner?.has(key) ? inner : config;
   const share = within("partial_rotary_factor").float("partial_rotary_factor", {
     min: Number.MIN_VALUE,
@@ -103,8 +113,15 @@ export function ropeOf(config: ConfigFile, shape: RopeShape): Rope {
       return of(llama3(plain, inner, factor(), original));
     case "yarn": {
       const by = factor(context / original);
+      const beta = (key: string, fallback: number) =>
+        inner.float(key, { min: Number.MIN_VALUE, max: 1e6, fallback });
       return {
-        ...of(yarn(plain, inner, by, { base, rotary, original })),
+        ...of(yarn({
+          ...{ factor: by, base, rotary, original },
+          fast: beta("beta_fast", 32),
+          slow: beta("beta_slow", 1),
+          cut: inner.boolean("truncate", true),
+        })),
         factor: yarnFactor(inner, by),
       };
     }
@@ -137,7 +154,7 @@ export function ropeOf(config: ConfigFile, shape: RopeShape): Rope {
 }
 
 /** base^(-2 i / rotary) for each pair i. */
-function powers(base: number, rotary: number): number[] {
+export function powers(base: number, rotary: number): number[] {
   return Array.from(
     { length: rotary / 2 },
     (_, i) => base ** (-2 * i / rotary),
@@ -166,21 +183,32 @@ function llama3(
   });
 }
 
-/** YaRN (arXiv 2309.00071): pairs that turn less often than beta_slow are divided by the factor, those above beta_fast are not. */
-function yarn(
-  plain: number[],
-  inner: ConfigFile,
-  factor: number,
-  of: { base: number; rotary: number; original: number },
-): number[] {
-  const beta = (key: string, fallback: number) =>
-    inner.float(key, { min: Number.MIN_VALUE, max: 1e6, fallback });
+/** What YaRN is made of. */
+export interface Yarn {
+  /** What low frequencies are divided by. */
+  factor: number;
+  /** Base of the rotation. */
+  base: number;
+  /** Dimensions that are rotated. */
+  rotary: number;
+  /** Tokens that the model was made for at first. */
+  original: number;
+  /** Turns within them from which on a pair is left as it is. @default `32` */
+  fast?: number;
+  /** Turns below which a pair is divided by the whole factor. @default `1` */
+  slow?: number;
+  /** Whether the ramp between begins and ends at whole pairs. @default `true` */
+  cut?: boolean;
+}
+
+/** YaRN (arXiv 2309.00071): pairs that turn less often than `slow` are divided by the factor, those above `fast` are not. */
+export function yarn(of: Yarn): number[] {
+  const { factor, fast = 32, slow = 1, cut = true } = of;
+  const plain = powers(of.base, of.rotary);
   const pairOf = (turns: number) =>
     of.rotary * Math.log(of.original / (turns * 2 * Math.PI)) /
     (2 * Math.log(of.base));
-  const cut = inner.boolean("truncate", true);
-  const low = pairOf(beta("beta_fast", 32)),
-    high = pairOf(beta("beta_slow", 1));
+  const low = pairOf(fast), high = pairOf(slow);
   const first = Math.max(cut ? Math.floor(low) : low, 0);
   const last = Math.min(cut ? Math.ceil(high) : high, of.rotary - 1);
   const span = first === last ? 0.001 : last - first;

@@ -104,8 +104,6 @@ export interface WeightSource {
   ): Promise<Tensor[]>;
   /** One tensor `[rows, columns]`. */
   matrix(name: string, rows: number, columns: number): Promise<Tensor>;
-  /** A vector as F32 `[1, columns]`. */
-  vector(name: string, columns: number): Promise<Tensor>;
   /** The numbers of a vector. */
   floats(name: string, columns: number): Promise<Float32Array<ArrayBuffer>>;
 }
@@ -178,12 +176,7 @@ export class WeightLoader implements WeightSource {
     return (await this.matrices([[name, rows]], columns))[0]!;
   }
 
-  /** A vector as F32 `[1, columns]`, whatever float type the file has. */
-  async vector(name: string, columns: number): Promise<Tensor> {
-    return Tensor.from(this.#backend, await this.floats(name, columns));
-  }
-
-  /** The numbers of a vector. */
+  /** The numbers of a vector, whatever float type the file has. */
   async floats(
     name: string,
     columns: number,

@@ -3,7 +3,7 @@
  * every two values of them meet. run_cache.ts checks each row in f64.
  */
 
-import type { CacheType, Positions } from "../cache/cache.ts";
+import type { CacheType, Positions } from "../cache/layout.ts";
 import { choosesByStep } from "../cache/policy.ts";
 import { findPolicy, policyNames } from "../cache/registry.ts";
 import { pairwise } from "./pairs.ts";
@@ -34,6 +34,10 @@ export interface CacheCase {
   rotary?: number;
   /** Which dimensions a rotation turns together. */
   pairs: "half" | "interleaved";
+  /** Scores s become cap tanh(s / cap). @default none */
+  scoreCap?: number;
+  /** Tokens that one looks back on. @default all */
+  window?: number;
 }
 
 /**
@@ -275,6 +279,107 @@ const prefill: PrefillCase[] = pairwise(
   pairs: pairsOf(i),
 }));
 
+/** Scores that are capped: of normal inputs they are a few units. */
+const capped: AttendCase[] = pairwise(
+  {
+    cacheType: cacheTypes,
+    headDim: [64, 80, 128, 256, 66],
+    group: [1, 2, 4, 8, 16],
+    positions: placements,
+    policy: ["full", "weighted-kv", "weighted-kv-ward", "tova", "h2o"],
+    budget: [7, 65, 257],
+  },
+  () => true,
+  6,
+).map((row, i): AttendCase => ({
+  kernel: "attend",
+  ...row,
+  ...protects(row.policy, row.budget),
+  sequences: 1 + i % 2,
+  kvHeads: 1 + i % 3,
+  pairs: pairsOf(i),
+  scoreCap: [0.5, 2, 30][i % 3]!,
+  kept: row.policy === "full" ? row.budget - 3 : row.budget,
+  steps: 3,
+}));
+
+/** Groups between those of models, many sequences, and the longest full cache. */
+const wide: AttendCase[] = ([
+  [9, 64, 8192, 1],
+  [12, 128, 8192, 1],
+  [16, 64, 8192, 1],
+  [10, 96, 257, 2],
+  [11, 80, 130, 1],
+  [12, 64, 513, 2],
+  [13, 64, 64, 1],
+  [14, 128, 63, 3],
+  [15, 64, 1000, 1],
+  [1, 128, 65, 64],
+  [4, 64, 130, 64],
+  [8, 128, 33, 64],
+] as const).flatMap(([group, headDim, budget, sequences], i) =>
+  ["weighted-kv", "weighted-kv-ward"].map((policy, p): AttendCase => ({
+    kernel: "attend",
+    policy,
+    budget,
+    ...protects(policy, budget),
+    cacheType: cacheTypes[(i + p) % 3]!,
+    positions: placements[i % 2]!,
+    sequences,
+    group,
+    kvHeads: 1 + i % 2,
+    headDim,
+    pairs: pairsOf(i),
+    kept: budget,
+    steps: 2,
+  }))
+).concat(placements.map((positions, i): AttendCase => ({
+  kernel: "attend",
+  policy: "full",
+  budget: 131072,
+  sinks: 0,
+  recent: 0,
+  cacheType: cacheTypes[1 + i]!,
+  positions,
+  sequences: 1,
+  group: 4,
+  kvHeads: 1,
+  headDim: 64,
+  pairs: pairsOf(i),
+  kept: 131070,
+  steps: 2,
+})));
+
+/** Capped scores and sliding windows; one that the budget exceeds is all that is kept. */
+const bent: PrefillCase[] = pairwise(
+  {
+    cacheType: cacheTypes,
+    headDim: [64, 96, 128, 256],
+    group: [1, 2, 8],
+    policy: ["full", "weighted-kv", "eviction", "streaming-llm"],
+    scoreCap: [undefined, 2],
+    window: [undefined, 40, 70, 140],
+    passes: [[20, 129, 1], [65, 64], [
+      7,
+      200,
+    ]] as readonly (readonly number[])[],
+  },
+  ({ scoreCap, window }) => scoreCap !== undefined || window !== undefined,
+  7,
+).map(({ scoreCap, window, ...row }, i): PrefillCase => ({
+  kernel: "prefill",
+  ...row,
+  ...row.policy === "full"
+    ? { budget: 256, sinks: 0, recent: 0 }
+    : { budget: 64, ...protects(row.policy, 64) },
+  sequences: 1,
+  kvHeads: 1 + i % 2,
+  positions: "cache",
+  pairs: pairsOf(i),
+  ...scoreCap === undefined ? {} : { scoreCap },
+  ...window === undefined ? {} : { window },
+}));
+
 const insert: InsertCase[] = pairwise(
   {
     cacheType: cacheTypes,
@@ -326,6 +431,9 @@ export const cacheCases: CacheRow[] = [
   ...odd,
   ...forced,
   ...prefill,
+  ...wide,
+  ...capped,
+  ...bent,
   ...insert,
   ...repeat,
 ];

@@ -74,6 +74,7 @@ export function isLarge(row: KernelCase): boolean {
 /** Whether a row takes the CPU seconds, as some of a model's own sizes do. */
 export function isHuge(row: KernelCase): boolean {
   if ("outputs" in row) return row.outputs * row.columns > 2e7;
+  if ("budget" in row && row.budget > 1e5) return true;
   // No other row has this many KV heads.
   return row.kernel === "attend" && row.kvHeads >= 8 &&
     row.budget * row.headDim * row.kvHeads * row.sequences > 2e6;
@@ -103,7 +104,9 @@ function kindOf(row: KernelCase): string | null {
       if (row.passes.some((rows) => rows > 129)) return null;
       if (!row.passes.some((rows) => rows > 60)) return null;
       if (row.budget > 130) return null;
-      return `${kernel} ${row.cacheType} ${row.positions}`;
+      return `${kernel} ${row.cacheType} ${row.positions} ${
+        row.scoreCap ?? row.window ? "bent" : "plain"
+      }`;
     case "linear": {
       if (row.columns < 96) return null;
       const size = row.rows > 8 ? "many" : "few";
@@ -113,6 +116,7 @@ function kindOf(row: KernelCase): string | null {
       return `${kernel} ${row.dtype} ${row.precision} ${size}`;
     }
     case "gated":
+      if (row.activation === "gelu-tanh") return null;
       if (row.dtype !== "Q4_1" || row.rows < 2 || row.outputs < 7) return null;
       return `${kernel} ${row.precision}`;
     case "sample":
@@ -121,6 +125,9 @@ function kindOf(row: KernelCase): string | null {
     case "logProb":
     case "divergence":
       return row.rows > 1 && row.vocabulary === 33 ? kernel : null;
+    case "qkNorm":
+    case "softcap":
+      return row.rows > 1 ? `${kernel} ${"all" in row && row.all}` : null;
     case "rmsnorm":
       return row.rows > 1 && row.columns === 31 ? kernel : null;
     case "embed":

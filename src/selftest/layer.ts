@@ -5,7 +5,8 @@
 
 import type { Backend } from "../backend/backend.ts";
 import { wkv_pairs } from "../backend/symbols.ts";
-import { type CacheOptions, KvCache } from "../cache/cache.ts";
+import { KvCache } from "../cache/cache.ts";
+import type { CacheOptions } from "../cache/layout.ts";
 import { ReferenceCache, softmax } from "./reference.ts";
 import { stored } from "./reference_policies.ts";
 
@@ -23,6 +24,10 @@ export interface Layer {
   rotary?: number;
   /** Layers. @default `1` */
   layers?: number;
+  /** Scores s become cap tanh(s / cap). @default none */
+  scoreCap?: number | undefined;
+  /** Tokens that one looks back on. @default all */
+  window?: number | undefined;
 }
 
 /** Numbers of one row of queries, keys and values. */
@@ -77,6 +82,10 @@ export function openCache(
       kvHeads: layer.kvHeads,
       headDim: layer.headDim,
       context: 64,
+      scoreCap: layer.scoreCap,
+      window: layer.window === undefined
+        ? undefined
+        : { tokens: layer.window, layers: Array(layer.layers ?? 1).fill(true) },
     },
     (positions) => openRope(backend, layer, positions),
     { cacheType: "f32", ...options },
@@ -93,16 +102,23 @@ export function openReference(
     heads: layer.heads,
     kvHeads: layer.kvHeads,
     headDim: layer.headDim,
-    slots: cache.capacity,
-    sinks: cache.sinks ?? 0,
-    recent: cache.recent ?? 0,
-    interval: cache.interval,
-    select: cache.policy.select,
-    merge: cache.policy.merge,
+    slots: cache.layerSlots[0]!,
+    ...cache.layerSlots[0] === cache.capacity
+      ? {
+        sinks: cache.sinks ?? 0,
+        recent: cache.recent ?? 0,
+        interval: cache.interval,
+        select: cache.policy.select,
+        merge: cache.policy.merge,
+      }
+      // The layer keeps its window.
+      : { sinks: 0, recent: 0, interval: 1, select: "oldest", merge: "none" },
     positions: cache.positions,
     cacheType: cache.cacheType,
     pairs: layer.pairs ?? "interleaved",
     frequencies: frequencies(layer),
+    scoreCap: layer.scoreCap,
+    window: layer.window,
     sequence,
   });
 }

@@ -5,7 +5,7 @@
 
 import type { Precision } from "../backend/ops.ts";
 import type { Dtype } from "../backend/tensor.ts";
-import type { CacheType, Positions } from "../cache/cache.ts";
+import type { CacheType, Positions } from "../cache/layout.ts";
 import { findPolicy } from "../cache/registry.ts";
 import type { AttendCase } from "./cache_cases.ts";
 import { type GatedCase, type LinearCase, toleranceOf } from "./op_cases.ts";

@@ -48,10 +48,11 @@ export class Random {
   }
 }
 
-/** The length of the difference over that of the expected; Infinity for a NaN. */
+/** The length of the difference over that of the expected, or over `least` where that is more; Infinity for a NaN. */
 export function relativeError(
   actual: ArrayLike<number>,
   expected: ArrayLike<number>,
+  least = 0,
 ): number {
   if (actual.length !== expected.length) return Infinity;
   let difference = 0, total = 0;
@@ -60,7 +61,7 @@ export function relativeError(
     total += expected[i]! ** 2;
   }
   if (difference === 0) return 0;
-  const error = Math.sqrt(difference / total);
+  const error = Math.sqrt(difference / Math.max(total, least ** 2));
   return Number.isNaN(error) ? Infinity : error;
 }
 

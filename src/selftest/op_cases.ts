@@ -3,8 +3,13 @@
  * run_ops.ts checks each row against its formula in f64.
  */
 
-import type { Precision } from "../backend/ops.ts";
-import type { Dtype } from "../backend/tensor.ts";
+import type { Activation, Precision } from "../backend/ops.ts";
+import {
+  blockColumns,
+  type Dtype,
+  dtypes,
+  isQuantised,
+} from "../backend/tensor.ts";
 
 /** `out = norm(x) w^T + bias (+ out)`. */
 export interface LinearCase {
@@ -38,7 +43,7 @@ export interface LinearCase {
   tolerance: number;
 }
 
-/** `out = silu(norm(x) gate^T) * (norm(x) up^T)`. */
+/** `out = activation(norm(x) gate^T) * (norm(x) up^T)`. */
 export interface GatedCase {
   /** The kernel. */
   kernel: "gated";
@@ -46,6 +51,8 @@ export interface GatedCase {
   dtype: Dtype;
   /** Type of the other matrix. @default the gate's */
   upDtype?: Dtype;
+  /** What the gate goes through. @default `"silu"` */
+  activation?: Activation;
   /** How the input is held. */
   precision: Precision;
   /** Rows of the input. */
@@ -72,6 +79,8 @@ export interface EmbedCase {
   columns: number;
   /** Rows of the table. */
   vocabulary: number;
+  /** What rows are multiplied by. @default `1` */
+  scale?: number;
   /** Relative error that is allowed. */
   tolerance: number;
 }
@@ -86,6 +95,40 @@ export interface RmsnormCase {
   columns: number;
   /** Writes over the input. */
   inPlace?: boolean;
+  /** Adds to what is there. */
+  add?: boolean;
+  /** Relative error that is allowed. */
+  tolerance: number;
+}
+
+/** Norms of queries and keys where they lie. */
+export interface QkNormCase {
+  /** The kernel. */
+  kernel: "qkNorm";
+  /** Rows. */
+  rows: number;
+  /** Query heads. */
+  heads: number;
+  /** Key and value heads. */
+  kvHeads: number;
+  /** Dimensions of a head. */
+  headDim: number;
+  /** All heads of a row together, not each on its own. */
+  all?: boolean;
+  /** Relative error that is allowed. */
+  tolerance: number;
+}
+
+/** `x = cap tanh(x / cap)`. */
+export interface SoftcapCase {
+  /** The kernel. */
+  kernel: "softcap";
+  /** Rows. */
+  rows: number;
+  /** Columns. */
+  columns: number;
+  /** The cap. */
+  cap: number;
   /** Relative error that is allowed. */
   tolerance: number;
 }
@@ -138,19 +181,20 @@ export type OpCase =
   | GatedCase
   | EmbedCase
   | RmsnormCase
+  | QkNormCase
+  | SoftcapCase
   | SampleCase
   | LogProbCase
   | DivergenceCase;
 
 /** Types of weights. */
-export const weightTypes = [
-  "F32",
-  "F16",
-  "BF16",
-  "Q8_0",
-  "Q4_0",
-  "Q4_1",
-] as const satisfies Dtype[];
+export const weightTypes = dtypes.filter((dtype) => dtype !== "I32");
+
+/** Columns, rounded up to whole blocks. */
+export function wholeBlocks(dtype: Dtype, columns: number): number {
+  const block = blockColumns(dtype);
+  return Math.ceil(columns / block) * block;
+}
 
 const precisions: Precision[] = ["f32", "int8"];
 const tolerance = 1e-5;
@@ -171,12 +215,21 @@ const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
       precision,
       tolerance: toleranceOf(dtype),
     };
-    const rowCounts = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 130];
-    const outputCounts = [1, 2, 3, 7, 8, 9, 15, 17, 33, 65, 97];
-    const columnCounts = dtype.startsWith("Q")
+    // Types that share their loops with others need fewer shapes.
+    const shared = dtype.startsWith("Q5") || dtype.startsWith("IQ") ||
+      blockColumns(dtype) === 256;
+    const rowCounts = shared
+      ? [1, 3, 4, 5, 8, 9, 65]
+      : [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 130];
+    const outputCounts = shared
+      ? [1, 7, 8, 9, 33]
+      : [1, 2, 3, 7, 8, 9, 15, 17, 33, 65, 97];
+    const columnCounts = blockColumns(dtype) === 256
+      ? [256, 512, 768, 1536]
+      : isQuantised(dtype)
       ? [32, 64, 96, 160, 576, 1536]
       : [1, 2, 7, 8, 31, 33, 64, 100, 576, 1537];
-    return [
+    const rows: LinearCase[] = [
       ...rowCounts.map((rows) => ({
         ...common,
         rows,
@@ -207,7 +260,7 @@ const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
           outColumn: 5,
         },
       ]),
-      ...(dtype.startsWith("Q")
+      ...(isQuantised(dtype)
         ? [1, 9].map((rows) => ({
           ...common,
           rows,
@@ -217,6 +270,14 @@ const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
         }))
         : []),
     ];
+    // Rounded up, some are the same.
+    const all = rows.map((row) =>
+      JSON.stringify({
+        ...row,
+        columns: wholeBlocks(dtype, row.columns),
+      })
+    );
+    return [...new Set(all)].map((row) => JSON.parse(row));
   })
 );
 
@@ -264,12 +325,25 @@ const gated: GatedCase[] = [
           dtype,
           precision,
           rows,
-          columns: 96,
+          columns: wholeBlocks(dtype, 96),
           outputs,
           tolerance: toleranceOf(dtype),
         }))
       )
     )
+  ),
+  // Few rows, many, and what cuBLASLt takes.
+  ...(["F32", "BF16", "Q8_0", "Q4_1"] as const).flatMap((dtype) =>
+    [1, 4, 40, 256].map((rows): GatedCase => ({
+      kernel: "gated",
+      dtype,
+      activation: "gelu-tanh",
+      precision: rows === 40 ? "int8" : "f32",
+      rows,
+      columns: 96,
+      outputs: 33,
+      tolerance: toleranceOf(dtype),
+    }))
   ),
   ...precisions.flatMap((precision) =>
     [1, 9].map((rows): GatedCase => ({
@@ -290,19 +364,48 @@ const embed: EmbedCase[] = weightTypes.flatMap((dtype) =>
     kernel: "embed",
     dtype,
     rows,
-    columns: 96,
+    columns: wholeBlocks(dtype, 96),
     vocabulary: 19,
+    ...rows === 7 ? { scale: 22.627417 } : {},
+    tolerance: 1e-6,
+  }))
+);
+
+const qkNorm: QkNormCase[] = [1, 2, 9].flatMap((rows) =>
+  [[1, 1, 2], [4, 2, 64], [6, 3, 80], [8, 1, 256], [32, 8, 128]].flatMap((
+    [heads, kvHeads, headDim],
+  ) =>
+    [false, true].map((all): QkNormCase => ({
+      kernel: "qkNorm",
+      rows,
+      heads: heads!,
+      kvHeads: kvHeads!,
+      headDim: headDim!,
+      ...all ? { all } : {},
+      tolerance: 1e-6,
+    }))
+  )
+);
+
+const softcap: SoftcapCase[] = [1, 3].flatMap((rows) =>
+  [1, 7, 1000, 49152].map((columns): SoftcapCase => ({
+    kernel: "softcap",
+    rows,
+    columns,
+    cap: columns === 7 ? 0.1 : 30,
     tolerance: 1e-6,
   }))
 );
 
 const rmsnorm: RmsnormCase[] = [1, 2, 9, 33].flatMap((rows) =>
   [1, 2, 7, 8, 31, 64, 100, 576, 4096].flatMap((columns) =>
-    [false, true].map((inPlace): RmsnormCase => ({
+    [{ inPlace: false }, { inPlace: true }, { add: true }].map((
+      how,
+    ): RmsnormCase => ({
       kernel: "rmsnorm",
       rows,
       columns,
-      inPlace,
+      ...how,
       tolerance: 1e-6,
     }))
   )
@@ -362,6 +465,8 @@ export const opCases: OpCase[] = [
   ...passes,
   ...embed,
   ...rmsnorm,
+  ...qkNorm,
+  ...softcap,
   ...greedy,
   ...drawn,
   ...logProb,

@@ -4,7 +4,7 @@
  * What each policy weighs and does is in reference_policies.ts.
  */
 
-import type { CacheType, Positions } from "../cache/cache.ts";
+import type { CacheType, Positions } from "../cache/layout.ts";
 import type { Merge, Select } from "../cache/policy.ts";
 import {
   average,
@@ -69,6 +69,10 @@ export interface ReferenceOptions {
   pairs: "half" | "interleaved";
   /** The angle of each pair for one position. */
   frequencies: ArrayLike<number>;
+  /** Scores s become cap tanh(s / cap). @default none */
+  scoreCap?: number | undefined;
+  /** Ranks that a token looks back on, itself counted. @default all */
+  window?: number | undefined;
 }
 
 /** One layer of one sequence. */
@@ -130,7 +134,7 @@ export class ReferenceCache {
     choose: Choose = cheapest,
     merging: Merging = byNumbers,
   ): Float64Array {
-    const { heads, kvHeads, headDim } = this.#options;
+    const { heads, kvHeads, headDim, scoreCap, window } = this.#options;
     const width = (heads + 2 * kvHeads) * headDim;
     const group = heads / kvHeads;
     const out = new Float64Array(rows * heads * headDim);
@@ -158,7 +162,12 @@ export class ReferenceCache {
           );
           const logits = new Float64Array(last + 1);
           for (let rank = 0; rank <= last; rank++) {
-            logits[rank] = dot(query, keys[rank]!) / Math.sqrt(headDim);
+            const score = dot(query, keys[rank]!) / Math.sqrt(headDim);
+            logits[rank] = window !== undefined && rank <= last - window
+              ? -Infinity
+              : scoreCap === undefined
+              ? score
+              : scoreCap * Math.tanh(score / scoreCap);
           }
           const weights = softmax(logits);
           const sum = out.subarray((row * heads + h) * headDim);

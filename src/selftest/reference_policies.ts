@@ -3,7 +3,7 @@
  * docs/policies.md alone; reference.ts runs the step around it.
  */
 
-import type { CacheType } from "../cache/cache.ts";
+import type { CacheType } from "../cache/layout.ts";
 import type { Merge, Select } from "../cache/policy.ts";
 
 /** One cached token of one KV head. */

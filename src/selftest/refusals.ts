@@ -91,7 +91,7 @@ const refusals = {
     using table = Tensor.from(b, new Float32Array(64), 2);
     using tokens = Tensor.from(b, Int32Array.of(2));
     using out = floats(b, 32);
-    embed(b, out, table, tokens, 1);
+    embed(b, out, table, tokens, { rows: 1 });
   },
   "a NaN among logits": (b: Backend): void => {
     using tokens = Tensor.from(b, new Int32Array(1));

@@ -2,7 +2,8 @@
 
 import type { Backend } from "../backend/backend.ts";
 import { Tensor } from "../backend/tensor.ts";
-import type { CacheType, KvCache } from "../cache/cache.ts";
+import type { KvCache } from "../cache/cache.ts";
+import type { CacheType } from "../cache/layout.ts";
 import { findPolicy } from "../cache/registry.ts";
 import type {
   AttendCase,
@@ -85,6 +86,8 @@ export function layerOf(row: CacheCase): Layer {
     headDim: row.headDim,
     pairs: row.pairs,
     ...row.rotary === undefined ? {} : { rotary: row.rotary },
+    scoreCap: row.scoreCap,
+    window: row.window,
   };
 }
 
@@ -259,7 +262,7 @@ function compare(
     found.must(
       "slots",
       places.every((slot, i) =>
-        slot >= 0 && slot < cache.capacity && slot !== places[i - 1]
+        slot >= 0 && slot < cache.layerSlots[0]! && slot !== places[i - 1]
       ),
     );
     const scores = tokens.map((token) => token.score);

@@ -2,14 +2,17 @@
 
 import type { Backend } from "../backend/backend.ts";
 import {
+  type Activation,
   divergence,
   embed,
   gated,
   linear,
   logProb,
   type Precision,
+  qkNorm,
   rmsnorm,
   sample,
+  softcap,
 } from "../backend/ops.ts";
 import { type Dtype, isQuantised, Tensor } from "../backend/tensor.ts";
 import { type Finding, Findings, sameBytes } from "./findings.ts";
@@ -22,8 +25,10 @@ import type {
   LinearCase,
   LogProbCase,
   OpCase,
+  QkNormCase,
   RmsnormCase,
   SampleCase,
+  SoftcapCase,
 } from "./op_cases.ts";
 
 type Numbers = Float32Array<ArrayBuffer>;
@@ -48,6 +53,12 @@ export function runOpCase(
       break;
     case "rmsnorm":
       checkRmsnorm(backend, row, random, found);
+      break;
+    case "qkNorm":
+      checkQkNorm(backend, row, random, found);
+      break;
+    case "softcap":
+      checkSoftcap(backend, row, random, found);
       break;
     case "sample":
       checkSample(backend, row, random, found);
@@ -177,19 +188,27 @@ function checkLinear(
   const tolerance = add
     ? row.tolerance * (1 + Math.hypot(...held) / Math.hypot(...exact))
     : row.tolerance;
+  // Few outputs may cancel to nearly nothing: then what counts is the lengths.
+  const lengths = Math.hypot(
+    ...plain.flatMap((r) =>
+      w.rows.map((v) => Math.hypot(...r) * Math.hypot(...v))
+    ),
+  );
   if (isRounded(row.dtype, row.precision)) {
     found.note(
       "linear, 8-bit input",
-      relativeError(results, products(plain.map(rounded))),
+      relativeError(results, products(plain.map(rounded)), lengths / 100),
       tolerance,
     );
-    // Against the lengths, as few outputs may cancel to nearly nothing.
-    const lengths = plain.flatMap((r) =>
-      w.rows.map((v) => Math.hypot(...r) * Math.hypot(...v))
-    );
     const error = Math.hypot(...results.map((y, i) => y - exact[i]!));
-    found.note("rounding to 8 bits", error / Math.hypot(...lengths), 1e-2);
-  } else found.note("linear", relativeError(results, exact), tolerance);
+    found.note("rounding to 8 bits", error / lengths, 1e-2);
+  } else {
+    found.note(
+      "linear",
+      relativeError(results, exact, lengths / 100),
+      tolerance,
+    );
+  }
   const outside = (_: number, i: number) => !inside(_, i);
   found.must(
     "columns outside",
@@ -214,6 +233,12 @@ function checkLinear(
   }
 }
 
+function activated(x: number, activation: Activation = "silu"): number {
+  if (activation === "silu") return x / (1 + Math.exp(-x));
+  const inner = Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3);
+  return x / 2 * (1 + Math.tanh(inner));
+}
+
 function checkGated(
   backend: Backend,
   row: GatedCase,
@@ -236,6 +261,7 @@ function checkGated(
   );
   const options = {
     norm: { weight: norm, epsilon: EPSILON },
+    activation: row.activation,
     precision: row.precision,
   };
   gated(backend, out, xs, gate.tensor, up.tensor, { ...options, rows });
@@ -244,8 +270,7 @@ function checkGated(
   const results = (source: Float64Array[]) =>
     source.flatMap((r) =>
       gate.rows.map((g, j) => {
-        const a = dot(r, g);
-        return a / (1 + Math.exp(-a)) * dot(r, up.rows[j]!);
+        return activated(dot(r, g), row.activation) * dot(r, up.rows[j]!);
       })
     );
   const expected = results(
@@ -291,8 +316,11 @@ function checkEmbed(
     new Float32Array((rows + 1) * columns).fill(NaN),
     rows + 1,
   );
-  embed(backend, out, table.tensor, tokens, rows);
-  const expected = [...ids].flatMap((id) => [...table.rows[id]!]);
+  const { scale } = row;
+  embed(backend, out, table.tensor, tokens, { rows, scale });
+  const expected = [...ids].flatMap((id) =>
+    Array.from(table.rows[id]!, (x) => x * (scale ?? 1))
+  );
   found.note(
     "embedding",
     relativeError(out.floats(0, rows), expected),
@@ -312,11 +340,88 @@ function checkRmsnorm(
   const weight = random.normals(columns);
   using xs = Tensor.from(backend, x, rows);
   using norm = Tensor.from(backend, weight);
-  using apart = new Tensor(backend, "F32", rows, columns);
+  const held = random.normals(rows * columns);
+  using apart = Tensor.from(backend, held, rows);
   const out = row.inPlace ? xs : apart;
-  rmsnorm(backend, out, xs, { weight: norm, epsilon: EPSILON }, rows);
-  const expected = split(x, columns).flatMap((r) => [...normed(r, weight)]);
+  rmsnorm(backend, out, xs, { weight: norm, epsilon: EPSILON }, {
+    rows,
+    add: row.add ?? false,
+  });
+  const expected = split(x, columns).flatMap((r) => [...normed(r, weight)])
+    .map((y, i) => row.add ? held[i]! + y : y);
   found.note("norm", relativeError(out.floats(), expected), row.tolerance);
+}
+
+function checkQkNorm(
+  backend: Backend,
+  row: QkNormCase,
+  random: Random,
+  found: Findings,
+): void {
+  const { rows, heads, kvHeads, headDim } = row;
+  const width = (heads + 2 * kvHeads) * headDim;
+  const x = random.normals((rows + 1) * width, 3);
+  const q = random.normals(row.all ? heads * headDim : headDim);
+  const k = random.normals(row.all ? kvHeads * headDim : headDim);
+  using qkv = Tensor.from(backend, x, rows + 1);
+  using qWeight = Tensor.from(backend, q);
+  using kWeight = Tensor.from(backend, k);
+  const of = (weight: Tensor) => ({ weight, epsilon: EPSILON });
+  qkNorm(backend, qkv, { q: of(qWeight), k: of(kWeight) }, {
+    rows,
+    heads,
+    kvHeads,
+    headDim,
+  });
+  const actual = qkv.floats();
+  const keys = heads * headDim, values = (heads + kvHeads) * headDim;
+  const expected = split(x.subarray(0, rows * width), width).flatMap((r) =>
+    [
+      ...split(r.subarray(0, keys), q.length).map((part) => normed(part, q)),
+      ...split(r.subarray(keys, values), k.length).map((part) =>
+        normed(part, k)
+      ),
+    ].flatMap((part) => [...part])
+  );
+  const isNormed = (_: number, i: number) =>
+    i < rows * width && i % width < values;
+  found.note(
+    "norm of queries and keys",
+    relativeError(actual.filter(isNormed), expected),
+    row.tolerance,
+  );
+  const rest = (y: number, i: number) => !isNormed(y, i);
+  found.must(
+    "values and rows beyond",
+    sameBytes(actual.filter(rest), x.filter(rest)),
+  );
+}
+
+function checkSoftcap(
+  backend: Backend,
+  row: SoftcapCase,
+  random: Random,
+  found: Findings,
+): void {
+  const { rows, columns, cap } = row;
+  const x = random.normals((rows + 1) * columns, cap);
+  using xs = Tensor.from(backend, x, rows + 1);
+  softcap(backend, xs, rows, cap);
+  found.note(
+    "soft cap",
+    relativeError(
+      xs.floats(0, rows),
+      Array.from(
+        x.subarray(0, rows * columns),
+        (y) => cap * Math.tanh(y / cap),
+      ),
+    ),
+    row.tolerance,
+  );
+  found.must(
+    "rows beyond the last",
+    sameBytes(xs.floats(rows), x.slice(rows * columns)),
+  );
 }
 
 /** random.h's uniform number. */

@@ -1,12 +1,7 @@
-/** The check of a byte-level BPE vocabulary before the native addon sees it, which a wrong merge kills; called for GGUF metadata. */
+/** The check of a vocabulary before anything encodes with it, as a wrong merge kills the native addon; called for GGUF metadata and tokenizer.json. */
 
 import { FormatError, quote } from "../formats/error.ts";
 import { isByteLevel } from "./byte_map.ts";
-import {
-  findPreTokenizer,
-  PRE_TOKENIZERS,
-  type PreTokenizer,
-} from "./pre_tokenizers.ts";
 
 /** What a token is for; the numbers are those of `tokenizer.ggml.token_type`. */
 export const KIND = {
@@ -28,8 +23,9 @@ export interface BpeSource {
     types: string;
     scores: string;
     merges: string;
-    preTokenizer: string;
   };
+  /** What normal tokens are written in: the characters of bytes, or text. */
+  spelling: "bytes" | "text";
   /** Every token's text. */
   tokens: readonly string[];
   /** Every token's id; its place in `tokens` when left out. */
@@ -38,10 +34,8 @@ export interface BpeSource {
   types?: ArrayLike<number>;
   /** Every token's score; not used, but their count must be right. */
   scores?: ArrayLike<number>;
-  /** Pairs of tokens with a blank between them, the first merged first. */
-  merges: readonly string[];
-  /** Name of the pre-tokenizer. */
-  preTokenizer: string;
+  /** Pairs of tokens, or with a blank between them; the first merged first. */
+  merges: readonly (string | readonly string[])[];
   /** Rows of the model's embedding: every id is below. */
   rows: number;
 }
@@ -56,12 +50,15 @@ export interface Bpe {
   readonly ids: ReadonlyMap<string, number>;
   /** The two tokens of every merge, the first merged first. */
   readonly merges: readonly (readonly [string, string])[];
-  /** How text is split. */
-  readonly preTokenizer: PreTokenizer;
+  /** What normal tokens are written in. */
+  readonly spelling: "bytes" | "text";
 }
 
 /** The most UTF-16 units of a token; real ones have up to some hundreds. */
 const MAX_TOKEN = 16384;
+
+/** The most UTF-16 units of all tokens that are matched in text together. */
+const MAX_MATCHED = 256 * 1024;
 
 /** The most merges per token; a token of n bytes has at most n - 1. */
 const MAX_MERGES = 16;
@@ -75,9 +72,9 @@ const MAX_MERGES = 16;
  * @throws {FormatError} When it does not hold together, naming file and field.
  */
 export function validateBpe(source: BpeSource): Bpe {
-  const preTokenizer = checkPreTokenizer(source);
   checkCounts(source);
   const { tokens, kinds } = placeTokens(source);
+  checkMatched(source, tokens, kinds);
   const ids = new Map<string, number>();
   for (let id = 0; id < tokens.length; id++) {
     const token = tokens[id]!;
@@ -93,7 +90,7 @@ export function validateBpe(source: BpeSource): Bpe {
     ids.set(token, id);
   }
   const merges = checkMerges(source, ids, kinds);
-  return { tokens, kinds, ids, merges, preTokenizer };
+  return { tokens, kinds, ids, merges, spelling: source.spelling };
 }
 
 function fail(
@@ -102,19 +99,6 @@ function fail(
   message: string,
 ): FormatError {
   return new FormatError(source.file, source.fields[field], message);
-}
-
-function checkPreTokenizer(source: BpeSource): PreTokenizer {
-  const found = findPreTokenizer(source.preTokenizer);
-  if (found) return found;
-  const known = PRE_TOKENIZERS.flatMap(({ names }) => names).join(", ");
-  throw fail(
-    source,
-    "preTokenizer",
-    `Unknown pre-tokenizer ${
-      quote(source.preTokenizer)
-    }, expected one of ${known}`,
-  );
 }
 
 /** Refuses parts of different lengths and vocabularies of absurd size. */
@@ -195,6 +179,24 @@ function placeTokens(
   return { tokens, kinds };
 }
 
+/** Refuses more tokens to look for in text than a pattern has room for. */
+function checkMatched(
+  source: BpeSource,
+  tokens: readonly string[],
+  kinds: Uint8Array,
+): void {
+  const total = tokens.reduce((sum, token, id) => {
+    const plain = kinds[id] === KIND.normal || kinds[id] === KIND.byte;
+    return plain ? sum : sum + token.length;
+  }, 0);
+  if (total <= MAX_MATCHED) return;
+  throw fail(
+    source,
+    "types",
+    `Found special and added tokens of ${total} characters together, expected at most ${MAX_MATCHED}`,
+  );
+}
+
 /** Refuses a token whose text does not suit its kind. */
 function checkToken(
   source: BpeSource,
@@ -214,7 +216,8 @@ function checkToken(
   if (kind === KIND.byte && !isByte || !isByte && /^<0x.*>$/s.test(token)) {
     throw wrong("<0x00> to <0xFF> for a byte");
   }
-  if (kind === KIND.normal && !isByteLevel(token)) {
+  const bytes = source.spelling === "bytes";
+  if (bytes && kind === KIND.normal && !isByteLevel(token)) {
     throw wrong(
       "the characters that byte-level vocabularies write bytes in, or type 3 (control) or 4 (user-defined)",
     );
@@ -233,9 +236,10 @@ function checkMerges(
       fail(
         source,
         "merges",
-        `Merge ${rank} ${quote(merge)} ${found}, expected ${expected}`,
+        `Merge ${rank} ${quote(name)} ${found}, expected ${expected}`,
       );
-    const parts = merge.split(" ");
+    const name = typeof merge === "string" ? merge : merge.join(" ");
+    const parts = typeof merge === "string" ? merge.split(" ") : merge;
     const [left, right] = parts;
     if (parts.length !== 2 || !left || !right) {
       throw wrong("is no pair", "two tokens with a blank between them");
@@ -250,21 +254,26 @@ function checkMerges(
       }
       const kind = kinds[id];
       // Otherwise plain text could turn into a special token.
-      if (kind !== KIND.normal && !mergeable(kind, token)) {
+      if (kind !== KIND.normal && !mergeable(source, kind, token)) {
         throw wrong(
           `needs ${quote(token)} of type ${kind}`,
           "tokens of type 1 (normal)",
         );
       }
     }
-    if (seen.has(merge)) throw wrong("comes twice", "every merge once");
-    seen.add(merge);
+    const pair = `${left.length} ${left}${right}`;
+    if (seen.has(pair)) throw wrong("comes twice", "every merge once");
+    seen.add(pair);
     return [left, right];
   });
 }
 
 /** Whether a token that is not normal may still come of merges. */
-function mergeable(kind: number | undefined, token: string): boolean {
+function mergeable(
+  source: BpeSource,
+  kind: number | undefined,
+  token: string,
+): boolean {
   return (kind === KIND.userDefined || kind === KIND.unused) &&
-    isByteLevel(token);
+    (source.spelling === "text" || isByteLevel(token));
 }

@@ -1,4 +1,4 @@
-/** The tokenizer of a model that has none: token ids go in and out, text does not; used for Hugging Face folders and by benchmarks. */
+/** The tokenizer of a model that has none: token ids go in and out, text does not; used for folders without a tokenizer.json and by benchmarks. */
 
 import type { Tokenizer } from "./tokenizer.ts";
 

@@ -1,85 +1,274 @@
-/** The ways of splitting text into words that are known, and the places where all of them split; used to check a model's vocabulary and to encode. */
+/** The ways of splitting text into words that GGUF files name, as llama.cpp splits; used to read their vocabularies. */
 
-/**
- * How one family of models splits text before merging: the only source of the
- * regular expressions that reach the native addon, which a hostile one kills.
- */
+import {
+  ASCII_ENDINGS,
+  asciiCased,
+  CASED_ALPHABETS,
+  EDGE,
+  HAN,
+  OTHER_SCRIPTS,
+  UNSPACED,
+  WIDE_SIGNS,
+} from "./patterns.ts";
+
+/** How one family of models splits text before merging. */
 export interface PreTokenizer {
-  /** Value of `tokenizer.ggml.pre`; the first is its usual name. */
+  /** Values of `tokenizer.ggml.pre`; the first is its usual name. */
   readonly names: readonly string[];
-  /** The same as tokenizer.json's `pre_tokenizer`. */
-  readonly json: unknown;
+  /** Regular expressions that split one after another. */
+  readonly expressions: readonly string[];
   /** Whether a word that is a token is taken whole, whatever the merges. */
-  readonly ignoreMerges: boolean;
+  readonly ignoreMerges?: boolean;
   /** Whether text is brought into Unicode's form NFC first. */
-  readonly nfc: boolean;
+  readonly nfc?: boolean;
   /** What `tokenizer.ggml.add_bos_token` means when a file leaves it out. */
-  readonly addBos: boolean;
+  readonly addBos?: boolean;
 }
 
-/** GPT-2's pattern is built into the addon. */
-const GPT2 = {
-  type: "ByteLevel",
-  add_prefix_space: false,
-  trim_offsets: true,
-  use_regex: true,
-};
+const BLANKS = "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
-/** Llama 3's pattern; Qwen2's differs in taking digits one by one. */
-function split(digits: string): unknown {
-  const pattern = "(?i:'s|'t|'re|'ve|'m|'ll|'d)" +
-    "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+" +
-    `|${digits}` +
-    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*" +
-    "|\\s*[\\r\\n]+" +
-    "|\\s+(?!\\S)" +
-    "|\\s+";
-  return sequence([
-    {
-      type: "Split",
-      pattern: { Regex: pattern },
-      behavior: "Isolated",
-      invert: false,
-    },
-    { ...GPT2, use_regex: false },
-  ]);
+const GPT2 =
+  "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+
+/** Llama 3's pattern with other digits, endings or blanks. */
+function llama3(
+  digits: string,
+  endings = `${ASCII_ENDINGS}|`,
+  blanks = BLANKS,
+): string {
+  return `${endings}${EDGE}\\p{L}+|${digits}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|${blanks}`;
 }
 
-function sequence(pretokenizers: unknown[]): unknown {
-  return { type: "Sequence", pretokenizers };
+/** Words by case, with signs that paths are made of behind. */
+function byCase(words: readonly string[], digits: string): string {
+  return `${
+    words.join("|")
+  }|${digits}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|${BLANKS}`;
 }
+
+const ENDED = `${EDGE}[\\p{L}\\p{M}]+${ASCII_ENDINGS}?`;
+
+/** Groups of three digits from the right; the first stays with the text before it. */
+const DIGITS_FROM_RIGHT =
+  "(?<!\\P{N})\\P{N}*+\\p{N}{1,3}(?=(?:\\p{N}{3})*+(?!\\p{N}))";
+
+const KANA = "[一-龥\u3040-ゟ゠-ヿ]+";
+
+/** DeepSeek's pattern since its third model, with other signs and breaks. */
+function deepSeek3(tail: string): string {
+  return "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+" +
+    `|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+${tail}`;
+}
+
+const DEEPSEEK3 = deepSeek3(`[\\r\\n]*|${BLANKS}`);
+
+/** Other scripts; of their range llama.cpp leaves blanks out. */
+const OTHERS = `[[${OTHER_SCRIPTS}]&&[^\\s]]+`;
+const BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+";
 
 /** Every pre-tokenizer that is known. */
 export const PRE_TOKENIZERS: readonly PreTokenizer[] = [
   {
-    names: ["smollm"],
-    json: sequence([{ type: "Digits", individual_digits: true }, GPT2]),
-    ignoreMerges: false,
-    nfc: false,
-    addBos: false,
+    names: split(
+      "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    ),
+    expressions: ["\\p{N}", GPT2],
   },
   {
-    names: ["gpt-2"],
-    json: GPT2,
-    ignoreMerges: false,
-    nfc: false,
-    addBos: false,
+    names: split(
+      "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert exaone4 mpt olmo jais trillion granite-docling",
+    ),
+    expressions: [GPT2],
   },
   {
-    names: ["llama-bpe", "llama3", "llama-v3"],
-    json: split("\\p{N}{1,3}"),
+    names: split(
+      "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+    ),
+    expressions: [llama3("\\p{N}{1,3}")],
     ignoreMerges: true,
-    nfc: false,
+    addBos: true,
+  },
+  // Qwen2's own tokenizer brings text into NFC; llama.cpp leaves that out.
+  { names: ["qwen2"], expressions: [llama3("\\p{N}")], nfc: true },
+  {
+    names: split(
+      "deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan solar-open grok-2",
+    ),
+    expressions: [llama3("\\p{N}")],
+  },
+  {
+    names: split("dbrx smaug-bpe glm4 chatglm-bpe"),
+    expressions: [llama3("\\p{N}{1,3}")],
+  },
+  {
+    names: ["qwen35"],
+    expressions: [
+      `${ASCII_ENDINGS}|${EDGE}[\\p{L}\\p{M}]+|\\p{N}| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*|${BLANKS}`,
+    ],
+  },
+  {
+    names: ["default"],
+    expressions: [
+      "[\\p{P}\\$\\+<=>\\^~\\|]+",
+      GPT2,
+      "\\p{N}+",
+      "[0-9][0-9][0-9]",
+    ],
+  },
+  {
+    names: ["deepseek-llm"],
+    expressions: [
+      "[\\r\\n]",
+      `\\s?[${CASED_ALPHABETS}]+`,
+      `\\s?[[${WIDE_SIGNS}]&&[^\\s]]+`,
+      "\\s+$",
+      OTHERS,
+      "\\p{N}+",
+    ],
+  },
+  {
+    names: ["deepseek-coder"],
+    expressions: [
+      "[\\r\\n]",
+      "\\s?\\p{L}+",
+      "\\s?\\p{P}+",
+      OTHERS,
+      "\\p{N}",
+    ],
+  },
+  {
+    names: split("deepseek-v3 hunyuan-dense joyai-llm hy_v4"),
+    expressions: ["\\p{N}{1,3}", KANA, DEEPSEEK3],
+  },
+  {
+    names: ["spark2_5"],
+    expressions: [
+      "\\p{N}{1,3}",
+      KANA,
+      deepSeek3("|[\\r\\n]|\\s+(?!\\S)|\\s+"),
+      "\\p{N}",
+    ],
+  },
+  {
+    names: ["youtu"],
+    expressions: [
+      `[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|${KANA}`,
+      byCase([ENDED], "\\p{N}"),
+    ],
+    ignoreMerges: true,
+  },
+  {
+    names: ["falcon"],
+    expressions: ["[\\p{P}\\$\\+<=>\\^~\\|`]+", GPT2, "[0-9][0-9][0-9]"],
+  },
+  {
+    names: split("bloom gpt3-finnish poro-chat"),
+    expressions: [BLOOM],
+  },
+  { names: ["viking"], expressions: [BLOOM, "\\p{N}"] },
+  {
+    names: ["jais-2"],
+    expressions: [
+      llama3(
+        "\\p{N}{1,3}",
+        `${ASCII_ENDINGS}|`,
+        `\\s*[\\r\\n]+|${
+          [512, 256, 128, 64, 32, 16, 8, 4, "1,2"]
+            .map((n) => `\\s{${n}}(?!\\S)`).join("|")
+        }|\\s{1}`,
+      ),
+    ],
+  },
+  {
+    names: ["tekken"],
+    expressions: [byCase(asciiCased("\\p{L}", ""), "\\p{N}")],
+    ignoreMerges: true,
     addBos: true,
   },
   {
-    names: ["qwen2"],
-    json: split("\\p{N}"),
-    ignoreMerges: false,
-    nfc: true,
-    addBos: false,
+    names: split("gpt-4o llama4 kanana2 talkie minimax-m2"),
+    expressions: [
+      byCase(asciiCased("\\p{L}", `${ASCII_ENDINGS}?`), "\\p{N}{1,3}"),
+    ],
+  },
+  {
+    names: ["granite-embed-multi-97m"],
+    expressions: [
+      byCase(asciiCased("\\p{L}\\p{M}", `${ASCII_ENDINGS}?`), "\\p{N}{1,3}"),
+    ],
+    ignoreMerges: true,
+  },
+  {
+    names: split("tiny_aya cohere2moe"),
+    expressions: [
+      DIGITS_FROM_RIGHT,
+      byCase([ENDED], "\\p{N}{1,3}"),
+    ],
+  },
+  {
+    names: ["superbpe"],
+    expressions: ["\\p{N}+", "(?=([0-9]{3})+(?![0-9]))"],
+  },
+  {
+    names: split("bailingmoe bailingmoe2 llada-moe"),
+    expressions: [
+      llama3(
+        "\\p{N}",
+        "'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|",
+        "\\s*[\\r\\n]|\\s+(?!\\S)|\\s+",
+      ),
+    ],
+  },
+  {
+    names: ["seed-coder"],
+    expressions: [
+      `${ASCII_ENDINGS}|${EDGE}\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\\r\\n]+|${BLANKS}`,
+    ],
+  },
+  { names: ["ufakzeka"], expressions: [llama3("\\p{N}", "")] },
+  {
+    names: ["minicpm5"],
+    expressions: ["\\p{N}{1,3}", llama3("\\p{N}+")],
+    ignoreMerges: true,
+  },
+  {
+    names: ["afmoe"],
+    expressions: [
+      DIGITS_FROM_RIGHT,
+      `[${UNSPACED}]+`,
+      DEEPSEEK3,
+    ],
+  },
+  { names: ["laguna"], expressions: ["[^\\n]+|[\\n]+", llama3("\\p{N}")] },
+  {
+    names: ["exaone-moe"],
+    expressions: [
+      `${ASCII_ENDINGS}|${EDGE}(?:\\p{L}\\p{M}*(?: \\p{L}\\p{M}*)*)+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]?|\\s*[\\r\\n]|\\s+(?!\\S)|\\s+`,
+    ],
+  },
+  {
+    names: ["chameleon"],
+    expressions: [
+      "<sentinel:[0-9]+>",
+      "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+      "([\\t\\n]|    |  )",
+      "\\p{N}",
+      "[\\p{P}!-/:-@\\[-`{-~]",
+      GPT2,
+    ],
+    addBos: true,
+  },
+  {
+    names: ["kimi-k2"],
+    expressions: [
+      `[${HAN}]+|${EDGE}[\\p{L}&&[^${HAN}]]+${ASCII_ENDINGS}?|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|${BLANKS}`,
+    ],
   },
 ];
+
+function split(names: string): string[] {
+  return names.split(" ");
+}
 
 /**
  * The pre-tokenizer of a name.
@@ -89,41 +278,4 @@ export const PRE_TOKENIZERS: readonly PreTokenizer[] = [
  */
 export function findPreTokenizer(name: string): PreTokenizer | null {
   return PRE_TOKENIZERS.find(({ names }) => names.includes(name)) ?? null;
-}
-
-/** The most UTF-16 units without a place to split; the addon takes seconds. */
-export const MAX_RUN = 1024 * 1024;
-
-/**
- * A place where every pre-tokenizer above splits, whatever stands around it:
- * no pattern goes on past a letter but into letters, past a number but into
- * numbers, past a sign into a blank; and none looks past one of these.
- */
-const CUT = /(?<=\p{L})(?!\p{L})|(?<=\p{N})(?!\p{N})|(?<=[\p{P}\p{S}])(?= )/gu;
-
-/**
- * The first place from `from` on where a text can be cut in two that encode
- * to the same ids as the whole.
- *
- * @param text A text without lone surrogates.
- * @param from The least index, in UTF-16 units, above 0.
- * @returns The index, or the text's length.
- * @throws {RangeError} When there is none for {@linkcode MAX_RUN} units.
- */
-export function findCut(text: string, from: number): number {
-  // A character of two units is never cut.
-  if (/[\udc00-\udfff]/.test(text.charAt(from))) from++;
-  if (from >= text.length) return text.length;
-  // A window bounds the search; it shows the characters before and after too.
-  const start = Math.max(0, from - 2);
-  const last = from + MAX_RUN;
-  CUT.lastIndex = from - start;
-  const found = CUT.exec(text.slice(start, last + 2));
-  if (found && start + found.index <= last) {
-    return Math.min(start + found.index, text.length);
-  }
-  if (text.length <= last) return text.length;
-  throw new RangeError(
-    `Cannot encode: text holds more than ${MAX_RUN} characters of one kind in a row after character ${from}, expected a blank or a word's end among them`,
-  );
 }

@@ -14,6 +14,13 @@ export interface EncodeOptions {
    * and end in UTF-16 units, in order.
    */
   literal?: readonly (readonly [start: number, end: number])[];
+  /**
+   * Whether the text goes on from one that was encoded before: then no blank
+   * is put before it, as some vocabularies do at the beginning of a text.
+   *
+   * @default {false}
+   */
+  continues?: boolean;
   /** Stops the work between two pieces of a long text. */
   signal?: AbortSignal;
 }
@@ -49,12 +56,15 @@ export interface Tokenizer extends Disposable {
    * special token the bytes of its name.
    *
    * @param id A token id.
+   * @param first Whether the token begins a text: then the blank that `encode`
+   * put before the text is left out.
    * @returns The bytes, the caller's to keep.
    * @throws {RangeError} When there is no such token.
    */
-  piece(id: number): Uint8Array;
+  piece(id: number, first?: boolean): Uint8Array;
   /**
-   * The text of tokens, U+FFFD where their bytes are no UTF-8.
+   * The text of tokens, U+FFFD where their bytes are no UTF-8; without the
+   * blank that `encode` put before it.
    *
    * @param ids Token ids.
    * @returns The text.
@@ -65,6 +75,16 @@ export interface Tokenizer extends Disposable {
   close(): void;
 }
 
+/** How a {@linkcode TextStream} begins. */
+export interface TextStreamOptions {
+  /**
+   * Whether the tokens go on from a text: then their first blank counts.
+   *
+   * @default {false}
+   */
+  continues?: boolean;
+}
+
 /**
  * Text of tokens that come one by one. A character spread over several tokens
  * is held back until it is whole, so that all pushes and the flush together
@@ -73,14 +93,17 @@ export interface Tokenizer extends Disposable {
 export class TextStream {
   #tokenizer: Tokenizer;
   #decoder: TextDecoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  #first: boolean;
 
   /**
    * Begins an empty text.
    *
    * @param tokenizer Where the tokens' bytes come from; the caller's to close.
+   * @param options How it begins.
    */
-  constructor(tokenizer: Tokenizer) {
+  constructor(tokenizer: Tokenizer, options: TextStreamOptions = {}) {
     this.#tokenizer = tokenizer;
+    this.#first = !(options.continues ?? false);
   }
 
   /**
@@ -91,7 +114,9 @@ export class TextStream {
    * @throws {RangeError} When there is no such token.
    */
   push(id: number): string {
-    return this.#decoder.decode(this.#tokenizer.piece(id), { stream: true });
+    const piece = this.#tokenizer.piece(id, this.#first);
+    this.#first = false;
+    return this.#decoder.decode(piece, { stream: true });
   }
 
   /**
@@ -100,6 +125,7 @@ export class TextStream {
    * @returns U+FFFD for a character left incomplete, otherwise "".
    */
   flush(): string {
+    this.#first = true;
     return this.#decoder.decode();
   }
 }

@@ -39,6 +39,15 @@ CASES = {
     "qwen2": (t.Qwen2Config, dict(tie_word_embeddings=True)),
     "phi3": (t.Phi3Config, rope("default", partial_rotary_factor=0.5)),
     "phi3-longrope": (t.Phi3Config, dict(original_max_position_embeddings=16, **rope("longrope", **LONG))),
+    "qwen3": (t.Qwen3Config, dict(head_dim=32)),
+    "olmo2": (t.Olmo2Config, dict(num_hidden_layers=3)),
+    "gemma2": (t.Gemma2Config, dict(head_dim=32, sliding_window=8, query_pre_attn_scalar=24, num_hidden_layers=3,
+                                    attn_logit_softcapping=4.0, final_logit_softcapping=3.0)),
+    "gemma3": (t.Gemma3TextConfig, dict(head_dim=32, sliding_window=8, query_pre_attn_scalar=24, num_hidden_layers=7,
+                                        rope_parameters=dict(
+                                            full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                                            sliding_attention=dict(rope_type="default", rope_theta=1e4)))),
+    "mistral-window": (t.MistralConfig, dict(sliding_window=8, head_dim=32)),
 }
 
 torch.set_num_threads(1)
