@@ -304,6 +304,7 @@ function cacheOf(
     sinks: values.sinks,
     recent: values.recent,
     interval: values.interval,
+    layerBudgets: values["layer-budgets"],
     positions: values.positions,
     cacheType: values["cache-type"],
   };

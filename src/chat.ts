@@ -212,7 +212,7 @@ export class Chat implements Disposable {
       if (result.tokens.length > 0 || result.finishReason !== "abort") {
         this.#messages = [...messages, {
           role: "assistant",
-          content: result.text,
+          content: this.#content(messages, text, result.text),
         }];
         // A stop string was generated, but is not part of the answer.
         this.#text = result.finishReason === "stop"
@@ -243,13 +243,7 @@ export class Chat implements Disposable {
   ): Promise<
     { text: string; ids: number[]; prompt: number[]; refed: boolean }
   > {
-    const text = this.#template.render(
-      this.#all(messages).map(({ role, content }) => ({
-        role,
-        content: this.#mask.hide(content),
-      })),
-      { addGenerationPrompt: true, ...tokenNames(this.model) },
-    );
+    const text = this.#render(messages, true);
     const { cache } = this;
     const goesOn = this.#text !== null && text.startsWith(this.#text);
     const known = goesOn ? this.#text!.length : 0;
@@ -258,6 +252,7 @@ export class Chat implements Disposable {
     const ids = await this.model.tokenizer.encode(fresh, {
       special: true,
       literal,
+      continues: known > 0,
       ...(signal && !stopOnAbort ? { signal } : {}),
     });
     const seen = cache.stats().seen;
@@ -267,6 +262,41 @@ export class Chat implements Disposable {
     }
     this.#empty();
     return { text, ids, prompt: ids, refed: seen > 0 };
+  }
+
+  /**
+   * An answer as a message: without its first blank where the template writes
+   * one itself, as then the text goes on from what was generated.
+   */
+  #content(
+    messages: readonly ChatMessage[],
+    text: string,
+    answer: string,
+  ): string {
+    if (!answer.startsWith(" ")) return answer;
+    const content = answer.slice(1);
+    const whole = [...messages, { role: "assistant", content }];
+    const made = text + this.#mask.hide(answer);
+    try {
+      return this.#render(whole, false).startsWith(made) ? content : answer;
+    } catch {
+      // A template may want a user's message last; the next turn has one.
+      return answer;
+    }
+  }
+
+  /** What the template makes of the messages, with marks in it. */
+  #render(
+    messages: readonly ChatMessage[],
+    addGenerationPrompt: boolean,
+  ): string {
+    return this.#template.render(
+      this.#all(messages).map(({ role, content }) => ({
+        role,
+        content: this.#mask.hide(content),
+      })),
+      { addGenerationPrompt, ...tokenNames(this.model) },
+    );
   }
 
   #empty(): void {

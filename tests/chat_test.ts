@@ -261,6 +261,31 @@ describe("a chat", () => {
     assertEquals([answer.text, answer.finishReason], ["BCDE", "eos"]);
   });
 
+  it("goes on where the template writes an answer's first blank", async () => {
+    const template =
+      "{% for m in messages %}{{ '[' if m.role == 'user' else '] ' }}{{ m.content }}{% endfor %}{{ ']' if add_generation_prompt }}";
+    using tiny = await loadTiny({
+      context: 512,
+      chain: [93, 32, 65, 66, 67],
+      metadata: { "tokenizer.chat_template": template },
+    });
+    using chat = await createChat(tiny, { cache: full, maxTokens: 3 });
+    const first = await say(chat, "x");
+    assertEquals([first.text, chat.messages[1]!.content], [" AB", "AB"]);
+    const second = await say(chat, "y");
+    // The last token that was drawn, then [y].
+    assertEquals([second.promptTokens, second.refed], [1 + 3, false]);
+    // Elsewhere the blank stays.
+    using other = await createChat(tiny, {
+      template: template.replace("'] '", "']'"),
+      cache: full,
+      maxTokens: 3,
+    });
+    await say(other, "x");
+    assertEquals(other.messages[1]!.content, " AB");
+    assertEquals((await say(other, "y")).refed, false);
+  });
+
   it("drops a turn that fails, is left, or never began", async () => {
     using chat = await open({ cache: { ...full, capacity: 120 } });
     await say(chat, "one");

@@ -7,12 +7,14 @@ import {
   assertStringIncludes,
 } from "@std/assert";
 import { afterAll, beforeAll, describe, it } from "@std/testing/bdd";
+import { spellBytes } from "../src/tokenizer/byte_map.ts";
 import {
   denoArguments,
   execute,
   expectErrors,
   ok,
   type Outcome,
+  ROOT,
   wkv,
 } from "./cli_process.ts";
 import { testModel } from "./model.ts";
@@ -159,6 +161,55 @@ describe("wkv chat on a pipe", () => {
     );
     assertEquals(code, 2);
     assertStringIncludes(stderr, "It takes more than 1 s");
+  });
+
+  it("talks with a model of a folder, with the permissions of its help", async () => {
+    const folder = `${temporary}/folder`;
+    await Deno.mkdir(folder);
+    const from = `${ROOT}/tests/golden/models/llama`;
+    for (const name of ["config.json", "model.safetensors"]) {
+      await Deno.copyFile(`${from}/${name}`, `${folder}/${name}`);
+    }
+    const special = ["<s>", "</s>", "<|user|>"];
+    const bytes = Array.from({ length: 253 }, (_, byte) => spellBytes([byte]));
+    const tokens = [...special, ...bytes].map((token, id) => [token, id]);
+    const byteLevel = { type: "ByteLevel", add_prefix_space: false };
+    const files = {
+      "tokenizer.json": {
+        version: "1.0",
+        added_tokens: special.map((content, id) => ({
+          ...{ id, content, special: true, normalized: false },
+          ...{ single_word: false, lstrip: false, rstrip: false },
+        })),
+        normalizer: null,
+        pre_tokenizer: { ...byteLevel, use_regex: true },
+        post_processor: null,
+        decoder: byteLevel,
+        model: { type: "BPE", vocab: Object.fromEntries(tokens), merges: [] },
+      },
+      "tokenizer_config.json": {
+        bos_token: "<s>",
+        eos_token: "</s>",
+        chat_template:
+          "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}",
+      },
+    };
+    for (const [name, json] of Object.entries(files)) {
+      await Deno.writeTextFile(`${folder}/${name}`, JSON.stringify(json));
+    }
+    const args = ["chat", folder, "--device", "cpu", "--max-tokens", "2"];
+    const { stdout: help } = await ok([...args, "--help"]);
+    const flags = help.match(/(?<=^ *)--allow-.*/gm)!;
+    const { stdout } = await ok([...args, "--json", "--quiet"], {
+      stdin: "<s>\nb</s>c\n",
+      flags,
+    });
+    const [first, second] = stdout.trim().split("\n")
+      .map((line): Line => JSON.parse(line));
+    // The first token, <|user|>, the text <s> in three bytes, the last one.
+    assertEquals(first!.promptTokens, 1 + 1 + 3 + 1);
+    // Without the beginning of an answer the text cannot go on.
+    assertEquals(second!.refed, true);
   });
 
   it("ends at the first error", async () => {
