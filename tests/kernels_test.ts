@@ -194,9 +194,11 @@ describe("tensors", () => {
             const values = right.subarray(row * 256, (row + 1) * 256);
             const error = Math.abs(y - exact[row]!) /
               values.reduce((sum, v) => sum + Math.abs(v), 1e-30);
+            // In f32 256 additions are rounded, in 8 bits those of 8 blocks.
+            const limit = precision === "f32" ? 1e-5 : 1e-6;
             assertLessOrEqual(
               error,
-              1e-6,
+              limit,
               `${dtype}, row ${row}, ${precision}`,
             );
           });
