@@ -157,7 +157,7 @@ describe("tensors", () => {
     }
   });
 
-  it("read as gguf-py dequantises them", async () => {
+  it("read and multiply as gguf-py dequantises them", async () => {
     const golden: Record<string, { bytes: string; values: string }> = JSON
       .parse(
         await Deno.readTextFile(
@@ -179,6 +179,30 @@ describe("tensors", () => {
           right.subarray(row * 256, (row + 1) * 256),
         );
         assertLessOrEqual(error, 2e-7, `${dtype}, row ${row}`);
+      }
+      // Inputs of one size are 127 in 8 bits: the largest products there are.
+      for (const same of [true, false]) {
+        const x = new Float32Array(256).map((_, i) => same || i % 3 ? 1 : -1);
+        using xs = Tensor.from(backend, x);
+        using out = new Tensor(backend, "F32", 1, 3);
+        const exact = [0, 1, 2].map((row) =>
+          x.reduce((sum, y, i) => sum + y * right[row * 256 + i]!, 0)
+        );
+        for (const precision of ["f32", "int8"] as const) {
+          linear(backend, out, xs, tensor, { rows: 1, precision });
+          out.floats().forEach((y, row) => {
+            const values = right.subarray(row * 256, (row + 1) * 256);
+            const error = Math.abs(y - exact[row]!) /
+              values.reduce((sum, v) => sum + Math.abs(v), 1e-30);
+            // In f32 256 additions are rounded, in 8 bits those of 8 blocks.
+            const limit = precision === "f32" ? 1e-5 : 1e-6;
+            assertLessOrEqual(
+              error,
+              limit,
+              `${dtype}, row ${row}, ${precision}`,
+            );
+          });
+        }
       }
     }
   });

@@ -125,6 +125,8 @@ describe("a Llama file, against a plain f64 forward pass", () => {
         : name.includes("attn_v")
         ? v
         : "F32") as NonNullable<TinyOptions["type"]>;
+  // Rows of whole blocks of 256.
+  const wide: TinyOptions = { width: 256, hidden: 256, layers: 1 };
   const variants: Record<string, TinyOptions> = {
     "F32 weights": {},
     "F16 weights": { type: () => "F16" },
@@ -132,6 +134,29 @@ describe("a Llama file, against a plain f64 forward pass", () => {
     "Q8_0 weights": { type: () => "Q8_0", hidden: 64 },
     "Q4_0 weights": { type: () => "Q4_0", hidden: 64 },
     "Q4_1 weights": { type: () => "Q4_1", hidden: 64 },
+    ...Object.fromEntries((["Q5_0", "Q5_1", "IQ4_NL"] as const).map((type) => [
+      `${type} weights`,
+      { type: () => type, hidden: 64 } satisfies TinyOptions,
+    ])),
+    ...Object.fromEntries(
+      (["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"] as const).map((type) => [
+        `${type} weights`,
+        { ...wide, type: () => type } satisfies TinyOptions,
+      ]),
+    ),
+    "the types of a Q4_K_M file": {
+      ...wide,
+      type: (name) => /token_embd|attn_v|ffn_down/.test(name) ? "Q6_K" : "Q4_K",
+    },
+    "a type of blocks of 32 beside one of 256": {
+      ...wide,
+      type: (name) =>
+        name.includes("ffn_gate")
+          ? "Q5_0"
+          : name.includes("ffn_up") || name.includes("attn_q")
+          ? "Q3_K"
+          : "Q8_0",
+    },
     "Q, K and V of three types": {
       type: mixed({ q: "F16", k: "F32", v: "BF16" }),
     },
@@ -196,22 +221,25 @@ describe("a Llama file, against a plain f64 forward pass", () => {
     });
   }
 
-  it("8-bit activations and 16-bit caches come close", async () => {
-    const tiny = tinyModel({ type: () => "Q8_0", hidden: 64 });
-    const right = tiny.logits(TEXT);
-    const limits = { f32: 2e-5, f16: 3e-3, bf16: 2e-2 } as const;
-    for (const activations of ["f32", "int8"] as const) {
-      using model = await loadBytes(tiny.bytes, { activations });
-      assertEquals(model.activations, activations);
-      for (const cacheType of ["f32", "f16", "bf16"] as const) {
-        using cache = model.createCache({ policy: "full", cacheType });
-        const far = furthest(await stepLogits(model, cache, TEXT), right);
-        const limit = limits[cacheType] + (activations === "int8" ? 5e-2 : 0);
-        assertLess(far, limit);
-        if (activations === "int8") assertGreater(far, 1e-4);
+  for (const types of ["Q8_0 weights", "the types of a Q4_K_M file"]) {
+    it(`8-bit activations and 16-bit caches come close with ${types}`, async () => {
+      const tiny = tinyModel(variants[types]);
+      const right = tiny.logits(TEXT);
+      const limits = { f32: 2e-5, f16: 3e-3, bf16: 2e-2 } as const;
+      for (const activations of ["f32", "int8"] as const) {
+        using model = await loadBytes(tiny.bytes, { activations });
+        assertEquals(model.activations, activations);
+        for (const cacheType of ["f32", "f16", "bf16"] as const) {
+          using cache = model.createCache({ policy: "full", cacheType });
+          const far = furthest(await stepLogits(model, cache, TEXT), right);
+          const limit = limits[cacheType] +
+            (activations === "int8" ? 5e-2 : 0);
+          assertLess(far, limit);
+          if (activations === "int8") assertGreater(far, 1e-4);
+        }
       }
-    }
-  });
+    });
+  }
 
   it("activations make no difference to weights that are not quantised", async () => {
     const { bytes } = tinyModel({ type: () => "F16" });
@@ -376,7 +404,7 @@ describe("a file that is refused", () => {
   });
 
   it("a block scale that is NaN or infinite, naming the tensor", async () => {
-    for (const type of ["Q8_0", "Q4_0", "Q4_1"] as const) {
+    for (const type of ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "IQ4_NL"] as const) {
       for (const scale of [NaN, Infinity, -Infinity]) {
         const name = "blk.1.attn_k.weight";
         const error = await refused({

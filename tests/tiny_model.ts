@@ -1,7 +1,9 @@
 /** Tiny random Llama models as GGUF files, with a plain f64 forward pass over the same weights; used by tests of the model runner. */
 
 import { loadModel, type LoadOptions, type Model } from "../mod.ts";
+import type { Dtype } from "../src/backend/tensor.ts";
 import { GGML_TYPES } from "../src/formats/ggml_types.ts";
+import { blockNumbers, halvesOf } from "../src/selftest/matrix.ts";
 import { spellBytes } from "../src/tokenizer/byte_map.ts";
 import { testDevice } from "./device.ts";
 import {
@@ -15,7 +17,7 @@ import {
 } from "./gguf_writer.ts";
 
 /** Storage types that weights can be written in. */
-export type TinyType = "F32" | "F16" | "BF16" | "Q8_0" | "Q4_0" | "Q4_1";
+export type TinyType = Exclude<Dtype, "I32">;
 
 /** What a tiny model is like; see `defaults` for what is left out. */
 export interface TinyOptions {
@@ -256,8 +258,12 @@ function store(
         values: Float64Array.from(new Float32Array(back.buffer)),
       };
     }
-    default:
+    case "Q8_0":
+    case "Q4_0":
+    case "Q4_1":
       return quantise(wanted, type);
+    default:
+      return randomBlocks(wanted, type);
   }
 }
 
@@ -310,6 +316,43 @@ function quantise(
       values[column] = (q - zero) * scale + minimum;
     });
   }
+  return { data, values };
+}
+
+/** Minima that centre random blocks, in units of their scale. */
+const centres: Partial<Record<TinyType, number>> = {
+  Q5_1: -15.5,
+  Q2_K: 1.5,
+  Q4_K: 7.5,
+  Q5_K: 15.5,
+};
+
+/** Blocks of random bits, sub-scales too, whose numbers are as large as those wanted. */
+function randomBlocks(
+  wanted: Float64Array,
+  type: TinyType,
+): { data: Uint8Array; values: Float64Array } {
+  const { block: columns, bytes: size } = GGML_TYPES[type];
+  const words = new Uint32Array(new Float32Array(wanted).buffer);
+  const blocks = wanted.length / columns;
+  const data = Uint8Array.from(
+    { length: blocks * size },
+    (_, i) => words[i % words.length]! >>> 4 & 255,
+  );
+  const view = new DataView(data.buffer);
+  const [scaleAt, leastAt] = halvesOf[type]!;
+  const values = new Float64Array(wanted.length);
+  const fill = (scale: number) => {
+    for (let i = 0; i < blocks; i++) {
+      view.setFloat16(i * size + scaleAt, scale, true);
+      if (leastAt !== undefined) {
+        view.setFloat16(i * size + leastAt, scale * centres[type]!, true);
+      }
+      values.set(blockNumbers(type, view, i * size), i * columns);
+    }
+  };
+  fill(1);
+  fill(Math.hypot(...wanted) / Math.hypot(...values));
   return { data, values };
 }
 

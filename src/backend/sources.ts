@@ -1298,23 +1298,44 @@ inline __m256i add_signed(__m256i total, __m256i w, __m256i x) {
 #endif
 
 /** Sums over the first and the second 16 columns of int8 weights times x, for each of the 8 rows. */
-template <int32_t kRows>
+template <int32_t kType, int32_t kRows>
 inline void half_products(const b32 (&w)[8], const int8_t* x, int64_t x_stride, i8 (&first)[kRows], i8 (&second)[kRows]) {
+#if defined(__AVX2__)
+  for (int32_t half = 0; half < 2; half++) {
+    __m256i total[kRows];
+    for (int32_t t = 0; t < kRows; t++) total[t] = _mm256_setzero_si256();
+    for (int32_t v = 4 * half; v < 4 * half + 4; v++) {
+      const __m256i own = (__m256i)w[v];
+      for (int32_t t = 0; t < kRows; t++) {
+        const __m256i four = spread4(x + t * x_stride + v * 4);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+        total[t] = wkv_form_of(kType).middle || kType == WKV_IQ4_NL ? add_signed(total[t], own, four) : _mm256_dpbusd_epi32(total[t], own, four);
+#else
+        // 8 products of at most 32 * 127 stay below 2^15; only IQ4_NL has larger numbers.
+        if (kType == WKV_IQ4_NL) total[t] = add_signed(total[t], own, four);
+        else if (wkv_form_of(kType).middle) total[t] = _mm256_add_epi16(total[t], _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(four, own)));
+        else total[t] = _mm256_add_epi16(total[t], _mm256_maddubs_epi16(own, four));
+#endif
+      }
+    }
+    for (int32_t t = 0; t < kRows; t++) {
+#if !(defined(__AVX512VNNI__) && defined(__AVX512VL__))
+      if (kType != WKV_IQ4_NL) total[t] = _mm256_madd_epi16(total[t], _mm256_set1_epi16(1));
+#endif
+      (half ? second : first)[t] = (i8)total[t];
+    }
+  }
+#else
   for (int32_t t = 0; t < kRows; t++) {
     const int8_t* row = x + t * x_stride;
-#if defined(__AVX2__)
-    __m256i total[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int32_t v = 0; v < 8; v++) total[v / 4] = add_signed(total[v / 4], (__m256i)w[v], spread4(row + v * 4));
-    first[t] = (i8)total[0], second[t] = (i8)total[1];
-#else
     int32_t total[2][8] = {};
     for (int32_t v = 0; v < 8; v++) {
       for (int32_t i = 0; i < 32; i++) total[v / 4][i / 4] += static_cast<int8_t>(w[v][i]) * row[v * 4 + i % 4];
     }
     std::memcpy(&first[t], total[0], 32);
     std::memcpy(&second[t], total[1], 32);
-#endif
   }
+#endif
 }
 
 /** Sums over 32 columns of weight (0..15 or int8) times x, for each of the 8 rows; Q4 values are taken as stored. */
@@ -1385,44 +1406,43 @@ inline void group_rows(const uint8_t* block, int32_t blocks, const int8_t* x, co
   for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
 }
 
-/** The same for the types of quants.h. */
+/** Adds the products of a piece with kRows rows of x to their tile. */
 template <int32_t kType, int32_t kRows>
-inline void piece_rows(const uint8_t* group, int32_t blocks, const int8_t* x, const float* scales, const float* sums, float* tile) {
+inline void add_piece(const PieceScales& of, const b32 (&w)[8], const int8_t* x, int64_t x_stride, const float* scales, const float* sums, int64_t stride, float* tile) {
   constexpr wkv_form form = wkv_form_of(kType);
-  f8 total[kRows];
-  for (int32_t t = 0; t < kRows; t++) total[t] = spread(0.0f);
-  const int64_t stride = int64_t{blocks} * 32;
-  b32 w[8];
   i8 first[kRows], second[kRows];
-  for (int32_t b = 0; b < blocks; b++) {
-    const PieceScales of = piece_scales<kType>(group, b);
-    unpack<kType>(group + piece_at(kType, b) + piece_head(kType), w);
-    half_products<kRows>(w, x + b * 32, stride, first, second);
-    for (int32_t t = 0; t < kRows; t++) {
-      const int64_t at = static_cast<int64_t>(t) * blocks + b;
-      const f8 scale = spread(scales[at]);
-      if (form.halves) total[t] += __builtin_convertvector(first[t], f8) * (of.scale[0] * scale) + __builtin_convertvector(second[t], f8) * (of.scale[1] * scale);
-      else total[t] += __builtin_convertvector(first[t] + second[t], f8) * (of.scale[0] * scale);
-      if (kType == WKV_Q2_K) {
-        int32_t sum = 0;
-        for (int32_t i = 0; i < 16; i++) sum += x[t * stride + b * 32 + i];
-        const float half = scales[at] * static_cast<float>(sum);
-        total[t] += of.least[0] * spread(half) + of.least[1] * spread(sums[at] - half);
-      } else if (form.least) {
-        total[t] += of.least[0] * spread(sums[at]);
-      }
+  half_products<kType, kRows>(w, x, x_stride, first, second);
+  for (int32_t t = 0; t < kRows; t++) {
+    const f8 scale = spread(scales[t * stride]);
+    f8 total = load(tile + t * 8);
+    if (form.halves) total += __builtin_convertvector(first[t], f8) * (of.scale[0] * scale) + __builtin_convertvector(second[t], f8) * (of.scale[1] * scale);
+    else total += __builtin_convertvector(first[t] + second[t], f8) * (of.scale[0] * scale);
+    if (kType == WKV_Q2_K) {
+      int32_t sum = 0;
+      for (int32_t i = 0; i < 16; i++) sum += x[t * x_stride + i];
+      const float half = scales[t * stride] * static_cast<float>(sum);
+      total += of.least[0] * spread(half) + of.least[1] * spread(sums[t * stride] - half);
+    } else if (form.least) {
+      total += of.least[0] * spread(sums[t * stride]);
     }
+    store(tile + t * 8, total);
   }
-  for (int32_t t = 0; t < kRows; t++) store(tile + t * 8, total[t]);
 }
 
+/** The same for the types of quants.h: a piece is unpacked once for all rows of x. */
 template <int32_t kType>
 inline void pieces_typed(const uint8_t* weight, int32_t columns, int64_t group, const int8_t* x, const float* scales, const float* sums, int32_t count, float* tile) {
   const int32_t blocks = columns / 32;
   const uint8_t* own = weight + group * piece_at(kType, blocks);
-  int32_t t = 0;
-  for (; t + 4 <= count; t += 4) piece_rows<kType, 4>(own, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
-  for (; t < count; t++) piece_rows<kType, 1>(own, blocks, x + int64_t{t} * columns, scales + int64_t{t} * blocks, sums + int64_t{t} * blocks, tile + t * 8);
+  std::memset(tile, 0, static_cast<size_t>(count) * 32);
+  b32 w[8];
+  for (int32_t b = 0; b < blocks; b++) {
+    const PieceScales of = piece_scales<kType>(own, b);
+    unpack<kType>(own + piece_at(kType, b) + piece_head(kType), w);
+    int32_t t = 0;
+    for (; t + 4 <= count; t += 4) add_piece<kType, 4>(of, w, x + int64_t{t} * columns + b * 32, columns, scales + int64_t{t} * blocks + b, sums + int64_t{t} * blocks + b, blocks, tile + t * 8);
+    for (; t < count; t++) add_piece<kType, 1>(of, w, x + int64_t{t} * columns + b * 32, columns, scales + int64_t{t} * blocks + b, sums + int64_t{t} * blocks + b, blocks, tile + t * 8);
+  }
 }
 
 template <int32_t kType>

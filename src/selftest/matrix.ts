@@ -57,7 +57,10 @@ export function matrix(
         view.setUint16(at + leastAt, halfBits(scale() * 8 * by), true);
       }
       const row = Math.floor(b / (columns / wide));
-      numbers[row]!.set(block(dtype, view, at), b % (columns / wide) * wide);
+      numbers[row]!.set(
+        blockNumbers(dtype, view, at),
+        b % (columns / wide) * wide,
+      );
     }
   } else {
     numbers.forEach((row, r) =>
@@ -103,7 +106,11 @@ const IQ4_VALUES = [
 ];
 
 /** The numbers of a GGUF block, as ggml-common.h and ggml-quants.c have them. */
-function block(dtype: Dtype, view: DataView, at: number): number[] {
+export function blockNumbers(
+  dtype: Dtype,
+  view: DataView,
+  at: number,
+): number[] {
   const byte = (i: number) => view.getUint8(at + i);
   const signed = (i: number) => view.getInt8(at + i);
   const [scaleAt, leastAt] = halvesOf[dtype]!;
