@@ -204,7 +204,7 @@ function follow(
     }
     if (forced >= 0) found.must("victim", rank === forced);
     else {
-      const least = Math.min(...costs);
+      const least = costs.reduce((a, b) => Math.min(a, b));
       const excess = costs[rank] === least
         ? 0
         : (costs[rank]! - least) / Math.abs(least);
@@ -273,7 +273,7 @@ function compare(
     const held = tokens.map(({ position }) => old.get(position) ?? 0);
     const gains = scores.map((a, rank) => a - held[rank]!);
     // A score in f32 hides what is below its last digit.
-    const hidden = Math.hypot(...scores) * 2 ** -24 / Math.hypot(...gains);
+    const hidden = lengthOf(scores) * 2 ** -24 / lengthOf(gains);
     found.note(
       "score increments",
       relativeError(Array.from(score, (a, r) => a - held[r]!), gains),
@@ -295,6 +295,11 @@ function compare(
       );
     });
   });
+}
+
+/** The root of the sum of the squares; Math.hypot takes no more than a call's arguments. */
+function lengthOf(x: readonly number[]): number {
+  return Math.sqrt(x.reduce((sum, y) => sum + y * y, 0));
 }
 
 function largest(x: Float64Array): number {
@@ -453,7 +458,7 @@ function prefill(
     reference.load(seen, state);
     const expected = reference.prefill(input, rows, (costs, tokens, head) => {
       // Of equally good ones the library may have taken another, or in another order.
-      const least = Math.min(...costs);
+      const least = costs.reduce((a, b) => Math.min(a, b));
       const most = least + 2 * limits.score * Math.abs(least);
       const leave = [...costs.keys()].filter((rank) =>
         costs[rank]! <= most && !stays[head]!.has(tokens[rank]!.position)
