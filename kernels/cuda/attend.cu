@@ -532,6 +532,31 @@ struct Attend {
     }
   }
 
+  /** Caps what this lane's keys have in `scores`, and its softmax with them: apart, as few models do, and the loop above pays for it. */
+  __device__ void cap_scores(int32_t mine, float (&most)[kMine], float (&total)[kMine]) const {
+#pragma unroll
+    for (int k = 0; k < kMine; k++) most[k] = -FLT_MAX, total[k] = 0.0f;
+    __syncwarp();
+    int32_t entry = item_at(0) + lane / kLanes, slot = slot_at(entry);
+    for (int32_t n = 0; n < length; n++) {
+      float* at = scores + int64_t{entry} * kPad + mine;
+      float s[kMine];
+#pragma unroll
+      for (int k = 0; k < kMine; k++) s[k] = slot < kept ? a.capped(at[k]) : 0.0f;
+      __syncwarp();  // neighbours that have the same read it before one writes
+      if (slot < kept) {
+#pragma unroll
+        for (int k = 0; k < kMine; k++) {
+          const float higher = fmaxf(most[k], s[k]);
+          if (lane % kSame == 0) at[k] = s[k];
+          total[k] = fmaf(total[k], power(most[k] - higher), power(s[k] - higher));
+          most[k] = higher;
+        }
+      }
+      slot += slot_step(n), entry += entry_step(n);
+    }
+  }
+
   /** Leaves this warp's scores in `scores`, its softmax in area.part; `ranks` are those of the thread's own entries. */
   __device__ void score(int32_t ranks) {
     const int32_t u = lane % kLanes, mine = my_head();
@@ -571,7 +596,7 @@ struct Attend {
         if (slot < kept) {
 #pragma unroll
           for (int k = 0; k < kMine; k++) {
-            const float s = a.capped(sums[r][k]), higher = fmaxf(most[k], s);
+            const float s = sums[r][k], higher = fmaxf(most[k], s);
             total[k] = fmaf(total[k], power(most[k] - higher), power(s - higher));
             most[k] = higher;
             if (lane % kSame == 0) scores[int64_t{entry} * kPad + mine + k] = s;
@@ -580,6 +605,7 @@ struct Attend {
         slot += slot_step(n + r), entry += entry_step(n + r);
       }
     }
+    if (a.softcap > 0.0f) cap_scores(mine, most, total);
 #pragma unroll
     for (int k = 0; k < kMine; k++) {
 #pragma unroll
