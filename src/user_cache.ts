@@ -3,23 +3,27 @@
  * runs.
  */
 
+/** This project's folder in the user's cache, see {@linkcode userCache}. */
+export function cacheDir(): string {
+  return `${userCache()}/weightedkv`;
+}
+
 /**
- * This project's folder in the user's cache: `$XDG_CACHE_HOME/weightedkv`, or
- * `~/.cache/weightedkv` when that is unset, empty or (as its specification
- * demands) not absolute. Nothing is created.
+ * The user's cache: `$XDG_CACHE_HOME`, or `~/.cache` when that is unset, empty
+ * or (as its specification demands) not absolute. Nothing is created.
  *
  * @throws {Error} If `HOME` is needed and unset.
  */
-export function cacheDir(): string {
+export function userCache(): string {
   const xdg = Deno.env.get("XDG_CACHE_HOME") ?? "";
-  if (xdg.startsWith("/")) return `${xdg.replace(/\/+$/, "")}/weightedkv`;
+  if (xdg.startsWith("/")) return xdg.replace(/\/+$/, "");
   const home = Deno.env.get("HOME") ?? "";
   if (!home.startsWith("/")) {
     throw new Error(
       "No folder for pulled models: set XDG_CACHE_HOME or HOME to an absolute path",
     );
   }
-  return `${home.replace(/\/+$/, "")}/.cache/weightedkv`;
+  return `${home.replace(/\/+$/, "")}/.cache`;
 }
 
 /** The folder of pulled models inside a cache folder. */

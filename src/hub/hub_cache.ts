@@ -5,6 +5,8 @@
  * `refs/<revision>`, which names a commit. Called by `models.ts`.
  */
 
+import { userCache } from "../user_cache.ts";
+
 /** A revision of a repository. */
 export interface Revision {
   /** `org/repo`. */
@@ -58,15 +60,7 @@ export function hubTokenPath(): string {
 function hubHome(): string {
   const home = Deno.env.get("HF_HOME")?.trim();
   if (home) return home.replace(/\/+$/, "");
-  const xdg = Deno.env.get("XDG_CACHE_HOME") ?? "";
-  if (xdg.startsWith("/")) return `${xdg.replace(/\/+$/, "")}/huggingface`;
-  const user = Deno.env.get("HOME") ?? "";
-  if (!user.startsWith("/")) {
-    throw new Error(
-      "No folder for models of the Hub: set HF_HOME or HOME to an absolute path",
-    );
-  }
-  return `${user.replace(/\/+$/, "")}/.cache/huggingface`;
+  return `${userCache()}/huggingface`;
 }
 
 /** The folder of a repository. */

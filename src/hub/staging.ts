@@ -78,10 +78,7 @@ export async function withStaging<T>(
       write: true,
     });
   });
-  for (let waited = false; !await lock.tryLock(true); waited = true) {
-    if (!waited) options.onWait();
-    await delay(LOCK_INTERVAL, options.signal);
-  }
+  await takeLock(lock, options);
   await removeStale(root, own);
   // The random part keeps a pip that outlived its killed parent out of ours.
   const folder = `${root}/${own}/${crypto.randomUUID()}`;
@@ -93,6 +90,31 @@ export async function withStaging<T>(
     return await work(folder);
   } finally {
     await remove(`${root}/${own}`).catch(() => {});
+  }
+}
+
+/** Takes a file's lock, waiting for whoever has it. */
+export async function takeLock(
+  lock: Deno.FsFile,
+  options: { signal?: AbortSignal | undefined; onWait: () => void },
+): Promise<void> {
+  for (let waited = false; !await lock.tryLock(true); waited = true) {
+    if (!waited) options.onWait();
+    await delay(LOCK_INTERVAL, options.signal);
+  }
+}
+
+/** Size in bytes, or null when there is no such file. */
+export async function fileSize(path: string): Promise<number | null> {
+  try {
+    const { isFile, size } = await Deno.stat(path);
+    return isFile ? size : null;
+  } catch (error) {
+    if (
+      error instanceof Deno.errors.NotFound ||
+      error instanceof Deno.errors.NotADirectory
+    ) return null;
+    throw error;
   }
 }
 
