@@ -3,10 +3,8 @@
 import {
   type CacheOptions,
   type CachePlan,
-  type LayerPlan,
   planCache,
   rowBytes,
-  samePlan,
 } from "./cache/layout.ts";
 import { MAX_SLOTS, type Policy } from "./cache/policy.ts";
 import { PASS_ROWS } from "./model.ts";
@@ -79,7 +77,7 @@ export function planMemory(
   const sizes = sizesOf(config);
   const row = sizes.width + sizes.qkv + sizes.attended + sizes.hidden +
     ((config.norms ?? "before") === "before" ? 0 : sizes.width);
-  const cache = groupsOf(plan.layers).reduce(
+  const cache = plan.groups.reduce(
     (sum, group) => sum + groupBytes(config, plan, group, device),
     0,
   );
@@ -154,34 +152,19 @@ function largest(most: number, passes: (n: number) => boolean): number | null {
 
 // ---- caches, as Cache in kernels/cpu/cache.hpp and kernels/cuda/cache.cu ----
 
-/** Layers that share a cache of the library. */
-interface Group {
-  plan: LayerPlan;
-  layers: number;
-}
-
-function groupsOf(layers: readonly LayerPlan[]): Group[] {
-  const groups: Group[] = [];
-  for (const plan of layers) {
-    const group = groups.find((group) => samePlan(group.plan, plan));
-    if (group) group.layers++;
-    else groups.push({ plan, layers: 1 });
-  }
-  return groups;
-}
-
 function groupBytes(
   config: ModelConfig,
   { policy, positions, cacheType, sequences }: CachePlan,
-  { plan, layers }: Group,
+  { plan, layers }: CachePlan["groups"][number],
   device: "cpu" | "cuda",
 ): number {
   const { slots, whole, window, interval } = plan;
   const { kvHeads } = config;
-  const heads = layers * sequences * kvHeads;
+  const heads = layers.length * sequences * kvHeads;
   const entries = heads * (slots + 1);
   const words = whole ? 0 : wordsOf(policy);
-  const half = layers * sequences * slots * rowBytes(config, cacheType) / 2;
+  const half = layers.length * sequences * slots * rowBytes(config, cacheType) /
+    2;
   const counts = device === "cpu" ? 36 : 48;
   const parts = [
     ...[half, half],

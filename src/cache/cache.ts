@@ -20,7 +20,6 @@ import {
   planCache,
   type Positions,
   rowBytes,
-  samePlan,
 } from "./layout.ts";
 import type { Merge, Policy, Select } from "./policy.ts";
 
@@ -98,6 +97,8 @@ const types: Record<CacheType, Dtype> = {
 /** Layers that are alike, as one cache of the library. */
 interface Group extends LayerPlan {
   handle: number;
+  /** Which layers. */
+  layers: readonly number[];
   /** Bytes of keys, values, state and rotation. */
   bytes: number;
 }
@@ -185,19 +186,11 @@ export class KvCache implements Disposable {
     this.layerSlots = plans.layers.map(({ slots }) => slots);
     this.#typical = plans.typical;
     try {
-      for (const [layer, plan] of plans.layers.entries()) {
-        if (this.#places[layer] !== undefined) continue;
-        const alike = plans.layers.flatMap((other, i) =>
-          samePlan(plan, other) ? [i] : []
+      for (const { plan, layers } of plans.groups) {
+        const group = this.#openGroup(plan, layers, rope, plans.reach, options);
+        layers.forEach((layer, index) =>
+          this.#places[layer] = { group, index }
         );
-        const group = this.#openGroup(
-          plan,
-          alike.length,
-          rope,
-          plans.reach,
-          options,
-        );
-        alike.forEach((i, index) => this.#places[i] = { group, index });
       }
     } catch (error) {
       this.close();
@@ -270,9 +263,11 @@ export class KvCache implements Disposable {
 
   /** Tokens that a sequence has room for in every layer that follows the policy. */
   room(sequence = 0): number {
-    const rooms = this.#layers().map(({ slots, layer }) =>
-      slots - this.stats(sequence, layer).kept
-    );
+    // A layer that keeps its window always has room.
+    const rooms = this.#groups.filter(({ whole }) => !whole)
+      .map(({ slots, layers }) =>
+        slots - this.stats(sequence, layers[0]!).kept
+      );
     return Math.max(0, Math.min(...rooms));
   }
 
@@ -399,19 +394,10 @@ export class KvCache implements Disposable {
     return [place.group.handle, place.index];
   }
 
-  /** One layer of each group that follows the policy; all groups where none does. */
-  #layers(): { slots: number; layer: number }[] {
-    const follow = this.#groups.filter(({ whole }) => !whole);
-    return (follow.length > 0 ? follow : this.#groups).map((group) => ({
-      slots: group.whole ? Infinity : group.slots,
-      layer: this.#places.findIndex((place) => place.group === group),
-    }));
-  }
-
   /** Opens the cache of some layers that are alike. */
   #openGroup(
     plan: LayerPlan,
-    layers: number,
+    layers: readonly number[],
     rope: OpenRope,
     reach: number,
     { seed = 0 }: CacheOptions,
@@ -428,7 +414,7 @@ export class KvCache implements Disposable {
         backend.call(
           "wkv_cache_open",
           rotation,
-          layers,
+          layers.length,
           this.sequences,
           this.#shape.heads,
           this.#shape.kvHeads,
@@ -450,7 +436,7 @@ export class KvCache implements Disposable {
         )
       );
       const bytes = backend.bytes(handle) + backend.bytes(rotation);
-      const group = { ...plan, handle, bytes };
+      const group = { ...plan, handle, layers, bytes };
       this.#groups.push(group);
       return group;
     } finally {

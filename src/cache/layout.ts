@@ -96,6 +96,8 @@ export interface CachePlan extends Budget {
   sequences: number;
   /** What each layer keeps. */
   layers: LayerPlan[];
+  /** Layers that are alike, which share a cache of the library. */
+  groups: { plan: LayerPlan; layers: number[] }[];
   /** The layer that follows the policy whose slots are nearest to the budget. */
   typical: number;
   /** The longest text that rotations are for. */
@@ -169,6 +171,7 @@ export function planCache(
     cacheType,
     sequences,
     layers,
+    groups: groupsOf(layers),
     typical,
     reach,
   };
@@ -213,8 +216,17 @@ export function layerRows(shape: CacheShape, tokens: number): number[] {
   );
 }
 
-/** Whether two layers can share a cache of the library. */
-export function samePlan(a: LayerPlan, b: LayerPlan): boolean {
+function groupsOf(plans: readonly LayerPlan[]): CachePlan["groups"] {
+  const groups: CachePlan["groups"] = [];
+  plans.forEach((plan, layer) => {
+    const group = groups.find((group) => samePlan(group.plan, plan));
+    if (group) group.layers.push(layer);
+    else groups.push({ plan, layers: [layer] });
+  });
+  return groups;
+}
+
+function samePlan(a: LayerPlan, b: LayerPlan): boolean {
   return a.slots === b.slots && a.sinks === b.sinks && a.recent === b.recent &&
     a.interval === b.interval && a.whole === b.whole && a.window === b.window;
 }
