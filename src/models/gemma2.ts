@@ -5,10 +5,9 @@ import type { Architecture, ModelConfig } from "./architecture.ts";
 import { loadDecoder } from "./decoder.ts";
 import { ggufConfig, ggufWindow } from "./gguf_config.ts";
 import {
+  gemmaConfig,
   gemmaParts,
-  gemmaScale,
   gemmaTensors,
-  huggingFaceConfig,
   slidingWindow,
 } from "./hugging_face.ts";
 
@@ -50,20 +49,11 @@ function everyOther(layer: number): boolean {
 }
 
 function config(file: ConfigFile): ModelConfig {
-  const all = huggingFaceConfig(file, {
-    architecture: "gemma2",
-    headDim: 256,
-    activation: "gelu_pytorch_tanh",
-    tied: true,
-  });
+  const all = gemmaConfig(file, { architecture: "gemma2" });
   const cap = (key: string) =>
     file.has(key) ? file.float(key, CAPS) : undefined;
   return {
     ...all,
-    ...gemmaParts(all),
-    normOffset: 1,
-    biases: file.boolean("attention_bias", false) ? "all" : "none",
-    scale: gemmaScale(file),
     scoreCap: cap("attn_logit_softcapping"),
     logitCap: cap("final_logit_softcapping"),
     window: slidingWindow(file, all.layers, everyOther),

@@ -5,10 +5,9 @@ import type { Architecture, ModelConfig } from "./architecture.ts";
 import { loadDecoder } from "./decoder.ts";
 import { ggufConfig, ggufWindow } from "./gguf_config.ts";
 import {
+  gemmaConfig,
   gemmaParts,
-  gemmaScale,
   gemmaTensors,
-  huggingFaceConfig,
   slidingWindow,
 } from "./hugging_face.ts";
 import { plainRope, ropeOf } from "./rope.ts";
@@ -55,11 +54,8 @@ function config(file: ConfigFile): ModelConfig {
     throw file.error("use_bidirectional_attention", "false");
   }
   const parameters = file.object("rope_parameters");
-  const all = huggingFaceConfig(file, {
+  const all = gemmaConfig(file, {
     architecture: "gemma3",
-    headDim: 256,
-    activation: "gelu_pytorch_tanh",
-    tied: true,
     rope: (file, shape) =>
       parameters?.has("full_attention")
         ? ropeOf(file, shape, parameters.object("full_attention"))
@@ -85,13 +81,5 @@ function config(file: ConfigFile): ModelConfig {
     layers,
     (layer) => (layer + 1) % period !== 0,
   );
-  return {
-    ...all,
-    ...gemmaParts(all),
-    normOffset: 1,
-    qkNorm: "head",
-    biases: file.boolean("attention_bias", false) ? "all" : "none",
-    scale: gemmaScale(file),
-    window: window && { ...window, rope },
-  };
+  return { ...all, qkNorm: "head", window: window && { ...window, rope } };
 }

@@ -185,10 +185,30 @@ export function gemmaParts({ width }: ModelConfig) {
   } as const;
 }
 
-/** What Gemma's products of queries and keys are multiplied by. */
-export function gemmaScale(file: ConfigFile): number {
+/** The configuration that Gemmas share, as transformers reads it. */
+export function gemmaConfig(
+  file: ConfigFile,
+  defaults: Pick<ConfigDefaults, "architecture" | "rope">,
+): ModelConfig {
+  const all = huggingFaceConfig(file, {
+    headDim: 256,
+    activation: "gelu_pytorch_tanh",
+    tied: true,
+    ...defaults,
+  });
   const range = { min: Number.MIN_VALUE, max: 1e6, fallback: 256 };
-  return file.float("query_pre_attn_scalar", range) ** -0.5;
+  return {
+    ...all,
+    ...gemmaParts(all),
+    normOffset: 1,
+    biases: attentionBiases(file),
+    scale: file.float("query_pre_attn_scalar", range) ** -0.5,
+  };
+}
+
+/** Which projections have biases where `attention_bias` says so. */
+export function attentionBiases(file: ConfigFile): "none" | "all" {
+  return file.boolean("attention_bias", false) ? "all" : "none";
 }
 
 function windowLayers(

@@ -4,7 +4,11 @@ import type { ConfigFile } from "../formats/config.ts";
 import type { Architecture, ModelConfig } from "./architecture.ts";
 import { loadDecoder } from "./decoder.ts";
 import { ggufConfig } from "./gguf_config.ts";
-import { huggingFaceConfig, llamaTensors } from "./hugging_face.ts";
+import {
+  attentionBiases,
+  huggingFaceConfig,
+  llamaTensors,
+} from "./hugging_face.ts";
 
 /** Llama: RMSNorm, rotary attention with grouped heads, SwiGLU. */
 export const llama: Architecture = {
@@ -30,6 +34,6 @@ function config(file: ConfigFile): ModelConfig {
   }
   return {
     ...huggingFaceConfig(file, { architecture: "llama" }),
-    biases: file.boolean("attention_bias", false) ? "all" : "none",
+    biases: attentionBiases(file),
   };
 }

@@ -4,7 +4,11 @@ import type { ConfigFile } from "../formats/config.ts";
 import type { Architecture, ModelConfig } from "./architecture.ts";
 import { loadDecoder } from "./decoder.ts";
 import { ggufConfig } from "./gguf_config.ts";
-import { huggingFaceConfig, normedTensors } from "./hugging_face.ts";
+import {
+  attentionBiases,
+  huggingFaceConfig,
+  normedTensors,
+} from "./hugging_face.ts";
 
 /** OLMo 2 (arXiv 2501.00656): Llama with its norms behind the parts of a block. */
 export const olmo2: Architecture = {
@@ -32,7 +36,7 @@ const norms = { norms: "after", qkNorm: "all" } as const;
 function config(file: ConfigFile): ModelConfig {
   return {
     ...huggingFaceConfig(file, { architecture: "olmo2" }),
-    biases: file.boolean("attention_bias", false) ? "all" : "none",
+    biases: attentionBiases(file),
     ...norms,
   };
 }

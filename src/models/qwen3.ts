@@ -5,6 +5,7 @@ import type { Architecture, ModelConfig } from "./architecture.ts";
 import { loadDecoder } from "./decoder.ts";
 import { ggufConfig } from "./gguf_config.ts";
 import {
+  attentionBiases,
   huggingFaceConfig,
   normedTensors,
   qwenWindow,
@@ -34,7 +35,7 @@ function config(file: ConfigFile): ModelConfig {
   const all = huggingFaceConfig(file, { architecture: "qwen3", headDim: 128 });
   return {
     ...all,
-    biases: file.boolean("attention_bias", false) ? "all" : "none",
+    biases: attentionBiases(file),
     qkNorm: "head",
     window: qwenWindow(file, all.layers),
   };
