@@ -24,6 +24,7 @@
 export { loadModel, type LoadOptions, type Model } from "./src/model.ts";
 export {
   type CacheReport,
+  type CacheSettings,
   type FinishReason,
   generate,
   type GenerateOptions,

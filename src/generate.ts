@@ -60,8 +60,8 @@ export interface Piece {
 /** Why a generation ended. */
 export type FinishReason = "length" | "eos" | "stop" | "abort";
 
-/** The cache of a result, as `--json` prints it. */
-export interface CacheReport extends CacheStats {
+/** What a cache was made of, and how it was fed, every option resolved. */
+export interface CacheSettings {
   /** The policy's name. */
   policy: string;
   /** Tokens kept a KV head; null for `full`. */
@@ -78,12 +78,16 @@ export interface CacheReport extends CacheStats {
   kvHeads: number;
   /** Where keys are rotated. */
   positions: Positions;
-  /** How the prompt was fed. */
+  /** How tokens were fed. */
   prefill: Prefill;
   /** How activations met quantised weights. */
   activations: Precision;
   /** Type of keys and values. */
   cacheType: CacheType;
+}
+
+/** The cache of a result, as `--json` prints it. */
+export interface CacheReport extends CacheSettings, CacheStats {
   /** Bytes of keys, values and state, allocated. */
   bytes: number;
   /** Bytes of keys and values of all tokens seen, in the same type. */
@@ -235,6 +239,20 @@ export function report(
 ): CacheReport {
   const stats = cache.stats();
   return {
+    ...cacheSettings(model, cache, prefill),
+    ...stats,
+    bytes: cache.bytes,
+    fullBytes: cache.fullBytes(stats.seen),
+  };
+}
+
+/** What a cache is made of, as results show it. */
+export function cacheSettings(
+  model: Model,
+  cache: KvCache,
+  prefill: Prefill,
+): CacheSettings {
+  return {
     policy: cache.policy.name,
     budget: cache.budget,
     sinks: cache.sinks,
@@ -246,9 +264,6 @@ export function report(
     prefill,
     activations: model.activations,
     cacheType: cache.cacheType,
-    ...stats,
-    bytes: cache.bytes,
-    fullBytes: cache.fullBytes(stats.seen),
   };
 }
 

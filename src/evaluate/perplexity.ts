@@ -1,11 +1,11 @@
 /** perplexity(): sliding-window perplexity by policy and budget (paper, Table I); called by users and by `wkv perplexity`. */
 
-import type { Precision } from "../backend/ops.ts";
 import type { KvCache } from "../cache/cache.ts";
 import type { CacheOptions, CacheType, Positions } from "../cache/layout.ts";
 import type { BudgetSize, LayerBudgets } from "../cache/budget.ts";
 import { findPolicy } from "../cache/registry.ts";
 import { resolveBudget } from "../cache/policy.ts";
+import { type CacheSettings, cacheSettings } from "../generate.ts";
 import type { Model } from "../model.ts";
 import { chunkSize, type Prefill, Session } from "../session.ts";
 import { memoryStore, type ResultStore, type SizedCache } from "./results.ts";
@@ -82,29 +82,7 @@ export interface WindowResult {
 }
 
 /** One row of the table, as `--json` prints it. */
-export interface PerplexityRow {
-  /** The policy's name. */
-  policy: string;
-  /** Tokens kept a KV head; null for `full`. */
-  budget: number | null;
-  /** First tokens that never leave. */
-  sinks: number | null;
-  /** Newest tokens that never leave. */
-  recent: number | null;
-  /** Tokens that leave at once when the cache overflows; null for `full`. */
-  interval: number | null;
-  /** Tokens kept in each layer where they differ; null where they do not. */
-  layerSlots: readonly number[] | null;
-  /** KV heads of a layer, each with a cache of its own. */
-  kvHeads: number;
-  /** Where keys are rotated. */
-  positions: Positions;
-  /** How windows were fed. */
-  prefill: Prefill;
-  /** How activations met quantised weights. */
-  activations: Precision;
-  /** Type of keys and values. */
-  cacheType: CacheType;
+export interface PerplexityRow extends CacheSettings {
   /** Tokens of a window. */
   window: number;
   /** Tokens between two windows' starts. */
@@ -342,7 +320,9 @@ function summary(
   using cache = model.createCache({ ...row.cacheOptions, capacity: 1 });
   const reason = row.reason ?? row.alone;
   const common = {
-    ...header(model, cache, row.window, row.stride, prefill),
+    ...cacheSettings(model, cache, prefill),
+    window: row.window,
+    stride: row.stride,
     windows: windows.length,
     targets: total(windows, "targets"),
   };
@@ -442,45 +422,6 @@ function total(
     | "seconds",
 ): number {
   return windows.reduce((sum, window) => sum + (window[field] ?? 0), 0);
-}
-
-function header(
-  model: Model,
-  cache: KvCache,
-  window: number,
-  stride: number,
-  prefill: Prefill = "exact",
-): Pick<
-  PerplexityRow,
-  | "policy"
-  | "budget"
-  | "sinks"
-  | "recent"
-  | "interval"
-  | "layerSlots"
-  | "kvHeads"
-  | "positions"
-  | "prefill"
-  | "activations"
-  | "cacheType"
-  | "window"
-  | "stride"
-> {
-  return {
-    policy: cache.policy.name,
-    budget: cache.budget,
-    sinks: cache.sinks,
-    recent: cache.recent,
-    interval: cache.budget === null ? null : cache.interval,
-    layerSlots: cache.uneven ? cache.layerSlots : null,
-    kvHeads: model.config.kvHeads,
-    positions: cache.positions,
-    prefill,
-    activations: model.activations,
-    cacheType: cache.cacheType,
-    window,
-    stride,
-  };
 }
 
 /** One group's windows with what they are made of. */
