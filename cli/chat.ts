@@ -1,16 +1,14 @@
 /** `wkv chat`: a conversation, typed or piped. */
 
 import type { CacheOptions, Chat, ChatResult } from "../mod.ts";
-import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import { createChat } from "../src/chat.ts";
 import { report } from "../src/generate.ts";
 import { DEFAULT_MODEL } from "../src/hub/registry.ts";
-import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { loadConversation, saveConversation } from "./conversation.ts";
 import { errorMessage, exitCode } from "./errors.ts";
-import { resultJson } from "./generate.ts";
+import { printPieces, resultJson } from "./generate.ts";
 import { processInput, readTextFile } from "./input.ts";
 import { LineReader } from "./lines.ts";
 import { text, texts, UsageError, type Values, whole } from "./option.ts";
@@ -18,11 +16,14 @@ import { runFlags } from "./permissions.ts";
 import {
   budgetOption,
   cacheOptions,
+  cacheSettingsOf,
+  checkedPolicy,
   load,
   loadOptions,
   outputOptions,
   POLICY_NAMES,
   policyList,
+  samplerOf,
   samplerOptions,
 } from "./shared_options.ts";
 import { ClosedOutput, type Terminal } from "./terminal.ts";
@@ -84,7 +85,7 @@ ${policyList()}`,
     runFlags(model, { read: files(values) }),
   async run({ values, operands, terminal, signal, interrupt }) {
     const { json = false, quiet = false } = values;
-    checkCache(values, values.policy);
+    checkedPolicy(values.policy, values);
     if (values.system !== undefined && values["system-file"] !== undefined) {
       throw new UsageError(
         "The options --system and --system-file exclude each other: give one",
@@ -107,11 +108,7 @@ ${policyList()}`,
       templateName: values["template-name"],
       cache: cacheOf(values, values.policy),
       maxTokens: values["max-tokens"],
-      temperature: values.temperature,
-      topK: values["top-k"],
-      topP: values["top-p"],
-      minP: values["min-p"],
-      seed: values.seed,
+      ...samplerOf(values),
       stop: values.stop,
       prefill: values.prefill,
     });
@@ -176,14 +173,7 @@ async function printAnswer(
   },
 ): Promise<ChatResult> {
   const pieces = chat.send(text, { signal, stopOnAbort: true });
-  let next = await pieces.next();
-  while (!next.done) {
-    if (!json && next.value.text !== "") {
-      await terminal.out.write(next.value.text);
-    }
-    next = await pieces.next();
-  }
-  const result = next.value;
+  const result = await printPieces(pieces, json ? null : terminal);
   if (json) {
     const line = JSON.stringify(resultJson(chat.model, result));
     await terminal.out.write(`${line}\n`);
@@ -240,7 +230,7 @@ async function runCommand(
     }
     case "policy":
       if (argument !== "") {
-        checkCache(values, argument);
+        checkedPolicy(argument, values);
         chat.changeCache(cacheOf(values, argument));
       }
       return await out.write(`${describe(chat)}\n`);
@@ -284,16 +274,6 @@ ${formatBytes(cache.bytes)} (in full ${formatBytes(cache.fullBytes(seen))})
 `;
 }
 
-/** Refuses wrong options before a model is loaded. */
-function checkCache(values: Values<typeof options>, name?: string): void {
-  const policy = findPolicy(name ?? "weighted-kv");
-  const { budget = 256 } = values;
-  if (policy.select !== "none" && typeof budget === "number") {
-    resolveBudget(policy, budget, values);
-  }
-  chunkSize(values.prefill ?? "exact", policy);
-}
-
 function cacheOf(
   values: Values<typeof options>,
   policy: string | undefined,
@@ -301,12 +281,7 @@ function cacheOf(
   return {
     policy: findPolicy(policy ?? "weighted-kv").name,
     budget: values.budget,
-    sinks: values.sinks,
-    recent: values.recent,
-    interval: values.interval,
-    layerBudgets: values["layer-budgets"],
-    positions: values.positions,
-    cacheType: values["cache-type"],
+    ...cacheSettingsOf(values),
   };
 }
 

@@ -21,11 +21,13 @@ import { Bar } from "./progress.ts";
 import {
   budgetsOption,
   cacheOptions,
+  cacheSettingsOf,
   load,
   loadOptions,
   outputOptions,
   POLICY_NAMES,
   policyList,
+  samplerOf,
   samplerOptions,
 } from "./shared_options.ts";
 import { formatBytes, formatTable } from "./units.ts";
@@ -90,11 +92,7 @@ ${policyList()}`,
       comparison = await compare(model, prompt, {
         caches,
         maxTokens: values["max-tokens"] ?? DEFAULT_TOKENS,
-        temperature: values.temperature,
-        topK: values["top-k"],
-        topP: values["top-p"],
-        minP: values["min-p"],
-        seed: values.seed,
+        ...samplerOf(values),
         ignoreEos: values["ignore-eos"],
         special: values.special,
         prefill: values.prefill,
@@ -133,17 +131,14 @@ ${policyList()}`,
 
 /** A cache for each policy and budget, `full` once. */
 function columnsOf(values: Values<typeof options>): CacheOptions[] {
-  const { sinks, recent, interval, positions } = values;
-  const layerBudgets = values["layer-budgets"];
-  const common = { sinks, recent, interval, layerBudgets, positions };
+  const common = cacheSettingsOf(values);
   return (values.policy ?? DEFAULT_POLICIES).flatMap((name) => {
     const policy = findPolicy(name);
     chunkSize(values.prefill ?? "exact", policy);
     const full = policy.select === "none";
     return (full ? [undefined] : values.budget ?? [256]).map((budget) => {
       if (typeof budget === "number") resolveBudget(policy, budget, common);
-      const cacheType = values["cache-type"];
-      return { ...common, policy: policy.name, budget, cacheType };
+      return { ...common, policy: policy.name, budget };
     });
   });
 }

@@ -25,6 +25,7 @@ import { Bar } from "./progress.ts";
 import {
   budgetsOption,
   cacheOptions,
+  cacheSettingsOf,
   load,
   loadOptions,
   outputOptions,
@@ -108,12 +109,7 @@ ${policyList()}`,
       budgets: values.budget ?? [256],
       prompt: values.prompt,
       seed: values.seed,
-      sinks: values.sinks,
-      recent: values.recent,
-      interval: values.interval,
-      layerBudgets: values["layer-budgets"],
-      positions: values.positions,
-      cacheType: values["cache-type"],
+      ...cacheSettingsOf(values),
     };
     checkOptions(settings);
     using model = await load(values, terminal, signal);

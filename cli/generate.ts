@@ -1,10 +1,7 @@
 /** `wkv generate`: continues a text. */
 
-import type { GenerateResult, Model } from "../mod.ts";
-import { resolveBudget } from "../src/cache/policy.ts";
-import { findPolicy } from "../src/cache/registry.ts";
+import type { GenerateResult, Model, Piece } from "../mod.ts";
 import { generate } from "../src/generate.ts";
-import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readPrompt } from "./input.ts";
 import { flag, text, texts, whole } from "./option.ts";
@@ -12,13 +9,17 @@ import { runFlags } from "./permissions.ts";
 import {
   budgetOption,
   cacheOptions,
+  cacheSettingsOf,
+  checkedPolicy,
   load,
   loadOptions,
   outputOptions,
   POLICY_NAMES,
   policyList,
+  samplerOf,
   samplerOptions,
 } from "./shared_options.ts";
+import type { Terminal } from "./terminal.ts";
 import { formatBytes, formatTime } from "./units.ts";
 
 const options = {
@@ -62,12 +63,7 @@ ${policyList()}`,
     ),
   async run({ values, operands, terminal, signal }) {
     const { json = false, quiet = false } = values;
-    const policy = findPolicy(values.policy ?? "weighted-kv");
-    const { budget = 256 } = values;
-    if (policy.select !== "none" && typeof budget === "number") {
-      resolveBudget(policy, budget, values);
-    }
-    chunkSize(values.prefill ?? "exact", policy);
+    const policy = checkedPolicy(values.policy, values);
     const prompt = await readPrompt(
       operands[0],
       values.file,
@@ -79,19 +75,10 @@ ${policyList()}`,
       cache: {
         policy: policy.name,
         budget: values.budget,
-        sinks: values.sinks,
-        recent: values.recent,
-        interval: values.interval,
-        layerBudgets: values["layer-budgets"],
-        positions: values.positions,
-        cacheType: values["cache-type"],
+        ...cacheSettingsOf(values),
       },
       maxTokens: values["max-tokens"],
-      temperature: values.temperature,
-      topK: values["top-k"],
-      topP: values["top-p"],
-      minP: values["min-p"],
-      seed: values.seed,
+      ...samplerOf(values),
       stop: values.stop,
       ignoreEos: values["ignore-eos"],
       special: values.special,
@@ -99,14 +86,7 @@ ${policyList()}`,
       signal,
       stopOnAbort: true,
     });
-    let next = await pieces.next();
-    while (!next.done) {
-      if (!json && next.value.text !== "") {
-        await terminal.out.write(next.value.text);
-      }
-      next = await pieces.next();
-    }
-    const result = next.value;
+    const result = await printPieces(pieces, json ? null : terminal);
     if (json) {
       await terminal.out.write(
         `${JSON.stringify(resultJson(model, result))}\n`,
@@ -118,6 +98,19 @@ ${policyList()}`,
     return result.finishReason === "abort" ? 130 : 0;
   },
 });
+
+/** Writes pieces as they come, where there is a terminal for them; gives what they end with. */
+export async function printPieces<T>(
+  pieces: AsyncGenerator<Piece, T>,
+  terminal: Terminal | null,
+): Promise<T> {
+  let next = await pieces.next();
+  while (!next.done) {
+    if (next.value.text !== "") await terminal?.out.write(next.value.text);
+    next = await pieces.next();
+  }
+  return next.value;
+}
 
 /** A result as `--json` prints it. */
 export function resultJson(model: Model, result: GenerateResult): unknown {

@@ -24,7 +24,12 @@ import {
   wholes,
 } from "./option.ts";
 import { readGrants, toFlags } from "./permissions.ts";
-import { cacheOptions, modelOption, outputOptions } from "./shared_options.ts";
+import {
+  cacheOptions,
+  cacheSettingsOf,
+  modelOption,
+  outputOptions,
+} from "./shared_options.ts";
 import { formatBytes, formatTable } from "./units.ts";
 
 const memory: Option<number> = {
@@ -137,11 +142,9 @@ function rowsOf(
   memory: number,
   values: Values<typeof options>,
 ): Row[] {
-  const { policy, sinks, recent, interval, positions } = values;
   const common: PlanOptions = {
-    ...{ policy, sinks, recent, interval, positions },
-    layerBudgets: values["layer-budgets"],
-    cacheType: values["cache-type"],
+    ...cacheSettingsOf(values),
+    policy: values.policy,
     device: values.device,
     threads: values.threads,
   };

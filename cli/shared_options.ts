@@ -1,10 +1,15 @@
 /** The options that several commands share, and what they mean to the library. */
 
-import { policies, policyNames } from "../src/cache/registry.ts";
+import { findPolicy, policies, policyNames } from "../src/cache/registry.ts";
 import { parseBudget } from "../src/cache/budget.ts";
-import { MAX_SLOTS } from "../src/cache/policy.ts";
+import { MAX_SLOTS, type Policy, resolveBudget } from "../src/cache/policy.ts";
 import { DEFAULT_MODEL } from "../src/hub/registry.ts";
-import { chunkSize, type Prefill } from "../src/session.ts";
+import type { CacheOptions } from "../src/cache/layout.ts";
+import {
+  chunkSize,
+  type Prefill,
+  type SamplerOptions,
+} from "../src/session.ts";
 import type { LoadOptions, Model } from "../mod.ts";
 import {
   choice,
@@ -98,6 +103,44 @@ export const cacheOptions = {
   prefill,
 };
 
+/** What these options say of a cache; how it is fed is apart. */
+export function cacheSettingsOf(values: Values<typeof cacheOptions>): Pick<
+  CacheOptions,
+  | "sinks"
+  | "recent"
+  | "interval"
+  | "layerBudgets"
+  | "positions"
+  | "cacheType"
+> {
+  const { sinks, recent, interval, positions } = values;
+  return {
+    ...{ sinks, recent, interval, positions },
+    layerBudgets: values["layer-budgets"],
+    cacheType: values["cache-type"],
+  };
+}
+
+/**
+ * Finds a policy and checks what is known of its cache before a model is loaded.
+ *
+ * @throws {RangeError} An option is out of range.
+ */
+export function checkedPolicy(
+  name: string | undefined,
+  values: Values<typeof cacheOptions> & {
+    budget?: number | string | undefined;
+  },
+): Policy {
+  const policy = findPolicy(name ?? "weighted-kv");
+  const { budget = 256 } = values;
+  if (policy.select !== "none" && typeof budget === "number") {
+    resolveBudget(policy, budget, values);
+  }
+  chunkSize(values.prefill ?? "exact", policy);
+  return policy;
+}
+
 /** How tokens are drawn. */
 export const samplerOptions = {
   temperature: decimal(
@@ -119,6 +162,20 @@ export const samplerOptions = {
   ),
   seed: whole(0, "Repeat a run (default random)"),
 };
+
+/** What these options say. */
+export function samplerOf(
+  values: Values<typeof samplerOptions>,
+): SamplerOptions {
+  const { temperature, seed } = values;
+  return {
+    temperature,
+    topK: values["top-k"],
+    topP: values["top-p"],
+    minP: values["min-p"],
+    seed,
+  };
+}
 
 const BUDGET =
   "Tokens kept a KV head, a share or bytes: 256, 25%, 64MiB, paper-1024 (default 256)";
