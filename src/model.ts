@@ -227,8 +227,10 @@ export class Model implements Disposable {
     const { norms = "before" } = this.config;
     let memory = this.#memory.get(rows);
     if (memory === undefined) {
+      // What was opened is given back when there is no memory for the rest.
+      using opened = new DisposableStack();
       const tensor = (columns: number) =>
-        new Tensor(this.backend, "F32", rows, columns);
+        opened.use(new Tensor(this.backend, "F32", rows, columns));
       memory = {
         x: tensor(width),
         qkv: tensor((heads + 2 * kvHeads) * headDim),
@@ -236,6 +238,7 @@ export class Model implements Disposable {
         hidden: tensor(hidden),
         ...norms === "before" ? {} : { branch: tensor(width) },
       };
+      opened.move();
       this.#memory.set(rows, memory);
     }
     return memory;

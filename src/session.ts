@@ -2,7 +2,7 @@
 
 import type { Graph } from "./backend/backend.ts";
 import { divergence, logProb, sample } from "./backend/ops.ts";
-import { Tensor } from "./backend/tensor.ts";
+import { type Dtype, Tensor } from "./backend/tensor.ts";
 import type { KvCache } from "./cache/cache.ts";
 import { choosesByStep, type Policy } from "./cache/policy.ts";
 import { type Model, PASS_ROWS } from "./model.ts";
@@ -64,22 +64,21 @@ export class Session implements Disposable {
 
   /** A session on a cache of this model. */
   constructor(model: Model, cache: KvCache) {
-    const { backend } = model;
     const { sequences } = cache;
+    // What was opened is given back when there is no memory for the rest.
+    using opened = new DisposableStack();
+    const open = (dtype: Dtype, rows: number, columns: number): Tensor =>
+      opened.use(new Tensor(model.backend, dtype, rows, columns));
     this.model = model;
     this.cache = cache;
-    this.#tokens = new Tensor(backend, "I32", 1, sequences);
-    this.#targets = new Tensor(backend, "I32", 1, sequences);
-    this.#logProbs = new Tensor(backend, "F32", 1, sequences);
-    this.#apart = new Tensor(backend, "F32", sequences, 2);
-    this.#logits = new Tensor(
-      backend,
-      "F32",
-      sequences,
-      model.config.vocabulary,
-    );
-    this.#settings = new Tensor(backend, "F32", sequences, 4);
-    this.#rng = new Tensor(backend, "I32", sequences, 4);
+    this.#tokens = open("I32", 1, sequences);
+    this.#targets = open("I32", 1, sequences);
+    this.#logProbs = open("F32", 1, sequences);
+    this.#apart = open("F32", sequences, 2);
+    this.#logits = open("F32", sequences, model.config.vocabulary);
+    this.#settings = open("F32", sequences, 4);
+    this.#rng = open("I32", sequences, 4);
+    opened.move();
   }
 
   /**

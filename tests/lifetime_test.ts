@@ -13,7 +13,10 @@ import {
 import { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { embed, linear } from "../src/backend/ops.ts";
+import { wkv_status } from "../src/backend/symbols.ts";
 import { Tensor } from "../src/backend/tensor.ts";
+import { generate } from "../src/generate.ts";
+import { loadModel } from "../src/model.ts";
 import { type Layer, openCache, qkvWidth } from "../src/selftest/layer.ts";
 import { afterAll, beforeAll, describe, it } from "./device.ts";
 import { LibraryCopy, runScript } from "./isolated.ts";
@@ -371,5 +374,99 @@ describe("what cannot be opened", () => {
     const many: Layer = { ...layer, layers: 2000 };
     assertThrows(() => openCache(backend, many, { budget: 8 }), WkvError);
     assertEquals(backend.liveHandles, before);
+  });
+});
+
+describe("memory that cannot be had", () => {
+  const folder = new URL("golden/models/", import.meta.url).pathname;
+  const real = Backend.prototype.call;
+  /** What takes memory of the device or, of a copy, of the host. */
+  const openers = [
+    ...["wkv_tensor_open", "wkv_rope_open", "wkv_cache_open"],
+    "wkv_tensor_write",
+  ];
+
+  /** Runs `body` with the n-th opening refused; whether there was one. */
+  async function refusing(
+    n: number,
+    body: () => Promise<void>,
+  ): Promise<boolean> {
+    let opened = 0;
+    Backend.prototype.call = function (...all) {
+      const [name] = all;
+      if (openers.includes(name) && ++opened === n) {
+        throw new WkvError(name, wkv_status.WKV_MEMORY, "No memory");
+      }
+      return Reflect.apply(real, this, all);
+    };
+    try {
+      await body();
+      assertLess(opened, n);
+      return false;
+    } catch (error) {
+      assertInstanceOf(error, WkvError);
+      assertEquals(error.status, wkv_status.WKV_MEMORY);
+      return true;
+    } finally {
+      Backend.prototype.call = real;
+    }
+  }
+
+  it("while a model is loaded leaves nothing open", async () => {
+    const before = await live();
+    let failed = 0;
+    const load = async () => {
+      using _ = await loadModel(`${folder}llama`, { library: copy.path });
+    };
+    while (await refusing(failed + 1, load)) {
+      failed++;
+      assertEquals(await live(), before, `opening ${failed}`);
+    }
+    // Embedding, head, norms, and the matrices of two layers.
+    assertGreater(failed, 12);
+    assertEquals(await live(), before);
+  });
+
+  it("while a text is continued leaves what there was, and the next one goes on", async () => {
+    // Layers with and without a window, so caches of two kinds.
+    const options = { library: copy.path, threads: 1 };
+    const path = `${folder}gemma2`;
+    const continued = async (model: Awaited<ReturnType<typeof loadModel>>) => {
+      let tokens: number[] = [];
+      const cache = {
+        layerBudgets: "pyramid",
+        budget: 20,
+        sinks: 0,
+        recent: 1,
+      } as const;
+      const pieces = generate(model, [3, 4, 5], { cache, maxTokens: 30 });
+      for (;;) {
+        const { done, value } = await pieces.next();
+        if (done) {
+          tokens = value.tokens;
+          break;
+        }
+      }
+      return tokens;
+    };
+    using untouched = await loadModel(path, options);
+    const from = untouched.backend.liveHandles;
+    const held = untouched.backend.memory;
+    const tokens = await continued(untouched);
+    const handles = untouched.backend.liveHandles - from;
+    const bytes = untouched.backend.memory - held;
+    for (let n = 1;; n++) {
+      using model = await loadModel(path, options);
+      const { backend } = model;
+      const [from, held] = [backend.liveHandles, backend.memory];
+      const failed = await refusing(n, async () => void await continued(model));
+      assertEquals(await continued(model), tokens);
+      assertEquals(backend.liveHandles - from, handles, `opening ${n}`);
+      assertEquals(backend.memory - held, bytes, `opening ${n}`);
+      if (!failed) {
+        assertGreater(n, 15);
+        break;
+      }
+    }
   });
 });

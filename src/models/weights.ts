@@ -3,6 +3,7 @@
 import type { Backend } from "../backend/backend.ts";
 import { type Dtype, dtypes, Tensor } from "../backend/tensor.ts";
 import { WkvError } from "../backend/error.ts";
+import { wkv_status } from "../backend/symbols.ts";
 import { FormatError } from "../formats/error.ts";
 import type { GgufFile } from "../formats/gguf.ts";
 import type { SafetensorsFile } from "../formats/safetensors.ts";
@@ -239,7 +240,10 @@ export class WeightLoader implements WeightSource {
       try {
         out.write(piece, row + done);
       } catch (error) {
-        if (!(error instanceof WkvError)) throw error;
+        // Bad data is the file's fault, a lost device or no memory is not.
+        if (
+          !(error instanceof WkvError) || error.status !== wkv_status.WKV_DATA
+        ) throw error;
         throw new FormatError(tensor.path, tensor.name, error.message, {
           cause: error,
         });
