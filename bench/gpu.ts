@@ -66,7 +66,8 @@ const missing: string[] = [];
 
 for (const part of [...await parts()]) await runPart(part);
 await save();
-const { attention, decode } = join();
+const { ceiling, attention, decode } = join();
+console.log(ceilingText(ceiling));
 console.log(attention.text + "\n" + decode.text);
 for (const line of missing) console.log(line);
 const seconds = Math.round((performance.now() - start) / 1000);
@@ -178,9 +179,10 @@ async function runPart({ name, command, args, limit }: Part): Promise<void> {
 }
 
 async function save(): Promise<void> {
-  const { attention, decode } = join();
+  const { ceiling, attention, decode } = join();
   await writeResult(out, {
     ...head,
+    ceiling,
     attention: attention.rows,
     decode: decode.rows,
     missing,
@@ -188,10 +190,82 @@ async function save(): Promise<void> {
   });
 }
 
+/** How fast the memory was read in this run, and by what; shares are of it. */
+interface Ceiling {
+  /** Bytes a second: the most of what follows but the copies, in bytes a second too. */
+  bytesPerSecond: number | null;
+  /** Loads of 16 bytes, and bulk copies to shared memory; of a CPU all cores. */
+  loads: number | null;
+  bulk: number | null;
+  cores: number | null;
+  /** cuDNN's attention, keys and values counted, at its fastest size. */
+  cudnn: number | null;
+  cudnnSize: string | null;
+  /** Copies, reads and writes counted: the driver's, and torch's copy_. */
+  copy: number | null;
+  torchCopy: number | null;
+}
+
+function number(value: unknown): number | null {
+  return typeof value === "number" ? value : null;
+}
+
+function of(part: string, test: string): Row[] {
+  return rows.filter((row) => row.part === part && row.test === test);
+}
+
+function measureCeiling(): Ceiling {
+  const [memory] = of("attend", "memory");
+  const [copied] = of("attention", "copy");
+  let cudnn: number | null = null, cudnnSize: string | null = null;
+  for (
+    const { bytes, cudnn: us, batch, cache } of of("attention", "attention")
+  ) {
+    if (typeof us !== "number") continue;
+    const speed = (bytes as number) / us * 1e6;
+    if (speed <= (cudnn ?? 0)) continue;
+    cudnn = speed;
+    cudnnSize = `batch ${batch}, ${cache} tokens`;
+  }
+  const loads = number(memory?.loads), bulk = number(memory?.bulk);
+  const cores = device === "cpu" ? number(memory?.bytesPerSecond) : null;
+  const copy = number(memory?.copy);
+  const most = Math.max(loads ?? 0, bulk ?? 0, cores ?? 0, cudnn ?? 0);
+  return {
+    bytesPerSecond: most || copy,
+    loads,
+    bulk,
+    cores,
+    cudnn,
+    cudnnSize,
+    copy,
+    torchCopy: number(copied?.bytesPerSecond),
+  };
+}
+
+function ceilingText(ceiling: Ceiling): string {
+  const gbps = (x: number | null) => x === null ? "-" : (x / 1e9).toFixed(0);
+  return device === "cpu"
+    ? `Shares are of ${gbps(ceiling.cores)} GB/s, all cores reading`
+    : `Shares are of ${
+      gbps(ceiling.bytesPerSecond)
+    } GB/s, the fastest read: loads of 16 bytes ${
+      gbps(ceiling.loads)
+    }, bulk copies to shared memory ${gbps(ceiling.bulk)}, cuDNN ${
+      gbps(ceiling.cudnn)
+    }${
+      ceiling.cudnnSize === null ? "" : ` (${ceiling.cudnnSize})`
+    }; copies, reads and writes counted: the driver's ${
+      gbps(ceiling.copy)
+    }, torch's ${gbps(ceiling.torchCopy)}`;
+}
+
 /** Ours beside the peers, by size. */
 function join() {
-  const of = (part: string, test: string) =>
-    rows.filter((row) => row.part === part && row.test === test);
+  const ceiling = measureCeiling();
+  const { bytesPerSecond } = ceiling;
+  const share = ({ gbps }: Row) =>
+    bytesPerSecond && (gbps as number) * 1e9 / bytesPerSecond;
   const ratio = (a: unknown, b: unknown) =>
     typeof a === "number" && typeof b === "number"
       ? Number((a / b).toFixed(3))
@@ -205,7 +279,7 @@ function join() {
       batch: row.batch,
       cache: row.budget,
       us: Number((row.us as number).toFixed(3)),
-      share: row.share,
+      share: share(row),
       cudnn,
       flash,
       scores,
@@ -228,13 +302,14 @@ function join() {
         "tokens/s": Number((row.tokensPerSecond as number).toFixed(2)),
         ms: Number((row.ms as number).toFixed(4)),
         "host ms": Number((row.hostMs as number).toFixed(4)),
-        share: row.share,
+        share: share(row),
         gptfast: peer?.tokensPerSecond ?? null,
         "ours/gptfast": ratio(row.tokensPerSecond, peer?.tokensPerSecond),
       };
     },
   );
   return {
+    ceiling,
     attention: { rows: attention, text: table(attention) },
     decode: { rows: decode, text: table(decode) },
   };

@@ -2,8 +2,10 @@
 
 import {
   assert,
+  assertAlmostEquals,
   assertEquals,
   assertGreater,
+  assertMatch,
   assertRejects,
 } from "@std/assert";
 import { describe, it } from "@std/testing/bdd";
@@ -364,12 +366,22 @@ describe("bench/gpu.ts", () => {
       const result = JSON.parse(await Deno.readTextFile(file));
       assertEquals(result.attention.length, 4);
       assertEquals(result.decode.length, 2);
+      const { ceiling } = result;
+      assertPositive(ceiling, "bytesPerSecond");
+      assertEquals(ceiling.bytesPerSecond, ceiling.cores);
+      for (const { us, share } of result.attention) {
+        const row = result.rows.find((row: { us?: number }) =>
+          row.us !== undefined && Number(row.us.toFixed(3)) === us
+        );
+        assertAlmostEquals(share, row.gbps * 1e9 / ceiling.bytesPerSecond);
+      }
       assertEquals(result.missing, [
         "Peers attention, gptfast left out: they need a GPU",
         "file ended with 2",
       ]);
       const text = new TextDecoder().decode(stdout);
       assert(text.includes("ours/cudnn"), text);
+      assertMatch(text, /^Shares are of \d+ GB\/s, all cores reading$/m);
     } finally {
       await Deno.remove(file);
     }
@@ -380,5 +392,11 @@ describe("measureMemory", () => {
   it("gives figures, or says why not", async () => {
     const { bytesPerSecond, note } = await measureMemory("cpu");
     assert(note !== undefined || (bytesPerSecond ?? 0) > 1e9);
+    const gpu = await measureMemory("cuda");
+    const { loads, bulk, copy } = gpu;
+    const read = Math.max(loads ?? 0, bulk ?? 0);
+    assertEquals(gpu.kind, read > 0 ? "read" : "copy");
+    assertEquals(gpu.bytesPerSecond, read || copy);
+    if (gpu.bytesPerSecond === null) assertMatch(gpu.note!, /; no read/);
   });
 });
