@@ -28,6 +28,7 @@ import {
   cacheSettingsOf,
   load,
   loadOptions,
+  noteFull,
   outputOptions,
   POLICY_NAMES,
   policyList,
@@ -112,6 +113,7 @@ ${policyList()}`,
       ...cacheSettingsOf(values),
     };
     checkOptions(settings);
+    await noteFull(settings.policies, values, terminal);
     using model = await load(values, terminal, signal);
     const folder = values.out === undefined
       ? null

@@ -141,6 +141,24 @@ export function checkedPolicy(
   return policy;
 }
 
+/** Says which options have no meaning when `full` is the only policy. */
+export async function noteFull(
+  policies: readonly (string | undefined)[],
+  values: { quiet?: boolean | undefined; [name: string]: unknown },
+  terminal: Terminal,
+  names: readonly string[] = [
+    ...["budget", "sinks", "recent", "interval", "layer-budgets"],
+  ],
+): Promise<void> {
+  const given = names.filter((name) => values[name] !== undefined)
+    .map((name) => `--${name}`);
+  if (values.quiet || given.length === 0) return;
+  if (policies.some((name) => name !== "full")) return;
+  await terminal.err.write(
+    `full keeps every token: ${given.join(", ")} left aside\n`,
+  );
+}
+
 /** How tokens are drawn. */
 export const samplerOptions = {
   temperature: decimal(

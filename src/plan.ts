@@ -92,7 +92,8 @@ export function planMemory(
 }
 
 /**
- * The largest budget that fits, at most the model's context; null when none does.
+ * The largest budget that fits, at most the model's context, of `full` the
+ * tokens that it has room for; null when none does.
  *
  * @param memory Bytes.
  */
@@ -102,15 +103,18 @@ export function mostBudget(
   options: PlanOptions = {},
 ): number | null {
   const most = Math.min(model.config.context, MAX_SLOTS);
+  const of = (tokens: number): PlanOptions => ({
+    ...options,
+    budget: tokens,
+    capacity: tokens,
+  });
   // What is wrong with other options is wrong with the largest budget too.
-  planMemory(model, { ...options, budget: most });
+  planMemory(model, of(most));
   const budget = largest(
     most,
-    (budget) => (bytesOf(model, { ...options, budget }) ?? 0) <= memory,
+    (tokens) => (bytesOf(model, of(tokens)) ?? 0) <= memory,
   );
-  return budget === null || bytesOf(model, { ...options, budget }) === null
-    ? null
-    : budget;
+  return budget === null || bytesOf(model, of(budget)) === null ? null : budget;
 }
 
 /**

@@ -437,6 +437,7 @@ describe("generate()", () => {
           activations: "int8",
           cacheType: "f16",
           kept: 24,
+          layerKept: null,
           bytes: cache.bytes,
           fullBytes: 89 * 2 * 2 * 2 * 8 * 2,
         });
