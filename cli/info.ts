@@ -59,6 +59,7 @@ export const infoCommand = defineCommand({
       name,
       path,
       bytes: file.size,
+      files: file.parts,
       architecture,
       parameters,
       layers,
@@ -87,7 +88,12 @@ export const infoCommand = defineCommand({
     }
     const rows: [string, string][] = [
       ["file", path],
-      ["size", formatBytes(file.size)],
+      [
+        "size",
+        `${formatBytes(file.size)}${
+          file.parts === 1 ? "" : ` in ${file.parts} files`
+        }`,
+      ],
       ["architecture", architecture],
       ["parameters", `${(parameters / 1e6).toFixed(1)} million`],
       ["layers", `${layers}`],

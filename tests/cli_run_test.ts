@@ -63,7 +63,10 @@ describe("wkv generate", () => {
     const plain = await ok(["generate", ...here, ...args, ...uneven]);
     assertMatch(plain.stderr, /; 10 to 43 of 43 tokens kept a layer\n$/);
     const { cache } = await generateJson([...args, ...uneven]);
-    assertEquals(cache.layerKept, cache.layerSlots.map((n: number) => Math.min(43, n)));
+    assertEquals(
+      cache.layerKept,
+      cache.layerSlots.map((n: number) => Math.min(43, n)),
+    );
   });
 
   it("says what has no meaning for full, and leaves it aside", async () => {

@@ -18,6 +18,7 @@ import {
   writeScript,
 } from "./cli_process.ts";
 import { testModel } from "./model.ts";
+import { tinyModel } from "./tiny_model.ts";
 
 let model = "";
 let temporary = "";
@@ -188,6 +189,40 @@ describe("models", () => {
     // Of three layers two keep 7 tokens; 2 KV heads of 32 dimensions in f16.
     assertEquals(cache.budgetBytes, (100 + 7 + 7) * 2 * 2 * 32 * 2);
     assertEquals(cache.contextBytes, (64 + 7 + 7) * 2 * 2 * 32 * 2);
+  });
+
+  it("info, plan and generate take a model in several files by its first", async () => {
+    const paths = tinyModel({ layers: 2 }).split(3).map((bytes, i) => {
+      const path = `${temporary}/tiny-0000${i + 1}-of-00003.gguf`;
+      Deno.writeFileSync(path, bytes);
+      return path;
+    });
+    const [first] = paths as [string];
+    const size = paths.reduce((sum, path) => sum + Deno.statSync(path).size, 0);
+    const { stdout } = await ok(["info", first, "--json"]);
+    const { bytes, files, runs, types } = JSON.parse(stdout);
+    assertEquals([bytes, files, runs], [size, 3, true]);
+    assertEquals(types.F32.tensors, 20);
+    assertStringIncludes((await ok(["info", first])).stdout, " in 3 files\n");
+    const args = ["plan", first, "--memory", "5MB", "--batch", "1"];
+    assertStringIncludes((await ok(args)).stdout, "64");
+    const run = ["generate", "a", "--model", first, "--max-tokens", "3"]
+      .concat("--budget", "16", "--device", "cpu");
+    const help = await ok([...run, "--help"]);
+    const flags = help.stdout.match(/(?<=^ *)--allow-.*/gm)!;
+    assertMatch(flags.join(), /tiny-00003-of-00003/);
+    await ok(run, { flags });
+    await expectErrors([
+      {
+        args: ["info", paths[1]!],
+        code: 2,
+        says: [paths[1]!, "expected the first", first],
+      },
+    ]);
+    await Deno.remove(paths[2]!);
+    await expectErrors([
+      { args: ["info", first], code: 2, says: [paths[2]!, "missing"] },
+    ]);
   });
 
   it("plan says what fits, and refuses what is no size", async () => {

@@ -26,6 +26,7 @@ import {
   removeModel,
   resolveModel,
 } from "../src/hub/models.ts";
+import { tinyModel } from "./tiny_model.ts";
 
 let root = "";
 let count = 0;
@@ -280,7 +281,56 @@ describe("hf: names", () => {
       [":Q4", ggufs, "has no Q4, but m-Q4_K_M.gguf"],
       [":x.gguf", ggufs, "has no x.gguf, but"],
       ["", ["config.json"], "neither a .gguf file nor config.json with"],
-      [":Q4_0", ["m-Q4_0-00001-of-00002.gguf"], "split into several files"],
+    ];
+    for (const [name, listed, text] of refused) {
+      assertThrows(() => choose(name, listed), RangeError, text);
+    }
+  });
+});
+
+describe("hf: names of models in several files", () => {
+  const part = (stem: string, part: number, of = 3) =>
+    `${stem}-0000${part}-of-0000${of}.gguf`;
+  const parts = (stem: string) => [1, 2, 3].map((i) => part(stem, i));
+  const choose = (name: string, files: string[]) =>
+    chooseFiles(parseHubName(`hf:o/r${name}`), files);
+
+  it("mean all of them, and open the first", () => {
+    const listed = [
+      ...parts("q/m-Q8_0").toReversed(),
+      ...["m-Q4_K_M.gguf", "README.md"],
+    ];
+    const all = {
+      open: "q/m-Q8_0-00001-of-00003.gguf",
+      files: parts("q/m-Q8_0"),
+    };
+    assertEquals(choose(":q8_0", listed), all);
+    assertEquals(choose(`:${all.open}`, listed), all);
+    assertEquals(choose("", parts("q/m-Q8_0")), all);
+    assert(isWhole(all, listed));
+  });
+
+  it("are refused where they mean a later part, or one is missing", () => {
+    const refused: [string, string[], string][] = [
+      [
+        `:${part("m", 2)}`,
+        parts("m"),
+        "part 2 of a model in 3 files, name the first: m-00001-of-00003.gguf",
+      ],
+      [":Q8_0", parts("m-Q8_0").slice(0, 2), "has no m-Q8_0-00003-of-00003"],
+      [":Q8_0", parts("m-Q8_0").slice(1), "has no m-Q8_0-00001-of-00003"],
+      [
+        "",
+        [...parts("a"), "b.gguf"],
+        "2 such .gguf files, name one of them: a-00001-of-00003.gguf, b.gguf",
+      ],
+      [
+        "",
+        [...parts("a"), part("a", 1, 2), part("a", 2, 2)],
+        "name one of them: a-00001-of-00002.gguf, a-00001-of-00003.gguf",
+      ],
+      ["", [part("a", 1, 0), "b.gguf"], "2 such .gguf files"],
+      ["", ["a-00001-of-99999.gguf"], "split into 99999 files"],
     ];
     for (const [name, listed, text] of refused) {
       assertThrows(() => choose(name, listed), RangeError, text);
@@ -289,6 +339,59 @@ describe("hf: names", () => {
 });
 
 describe("pull from the Hub", () => {
+  it("gets a model in several files, which loads, is listed once and removed whole", async () => {
+    await using hub = new FakeHub();
+    const tiny = tinyModel({ layers: 3 });
+    const files = tiny.split(3).map((data, i) => {
+      const file = `q/m-F32-0000${i + 1}-of-00003.gguf`;
+      hub.files[file] = { data };
+      return file;
+    });
+    hub.files["q/other-Q4_0.gguf"] = { data: CONTENT };
+    const options = optionsOf(hub);
+    const folder = `${options.hubCache}/models--org--repo`;
+    const path = await resolveModel("hf:org/repo:F32", options);
+    assertEquals(path, `${folder}/snapshots/${COMMIT}/${files[0]}`);
+    const asked = hub.requests.map(({ path }) => path).filter((path) =>
+      path.includes("/resolve/")
+    );
+    assertEquals(asked.length, 3);
+    using model = await loadModel("hf:org/repo:F32", {
+      ...options,
+      cacheDir: undefined,
+      offline: true,
+    });
+    assertEquals(model.config.layers, 3);
+    const bytes = tiny.split(3).reduce((sum, { length }) => sum + length, 0);
+    const name = `hf:org/repo:${files[0]}`;
+    assertEquals(await listModels(options), [
+      { name, path, bytes, revision: COMMIT },
+    ]);
+    const details = await describeModel(name, options);
+    assertEquals(
+      details.files.map(({ path }) => path),
+      files.map((file) => `${folder}/snapshots/${COMMIT}/${file}`),
+    );
+    // A part that is gone is pulled again, and nothing else.
+    await Deno.remove(details.files[1]!.path);
+    await Deno.remove(`${folder}/blobs/${details.files[1]!.hash}`);
+    assertEquals(await listModels(options), []);
+    await assertRejects(
+      () => resolveModel("hf:org/repo:F32", { ...options, offline: true }),
+      Deno.errors.NotFound,
+    );
+    hub.requests.length = 0;
+    assertEquals(await resolveModel("hf:org/repo:F32", options), path);
+    assertEquals(
+      hub.requests.filter(({ path }) => path.includes("/resolve/")).map((
+        { path },
+      ) => path),
+      [`/org/repo/resolve/${COMMIT}/${files[1]}`],
+    );
+    assertEquals(await removeModel("hf:org/repo:F32", options), bytes);
+    assertEquals(await tree(options.hubCache), []);
+  });
+
   it("fills the Hub's cache as its own clients do", async () => {
     await using hub = new FakeHub();
     const config = new TextEncoder().encode("{}");

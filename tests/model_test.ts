@@ -115,6 +115,42 @@ const TEXT = Array.from(
   new TextEncoder().encode("The cache keeps what was read."),
 );
 
+describe("a model in several GGUF files", () => {
+  it("gives the logits of the same in one", async () => {
+    const tiny = tinyModel({
+      layers: 3,
+      type: () => "Q8_0",
+      width: 64,
+      hidden: 96,
+    });
+    const folder = await Deno.makeTempDir({ prefix: "wkv_split_" });
+    try {
+      const paths = tiny.split(4).map((bytes, i) => {
+        const path = `${folder}/m-0000${i + 1}-of-00004.gguf`;
+        Deno.writeFileSync(path, bytes);
+        return path;
+      });
+      const options = { device: testDevice };
+      using one = await loadBytes(tiny.bytes);
+      using several = await loadModel(paths[0]!, options);
+      assertEquals(several.weightBytes, one.weightBytes);
+      using first = one.createCache({ budget: 16 });
+      using second = several.createCache({ budget: 16 });
+      assertEquals(
+        await stepLogits(several, second, TEXT),
+        await stepLogits(one, first, TEXT),
+      );
+      await assertRejects(
+        () => loadModel(paths[1]!, options),
+        FormatError,
+        "expected the first",
+      );
+    } finally {
+      await Deno.remove(folder, { recursive: true });
+    }
+  });
+});
+
 describe("a Llama file, against a plain f64 forward pass", () => {
   const mixed = ({ q, k, v }: Record<"q" | "k" | "v", string>) =>
     ((name) =>

@@ -11,6 +11,7 @@ import {
   repoFolder,
   writeRef,
 } from "./hub_cache.ts";
+import { firstPart, partNames, partOfName } from "../formats/part_names.ts";
 import { Meter, type Progress } from "./progress.ts";
 import {
   checkSpace,
@@ -71,7 +72,6 @@ const FOLDER_FILES = [
   ...["chat_template.jinja", "model.safetensors.index.json"],
 ];
 const WEIGHTS = /^model(?:-(\d{5})-of-(\d{5}))?\.safetensors$/;
-const SHARD = /-\d{5}-of-\d{5}\.gguf$/;
 /** Tries of one file, each going on where the one before ended. */
 const TRIES = 5;
 const REDIRECTS = 5;
@@ -124,7 +124,8 @@ export interface Choice {
 
 /**
  * Which files a name means: the GGUF file or the quant that it names; else
- * safetensors with their config.json, or the only GGUF file.
+ * safetensors with their config.json, or the only GGUF file. A model that is
+ * split into several GGUF files is named by its first.
  *
  * @param listed Paths of the repository's files.
  * @throws {RangeError} If it means none, or several.
@@ -150,30 +151,41 @@ export function chooseFiles(
         : `${label}: The repository has no .gguf file`,
     );
   }
-  const wanted = file === null
+  const named = file === null
     ? ggufs
     : file.endsWith(".gguf")
     ? ggufs.filter((path) => path === file)
     : ggufs.filter((path) => hasQuant(path, file));
-  if (wanted.some((path) => SHARD.test(path))) {
-    throw new RangeError(
-      `${label}: The model is split into several files, which is not supported yet; take one that is not`,
-    );
-  }
-  const [only] = wanted;
-  if (only === undefined) {
+  if (named.length === 0) {
     throw new RangeError(
       `${label}: The repository has no ${file}, but ${ggufs.join(", ")}`,
     );
   }
-  if (wanted.length > 1) {
+  // A model in several files is named by each of them, and opened by the first.
+  const models = new Set(named.map(firstPart));
+  if (models.size > 1) {
     throw new SeveralFilesError(
-      `${label}: The repository has ${wanted.length} such .gguf files, name one of them: ${
-        wanted.join(", ")
+      `${label}: The repository has ${models.size} such .gguf files, name one of them: ${
+        [...models].join(", ")
       }`,
     );
   }
-  return { open: only, files: [only] };
+  const open = [...models][0]!;
+  const files = partNames(open);
+  const missing = files.find((path) => !listed.includes(path));
+  if (missing !== undefined) {
+    throw new RangeError(
+      `${label}: The model is split into ${files.length} files, and the repository has no ${missing}`,
+    );
+  }
+  if (file !== null && file.endsWith(".gguf") && file !== open) {
+    throw new RangeError(
+      `${label}: This is part ${
+        partOfName(file)!.part
+      } of a model in ${files.length} files, name the first: ${open}`,
+    );
+  }
+  return { open, files };
 }
 
 /** Whether a file's name has the quant as a part of its own. */

@@ -1,4 +1,4 @@
-/** A model on disk, whatever its format: a GGUF file, or a Hugging Face folder; opened by Model.load and `wkv info`. */
+/** A model on disk, whatever its format: a GGUF file or the first of several, or a Hugging Face folder; opened by Model.load and `wkv info`. */
 
 import {
   type ChatTemplates,
@@ -21,6 +21,8 @@ import { ggufWeights, safetensorsWeights, type WeightFile } from "./weights.ts";
 export interface ModelFile extends Disposable {
   /** Bytes of its files of weights. */
   readonly size: number;
+  /** Number of those files. */
+  readonly parts: number;
   /** What it is. */
   readonly architecture: Architecture;
   /** Its numbers. */
@@ -40,8 +42,8 @@ export interface ModelFile extends Disposable {
 const known: Architecture[] = Object.values(architectures);
 
 /**
- * Opens a model: a GGUF file, a folder with a config.json and safetensors, or
- * one of these safetensors files or their index.
+ * Opens a model: a GGUF file, the first of several, a folder with a config.json
+ * and safetensors, or one of these safetensors files or their index.
  *
  * @throws {FormatError} A file is malformed, or of an unknown architecture.
  */
@@ -73,6 +75,7 @@ async function openGguf(path: string): Promise<ModelFile> {
     const templates = ggufChatTemplates(file);
     return {
       size: file.size,
+      parts: file.parts,
       architecture: found,
       config,
       tensors: file.tensors.values(),
@@ -118,6 +121,7 @@ async function openFolder(folder: string, path: string): Promise<ModelFile> {
   const file = await SafetensorsFile.open(path);
   return {
     size: file.size,
+    parts: file.parts,
     architecture,
     config,
     tensors: file.tensors.values(),

@@ -42,10 +42,11 @@ export function ggufWeights(file: GgufFile): WeightFile {
   return {
     has: (name) => file.tensors.has(name),
     find: (name, shape) => {
-      const { type, bytes, offset } = file.tensor(name, shape.toReversed());
+      const found = file.tensor(name, shape.toReversed());
+      const { type, bytes, offset, file: { path } } = found;
       const read = (at: number, into: Uint8Array) =>
-        file.read(offset + at, into);
-      return { path: file.path, name, type, bytes, read };
+        found.file.read(offset + at, into);
+      return { path, name, type, bytes, read };
     },
   };
 }
