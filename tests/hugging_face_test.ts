@@ -26,6 +26,7 @@ import {
   removeModel,
   resolveModel,
 } from "../src/hub/models.ts";
+import { ok } from "./cli_process.ts";
 import { tinyModel } from "./tiny_model.ts";
 
 let root = "";
@@ -474,15 +475,29 @@ describe("pull from the Hub", () => {
     }
     hub.files["README.md"] = { data: CONTENT, small: true };
     const options = optionsOf(hub);
-    const labels = new Set<string>();
+    const reports: Progress[] = [];
     const path = await pullModel("hf:org/repo", {
       ...options,
-      onProgress: ({ label }) => labels.add(label),
+      onProgress: (report) => reports.push(report),
     });
-    assert(
-      labels.has("hf:org/repo: model.safetensors (2 of 2)"),
-      [...labels].join(),
+    // Each report is of one file and of all; both end where they should.
+    const sizes = ["config.json", "model.safetensors"].map((file) =>
+      hub.files[file]!.data.length
     );
+    const all = sizes[0]! + sizes[1]!;
+    const seen = [0, 0];
+    let before = 0;
+    for (const { stage, label, loaded, total, file } of reports) {
+      assertEquals([label, total], ["hf:org/repo", all]);
+      assert(loaded >= before, `${loaded} after ${before}`);
+      before = loaded;
+      const { index, count, name } = file!;
+      assertEquals([count, file!.total], [2, sizes[index - 1]]);
+      assertEquals(name, ["config.json", "model.safetensors"][index - 1]);
+      if (stage === "download") seen[index - 1] = file!.loaded;
+      else assertEquals(loaded, index === 1 ? sizes[0] : all);
+    }
+    assertEquals([seen, before], [sizes, all]);
     assertEquals(path.split("/").at(-1), COMMIT);
     const files = (await describeModel("hf:org/repo", options)).files;
     assertEquals(files.map(({ path: file }) => file.slice(path.length + 1)), [
@@ -497,6 +512,47 @@ describe("pull from the Hub", () => {
       offline: true,
     });
     assertEquals(loaded.config.architecture, "llama");
+  });
+
+  it("says each file's end on a pipe, and nothing when quiet", async () => {
+    await using hub = new FakeHub();
+    hub.files = {
+      "config.json": { data: new TextEncoder().encode("{}"), small: true },
+      "model-00001-of-00002.safetensors": { data: CONTENT },
+      "model-00002-of-00002.safetensors": { data: CONTENT.slice(9) },
+      "model.safetensors.index.json": { data: CONTENT.slice(99), small: true },
+    };
+    const hubCache = fresh("hub");
+    const env = { HF_ENDPOINT: hub.url, HF_HUB_CACHE: hubCache, HF_TOKEN: "" };
+    const pull = await ok(["pull", "hf:org/repo"], { env });
+    assertMatch(
+      pull.stderr.replace(/ in [\d.]+ m?s/g, ""),
+      new RegExp(`^Downloading hf:org/repo \\(4 files, 879 KiB\\)
+config.json \\(1 of 4\\): 2 B
+model-00001-of-00002.safetensors \\(2 of 4\\): 293 KiB
+model-00002-of-00002.safetensors \\(3 of 4\\): 293 KiB
+model.safetensors.index.json \\(4 of 4\\): 293 KiB
+Downloaded hf:org/repo
+$`),
+    );
+    const path = `${hubCache}/models--org--repo/snapshots/${COMMIT}`;
+    assertEquals(pull.stdout, `${path}\n`);
+    // Of what is here one line a file, and no download.
+    const again = await ok(["pull", "hf:org/repo"], { env });
+    assertEquals(again.stdout, pull.stdout);
+    assertMatch(
+      again.stderr,
+      /^(hf:org\/repo: \S+ \(\d of 4\): already there, hash verified\n){4}$/,
+    );
+    await Deno.remove(`${path}/../../blobs/${sha256(CONTENT)}`);
+    const one = await ok(["pull", "hf:org/repo"], { env });
+    assertMatch(
+      one.stderr,
+      /\nDownloading hf:org\/repo \(4 files, 879 KiB\)\nmodel-00001-of-00002.safetensors \(2 of 4\): 293 KiB in [\d.]+ m?s\nhf:org/,
+    );
+    await Deno.remove(hubCache, { recursive: true });
+    const quiet = await ok(["pull", "hf:org/repo", "--quiet"], { env });
+    assertEquals([quiet.stdout, quiet.stderr], [pull.stdout, ""]);
   });
 
   it("goes on where a download broke off", async () => {
