@@ -229,6 +229,7 @@ describe("a registry's mod.ts", () => {
         folder: "src/models/",
         helpers: [
           "architecture.ts",
+          "check.ts",
           "decoder.ts",
           "file.ts",
           "gguf_config.ts",

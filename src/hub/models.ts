@@ -35,7 +35,7 @@ import {
 } from "./staging.ts";
 
 export { DEFAULT_MODEL } from "./registry.ts";
-export type { Progress } from "./progress.ts";
+export type { Progress, ProgressFile } from "./progress.ts";
 
 /** How models are found and pulled. */
 export interface ModelOptions {

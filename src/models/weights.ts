@@ -150,15 +150,7 @@ export class WeightLoader implements WeightSource {
     parts: readonly Part[],
     columns: number,
   ): Promise<Tensor[]> {
-    const found = parts.map(([name, rows, slice]) => {
-      const tensor = this.#file.find(name, [slice?.of ?? rows, columns]);
-      const from = slice?.from ?? 0;
-      return { tensor, rows, from, dtype: this.#dtype(tensor) };
-    });
-    const first = found[0]!.dtype;
-    const groups = found.every(({ dtype }) => dtype === first)
-      ? [found]
-      : found.map((part) => [part]);
+    const groups = groupsOf(this.#file, parts, columns);
     const tensors: Tensor[] = [];
     for (const group of groups) {
       const rows = group.reduce((sum, part) => sum + part.rows, 0);
@@ -183,13 +175,11 @@ export class WeightLoader implements WeightSource {
     name: string,
     columns: number,
   ): Promise<Float32Array<ArrayBuffer>> {
-    const tensor = this.#file.find(name, [columns]);
+    const tensor = findVector(this.#file, name, columns);
     const bytes = new Uint8Array(tensor.bytes);
     await tensor.read(0, bytes);
     this.#count(tensor.bytes);
     switch (tensor.type) {
-      case "F32":
-        return new Float32Array(bytes.buffer);
       case "F16":
         return Float32Array.from(new Float16Array(bytes.buffer));
       case "BF16":
@@ -198,26 +188,8 @@ export class WeightLoader implements WeightSource {
             .buffer,
         );
       default:
-        throw new FormatError(
-          tensor.path,
-          tensor.name,
-          `the type is ${tensor.type}, expected F32, F16 or BF16`,
-        );
+        return new Float32Array(bytes.buffer);
     }
-  }
-
-  #dtype(tensor: StoredWeight): Dtype {
-    const found = dtypes.find((dtype) =>
-      dtype === tensor.type && dtype !== "I32"
-    );
-    if (found !== undefined) return found;
-    throw new FormatError(
-      tensor.path,
-      tensor.name,
-      `the type ${tensor.type} has no kernel yet, expected one of ${
-        dtypes.filter((dtype) => dtype !== "I32").join(", ")
-      }`,
-    );
   }
 
   /** Copies rows of a tensor to `row` of `out` and on. */
@@ -257,4 +229,65 @@ export class WeightLoader implements WeightSource {
     this.bytes += bytes;
     this.#onBytes(bytes);
   }
+}
+
+/** Some rows of a tensor. */
+export interface StoredRows {
+  tensor: StoredWeight;
+  from: number;
+  rows: number;
+  dtype: Dtype;
+}
+
+/**
+ * Parts as one group where their types are the same, else one a part.
+ *
+ * @throws {FormatError} As {@linkcode WeightLoader.matrices}.
+ */
+export function groupsOf(
+  file: WeightFile,
+  parts: readonly Part[],
+  columns: number,
+): StoredRows[][] {
+  const found = parts.map(([name, rows, slice]): StoredRows => {
+    const tensor = file.find(name, [slice?.of ?? rows, columns]);
+    return { tensor, rows, from: slice?.from ?? 0, dtype: dtypeOf(tensor) };
+  });
+  const first = found[0]!.dtype;
+  return found.every(({ dtype }) => dtype === first)
+    ? [found]
+    : found.map((part) => [part]);
+}
+
+function dtypeOf(tensor: StoredWeight): Dtype {
+  const found = dtypes.find((dtype) =>
+    dtype === tensor.type && dtype !== "I32"
+  );
+  if (found !== undefined) return found;
+  throw new FormatError(
+    tensor.path,
+    tensor.name,
+    `the type ${tensor.type} has no kernel yet, expected one of ${
+      dtypes.filter((dtype) => dtype !== "I32").join(", ")
+    }`,
+  );
+}
+
+/**
+ * A vector of a float type.
+ *
+ * @throws {FormatError} It is missing, of another length or of another type.
+ */
+export function findVector(
+  file: WeightFile,
+  name: string,
+  columns: number,
+): StoredWeight {
+  const tensor = file.find(name, [columns]);
+  if (["F32", "F16", "BF16"].includes(tensor.type)) return tensor;
+  throw new FormatError(
+    tensor.path,
+    tensor.name,
+    `the type is ${tensor.type}, expected F32, F16 or BF16`,
+  );
 }
