@@ -6,7 +6,9 @@
  *   deno task bench:gpu [--quick] [--peers attention,gptfast[,transformers]]
  *     [--model FILE.gguf] [--shapes llama-3-8b] [--out FILE] [--device cuda]
  *
- * Eight minutes at most, two with --quick. The parts run one behind the other,
+ * `full` is the time of the same kernel on a full cache of that size, `over full`
+ * what choosing a token and letting it leave takes beside. Eight minutes at most,
+ * two with --quick. The parts run one behind the other,
  * each a process with a time limit of its own; the file is written anew after
  * every figure, so that a part that fails or is stopped loses no other's.
  * Peers need python3 with torch and are left out, with a line, where it is not.
@@ -98,13 +100,26 @@ async function parts(): Promise<Part[]> {
     ],
     limit,
   });
+  const attend = (
+    name: string,
+    limit: number,
+    policies: readonly string[],
+    budgets: readonly number[],
+    batches: readonly number[],
+  ) =>
+    wkv(name, limit, [
+      ...["kernels", "--shapes", shapes, "--op", "attend", ...cache],
+      ...["--policy", policies.join(), "--budget", list(budgets)],
+      ...["--batch", list(batches)],
+    ]);
   const random = ["--shapes", shapes, "--dtype", "BF16"];
   const cache = ["--cache-type", peerSizes.cacheType];
   const sizes = ["--batch", list(batches)];
   return [
-    wkv("attend", 90, [
-      ...["kernels", "--shapes", shapes, "--op", "attend", ...cache],
-      ...[...sizes, "--budget", list(budgets)],
+    attend("attend", 90, ["weighted-kv", "full"], budgets, batches),
+    ...(quick ? [] : [
+      attend("long", 40, ["weighted-kv", "full"], [tiny ? 128 : 131072], [1]),
+      attend("policies", 30, ["eviction", "weighted-kv-ward"], [budget], [1]),
     ]),
     ...peer("attention", "attention.py", 120, [
       ...["--cache", list(budgets), ...sizes],
@@ -270,24 +285,40 @@ function join() {
     typeof a === "number" && typeof b === "number"
       ? Number((a / b).toFixed(3))
       : null;
-  const attention = of("attend", "kernel").map((row) => {
-    const peer: Record<string, unknown> = of("attention", "attention").find((
-      peer,
-    ) => peer.batch === row.batch && peer.cache === row.budget) ?? {};
-    const { flash = null, cudnn = null, compiled_scores: scores = null } = peer;
-    return {
-      batch: row.batch,
-      cache: row.budget,
-      us: Number((row.us as number).toFixed(3)),
-      share: share(row),
-      cudnn,
-      flash,
-      scores,
-      "ours/cudnn": ratio(row.us, cudnn),
-      "ours/flash": ratio(row.us, flash),
-      "ours/scores": ratio(row.us, scores),
-    };
-  });
+  const steps = ["attend", "long", "policies"].flatMap((part) =>
+    of(part, "kernel")
+  );
+  const attention = steps.filter(({ policy }) => policy !== "full").map(
+    (row) => {
+      const same = (other: Row) =>
+        other.batch === row.batch &&
+        (other.cache ?? other.budget) === row.budget;
+      const peer: Record<string, unknown> =
+        of("attention", "attention").find(same) ?? {};
+      const { flash = null, cudnn = null, compiled_scores: scores = null } =
+        peer;
+      const us = row.us as number;
+      // The same kernel where no token leaves: what choosing and merging one costs.
+      const full = steps.find((one) => one.policy === "full" && same(one))?.us;
+      return {
+        policy: row.policy,
+        batch: row.batch,
+        cache: row.budget,
+        us: Number(us.toFixed(3)),
+        full: typeof full === "number" ? Number(full.toFixed(3)) : null,
+        "over full": typeof full === "number"
+          ? Number((us - full).toFixed(3))
+          : null,
+        share: share(row),
+        cudnn,
+        flash,
+        scores,
+        "ours/cudnn": ratio(row.us, cudnn),
+        "ours/flash": ratio(row.us, flash),
+        "ours/scores": ratio(row.us, scores),
+      };
+    },
+  );
   const decode = [...of("model", "decode"), ...of("file", "decode")].map(
     (row) => {
       const peer = row.part === "model"
@@ -327,7 +358,7 @@ function table(rows: readonly Record<string, unknown>[]): string {
   return formatTable(
     head,
     rows.map((row) => head.map((key) => cell(key, row[key]))),
-    head.filter((key) => key !== "model"),
+    head.filter((key) => key !== "model" && key !== "policy"),
   );
 }
 

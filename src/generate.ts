@@ -180,6 +180,10 @@ export async function* generate(
     const promptTime = performance.now();
     try {
       let token = await session.prompt(ids, { prefill, signal });
+      // Asked once: a copy from the device would delay each token.
+      const room = cache.policy.select === "none"
+        ? cache.capacity - cache.stats().kept
+        : Infinity;
       for (;;) {
         lastTime = performance.now();
         if (tokens.length === 0) firstTime = lastTime;
@@ -203,7 +207,7 @@ export async function* generate(
           finishReason = "stop";
           break;
         }
-        if (tokens.length >= maxTokens || isFull(cache)) break;
+        if (tokens.length >= maxTokens || tokens.length > room) break;
         signal?.throwIfAborted();
         token = (await session.next())[0]!;
       }

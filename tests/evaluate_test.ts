@@ -141,6 +141,11 @@ describe("lineChart()", () => {
     assert(Math.abs((Number(bar[1]) + Number(bar[2])) / 2 - y0) < 0.11);
   });
 
+  it("shows a height that is asked for", () => {
+    assertEquals(draw().includes(">0</text>"), false);
+    assertStringIncludes(draw({ base: 0 }), ">0</text>");
+  });
+
   it("escapes names and draws single points, equal ones and none", () => {
     const svg = draw();
     assertStringIncludes(svg, "&lt;b&gt; &amp; &quot;c&quot;");

@@ -2302,6 +2302,16 @@ int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
     }
   });
 }
+
+int32_t wkv_graph_start(int32_t context, int32_t handle) { return wkv_graph_run(context, handle, 1); }
+
+int32_t wkv_graph_poll(int32_t context, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    ctx.running = true;
+    require_buffer(out, out_bytes, 4, "out");
+    *out = 1;  // wkv_graph_start has run it
+  });
+}
 `,
   "cpu/sample.cpp": `/** sample.cpp: wkv_sample, wkv_log_prob and wkv_divergence, from logits to tokens and to their probabilities. */
 #include <algorithm>
@@ -4514,6 +4524,20 @@ class DeviceMemory {
 };
 using DeviceRef = std::shared_ptr<DeviceMemory>;
 
+/** Host memory that kernels reach, given back with its last owner. */
+class HostMemory {
+ public:
+  explicit HostMemory(size_t bytes) { check(cudaHostAlloc(&data_, bytes, cudaHostAllocMapped), "Allocating host memory"); }
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+  ~HostMemory() { cudaFreeHost(data_); }
+  template <typename T>
+  T* as(size_t byte = 0) const { return reinterpret_cast<T*>(static_cast<uint8_t*>(data_) + byte); }
+
+ private:
+  void* data_ = nullptr;
+};
+
 // ---- data errors: found on the device, read after a run ----
 
 enum class Fault : int32_t { None, Token, Target, NanLogit, NanAttention, NanScore, Full, Rank, OneStep };
@@ -4587,6 +4611,7 @@ struct Tensor : Object {
   int32_t dtype, rows, columns;
   size_t scales_at = 0, high_at = 0, subs_at = 0;  // where the other planes begin
   DeviceRef memory;
+  std::shared_ptr<HostMemory> mirror;  // the same numbers, of what wkv_sample writes: they are read without a copy
   Tensor(int32_t dtype, int32_t rows, int32_t columns);
   size_t bytes() const override { return memory->bytes(); }
   float* f32() const { return memory->as<float>(); }
@@ -4615,7 +4640,7 @@ struct Graph : Object {
 };
 
 /** One GPU. Ops go to \`stream\`, which may be recording; graphs and copies to \`side\`, as they may run meanwhile. Between two entries
- *  nothing runs, so the two need no order. */
+ *  nothing runs but what wkv_graph_start started, which an op that is not recorded waits for, so the two need no order. */
 struct Context : ContextBase {
   int32_t device = 0, processors = 0;
   int32_t shared_limit = 0;  // bytes a block; WKV_CUDA_SHARED_KB lowers it, to test what smaller GPUs take
@@ -4625,6 +4650,8 @@ struct Context : ContextBase {
   DeviceRef taken;
   FaultWord* word = nullptr;
   std::shared_ptr<Graph> recording;
+  std::shared_ptr<Graph> going;     // what wkv_graph_start started, until it is known to have ended
+  std::unique_ptr<Failure> failed;  // what that run failed with, until wkv_graph_poll tells it
   DeviceRef scratch;  // an op's intermediate results; a graph holds the one it was recorded with
   Context();
   ~Context() override;
@@ -4641,6 +4668,8 @@ struct Context : ContextBase {
   void submitted();
   /** Waits for a stream, and fails with the fault that kernels left. */
   void finish(cudaStream_t ran);
+  /** Waits for what wkv_graph_start started, and keeps its failure. */
+  void settle();
   void copy(void* to, const void* from, size_t bytes);
   void zero(void* to, size_t bytes);
 
@@ -4648,11 +4677,21 @@ struct Context : ContextBase {
   void release();
 };
 
+/** An entry that may find a graph running. */
 template <typename Body>
-int32_t entry(int32_t handle, Body body) {
+int32_t entry_meanwhile(int32_t handle, Body body) {
   return entry_of<Context>(handle, [&](Context& context) {
     require_device();
     check(cudaSetDevice(context.device), "Choosing the device");
+    body(context);
+  });
+}
+
+/** An entry that finds nothing running, unless it only records. */
+template <typename Body>
+int32_t entry(int32_t handle, Body body) {
+  return entry_meanwhile(handle, [&](Context& context) {
+    if (!context.recording) context.settle();
     body(context);
   });
 }
@@ -7328,6 +7367,7 @@ Context::Context() {
 Context::~Context() { release(); }
 
 void Context::release() {
+  if (going) cudaStreamSynchronize(side);
   if (word) cudaFreeHost(word);
   if (side) cudaStreamDestroy(side);
   if (stream) cudaStreamDestroy(stream);
@@ -7352,6 +7392,17 @@ void Context::finish(cudaStream_t ran) {
   *word = FaultWord{};
   zero(taken->as<void>(), sizeof(int32_t));
   fail(status, text);
+}
+
+void Context::settle() {
+  if (!going) return;
+  const std::shared_ptr<Graph> ended = std::move(going);
+  going.reset();
+  try {
+    finish(side);
+  } catch (const Failure& failure) {
+    failed = std::make_unique<Failure>(failure);
+  }
 }
 
 void Context::copy(void* to, const void* from, size_t bytes) {
@@ -7486,6 +7537,7 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
     check_rows(*tensor, row, rows);
     const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
+    if (tensor->mirror) std::memcpy(tensor->mirror->as<void>(row * bytes), data, size_t(rows * bytes));
     if (!is_quantised(tensor->dtype)) {
       ctx.copy(tensor->memory->as<uint8_t>(row * bytes), data, size_t(rows * bytes));
       return;
@@ -7508,6 +7560,11 @@ int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t ro
     const bool as_floats = is_quantised(tensor->dtype);
     const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(out, out_bytes, rows * bytes, "out");
+    if (tensor->mirror) {
+      ctx.settle();
+      std::memcpy(out, tensor->mirror->as<void>(row * bytes), size_t(rows * bytes));
+      return;
+    }
     if (!as_floats) {
       ctx.copy(out, tensor->memory->as<uint8_t>(row * bytes), size_t(rows * bytes));
       return;
@@ -7567,12 +7624,41 @@ int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
 }
 
 int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
-  return entry(context, [&](Context& ctx) {
+  return entry_meanwhile(context, [&](Context& ctx) {
     ctx.running = true;  // perhaps while another thread records a graph, which this leaves alone
     require(times >= 0, "times must not be negative: " + std::to_string(times));
     const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
+    ctx.settle();
     for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
     ctx.finish(ctx.side);
+  });
+}
+
+int32_t wkv_graph_start(int32_t context, int32_t handle) {
+  return entry_meanwhile(context, [&](Context& ctx) {
+    ctx.running = true;
+    const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
+    ctx.settle();
+    ctx.failed.reset();
+    check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
+    ctx.going = graph;
+  });
+}
+
+int32_t wkv_graph_poll(int32_t context, int32_t* out, int32_t out_bytes) {
+  return entry_meanwhile(context, [&](Context& ctx) {
+    ctx.running = true;
+    require_buffer(out, out_bytes, 4, "out");
+    if (ctx.going && cudaStreamQuery(ctx.side) == cudaErrorNotReady) {
+      cudaGetLastError();
+      *out = 0;
+      return;
+    }
+    ctx.settle();
+    *out = 1;
+    if (!ctx.failed) return;
+    const std::unique_ptr<Failure> failure = std::move(ctx.failed);
+    throw *failure;
   });
 }
 `,
@@ -7907,7 +7993,7 @@ __device__ uint64_t reach(Board& board, const Slice& slice, const Measure& measu
 
 // ---- kernels ----
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(int32_t* tokens, const float* logits, int32_t count, const float* settings, int32_t* rng, Faults faults) {
+__global__ void __launch_bounds__(kThreads) sample_kernel(int32_t* tokens, int32_t* mirror, const float* logits, int32_t count, const float* settings, int32_t* rng, Faults faults) {
   __shared__ Board board;
   if (threadIdx.x == 0) board.listed = 0;
   wait_for_previous();
@@ -7923,7 +8009,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(int32_t* tokens, const
   const Top top = highest(board, slice);
   if (top.bad != INT_MAX || !(temperature > 0.0f)) {
     if (writes && top.bad != INT_MAX) faults.report(Fault::NanLogit, top.bad);
-    else if (writes) tokens[b] = top.token;
+    else if (writes) tokens[b] = mirror[b] = top.token;
     row_sync();  // no block may end while another reads its memory
     return;
   }
@@ -7946,7 +8032,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(int32_t* tokens, const
     last = reach(board, slice, measure, min(static_cast<uint64_t>(fmax(goal, 1.0)), all.weight), most, last, all.tokens);
   }
   if (!writes) return;
-  tokens[b] = static_cast<int32_t>(last);
+  tokens[b] = mirror[b] = static_cast<int32_t>(last);
   rng[2] = static_cast<int32_t>(static_cast<uint32_t>(rng[2]) + 1);
 }
 
@@ -8033,8 +8119,14 @@ int32_t wkv_sample(int32_t context, int32_t tokens, int32_t logits, int32_t sett
     const TensorRef state = find_tensor(context, rng, "rng", WKV_I32, from->rows, 4);
     const TensorRef to = find_tensor(context, tokens, "tokens", WKV_I32, 1, -1);
     require(to->columns >= from->rows, "tokens has fewer columns than logits has rows");
+    if (!to->mirror) {
+      const size_t bytes = to->memory->bytes();
+      const auto mirror = std::make_shared<HostMemory>(bytes);
+      ctx.copy(mirror->as<void>(), to->i32(), bytes);
+      to->mirror = mirror;
+    }
     ctx.hold(from, rules, state, to);
-    launch(ctx, sample_kernel, shape_of(ctx, from->rows, from->columns), to->i32(), from->f32(), from->columns, rules->f32(), state->i32(), ctx.faults());
+    launch(ctx, sample_kernel, shape_of(ctx, from->rows, from->columns), to->i32(), to->mirror->as<int32_t>(), from->f32(), from->columns, rules->f32(), state->i32(), ctx.faults());
     ctx.submitted();
   });
 }
@@ -8942,7 +9034,7 @@ struct ContextBase : Object {
   std::mutex mutex, text_mutex;
   std::string text;
   bool recording_failed = false;  // since wkv_graph_begin
-  bool running = false;           // in wkv_graph_run, whose failures leave a recording alone
+  bool running = false;           // in a function that runs graphs, whose failures leave a recording alone
   ContextBase() : Object(Kind::Context) {}
 };
 
@@ -9308,7 +9400,7 @@ WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 3
+#define WKV_ABI_VERSION 4
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -9458,6 +9550,13 @@ WKV_API int32_t wkv_graph_end(int32_t context, int32_t* out /* [1] */, int32_t o
 /** Runs a graph \`times\` times over. Runs of one context follow each other, and may begin while a graph is being recorded, which they
  *  leave alone. After a failure the caches it wrote are undefined. */
 WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times);
+
+/** Starts one run of a graph and, on a GPU, returns while it goes on; other functions of the context wait for it where they must.
+ *  Waiting so for a short run is cheaper than having a thread wake for wkv_graph_run. */
+WKV_API int32_t wkv_graph_start(int32_t context, int32_t graph);
+
+/** Gives 1 when the run that was started last has ended, else 0. Fails, once, where that run failed. */
+WKV_API int32_t wkv_graph_poll(int32_t context, int32_t* out /* [1] */, int32_t out_bytes);
 
 /* ---- ops on activations ---- */
 

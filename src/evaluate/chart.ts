@@ -28,6 +28,8 @@ export interface ChartOptions {
   yLabel: string;
   /** How x is spaced. @default `"linear"` */
   xScale?: "linear" | "log";
+  /** A height that is shown whatever the points are, such as 0. @default none */
+  base?: number;
   /** The lines. */
   series: readonly ChartSeries[];
 }
@@ -76,7 +78,8 @@ export function lineChart(options: ChartOptions): string {
   }
   const across = (x: number) => xScale === "log" ? Math.log2(x) : x;
   const xs = points.map(({ x }) => x);
-  const ys = points.flatMap(({ y, error = 0 }) => [y - error, y + error]);
+  const ys = points.flatMap(({ y, error = 0 }) => [y - error, y + error])
+    .concat(options.base ?? []);
   const [x0, x1] = widened(xs.map(across));
   const yTicks = roundTicks(...widened(ys));
   const [y0, y1] = [yTicks[0]!, yTicks.at(-1)!];
