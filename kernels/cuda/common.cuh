@@ -177,6 +177,7 @@ struct Context : ContextBase {
   std::shared_ptr<Graph> going;     // what wkv_graph_start started, until it is known to have ended
   std::unique_ptr<Failure> failed;  // what that run failed with, until wkv_graph_poll tells it
   DeviceRef scratch;  // an op's intermediate results; a graph holds the one it was recorded with
+  uint64_t launches = 0;
   Context();
   ~Context() override;
 
@@ -238,6 +239,7 @@ struct Shape {
 template <typename... Parameters, typename... Arguments>
 void launch(Context& ctx, void (*kernel)(Parameters...), const Shape& shape, Arguments&&... arguments) {
   allow_shared(kernel, shape.shared);
+  ctx.launches++;
   cudaLaunchAttribute attributes[2];
   uint32_t count = 0;
   if (ctx.capability >= 90) {

@@ -2929,45 +2929,80 @@ class Threads {
  *   p = softmax(s);  out[g] = sum_i p[g, i] v[i];  a[i] += mean_g p[g, i];  then steps 4 to 6 of the step (wkv.h, policy.h)
  * or, where the policy must see the whole step's weights, those weights for a second launch (settle.cu).
  *
- * qkv [B, (H + 2 N) D], out [B, H D]. A KV head of a sequence, with all its query heads, belongs to a cluster of blocks (one block where
- * there are no clusters). Chunks of 8 slots go round the blocks, then round a block's warps, so K and V are read once. A warp works alone:
- * it has its own keys and then its own values brought to shared memory, some items ahead, each lane the parts that it will read; it scores
- * all its slots, and sums its values under its own highest score. Its barriers: before the scores (q is ready), after them and after the
- * values.
- *
- * What the blocks tell each other they push into each other's shared memory, where a barrier counts the bytes: first the highest score and
- * the sum of each block (while values are summed), then its part of the output and its candidate for leaving. Then every block knows the
- * victim: it updates the state of its own slots, and the warp that owns the right neighbour merges and writes the new token's rows. The
- * last block, \`home\`, owns the new token until it has a slot.
- *
- * The scores [entries, kPad] of a block stay in shared memory or, for long caches, in scratch. Keys are turned by their rank in registers:
- * rank * (angle a position, in turns of 2^64) wraps as turns do, so the angle is exact to 2^-32 turns at any rank, without a table.
+ * qkv [B, (H + 2 N) D], out [B, H D]. The kernel is attend.cuh's, with the tensor cores (attend_tensor.cu) or without (attend_plain.cu).
  * Bytes moved: K and V of the cached tokens, 24 bytes of state a slot, three rows. Sums are taken in a fixed order.
  */
+#include "attend.cuh"
+
+using namespace wkv;
+
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
+  return entry(context, [&](Context& ctx) {
+    const CacheRef cache = find_cache(context, handle, layer);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
+    const TensorRef forced = find_victims(context, victims, *cache);
+    check_softcap(softcap);
+    ctx.hold(cache, from, to, forced);
+    AttendView a{};
+    a.cache = cache->view(layer);
+    a.qkv = from->f32();
+    a.out = to->f32();
+    a.scale = scale;
+    a.softcap = softcap * 1.4426950408889634f;
+    a.layer = layer;
+    a.victims = forced ? forced->i32() : nullptr;
+    if (!attend_tensor(ctx, *cache, a)) attend_plain(ctx, *cache, a);
+    if (a.cache.later) settle_step(ctx, *cache, a.cache, a.qkv + int64_t{cache->heads} * cache->head_dim, from->columns, a.cache.weights, a.victims);
+    cache->touch(ctx, layer);
+    ctx.submitted();
+  });
+}
+`,
+  "cuda/attend.cuh": `/**
+ * attend.cuh: one decode step of one layer in one launch; attend_tensor.cu and attend_plain.cu read the cache for it, each in its own way.
+ *
+ * A KV head of a sequence, with all its query heads, belongs to a cluster of blocks (one block where there are no clusters). Chunks of 8
+ * slots go round the blocks, then round a block's warps, so K and V are read once. A warp works alone: it has its own keys and then its own
+ * values brought to shared memory, some items ahead; it scores all its slots, and sums its values under its own highest score. A block's
+ * warps meet when q is ready, and when their outputs are.
+ *
+ * What blocks tell each other they push into each other's shared memory, where a barrier counts the bytes: each warp its highest scores and
+ * sums as soon as it has them, and its candidate for leaving; each block its part of the output. Then every block knows the victim: it
+ * updates the state of its own slots, and the warp that owns the right neighbour merges and writes the new token's rows. The last block,
+ * \`home\`, owns the new token until it has a slot.
+ *
+ * What needs nothing of the kernel in front is done before it has ended: the cache's length is read, and where blocks do not fill the
+ * device, their first keys and values.
+ *
+ * Scores of a block stay in shared memory or, for long caches, in scratch: 8 slots of a chunk for each query head, in units of ln 2;
+ * after the values, 2^(score - the warp's highest); after accumulate, the rank.
+ */
+#pragma once
 #include <algorithm>
 #include <cfloat>
 
 #include "cache.cuh"
 
 namespace wkv {
-namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kAttendThreads = 256, kAttendWarps = kAttendThreads / 32;
 constexpr int kMostBlocks = 16;     // of a cluster; more than 8 need leave
 constexpr int kChunk = 8;           // slots that a warp owns together: a sector of each array of state
 
 /** How the work is cut: chosen on the host from the sizes. */
-struct Plan {
+struct AttendPlan {
   int32_t blocks_log, slice_log;     // log2 of the blocks of a cluster; of the pairs of outputs that a block joins
-  int32_t q_at, phases_at, rows_at, outputs_at, weights_at;  // bytes of shared memory
+  int32_t q_at, rows_at, outputs_at, weights_at;  // bytes of shared memory
   int32_t room;                      // entries that a block may own
   float share;                       // 1 / G
-  float* weights;                    // scratch, [units, blocks, room, kPad]; null: in shared memory
+  float* weights;                    // scratch, [units, blocks, room, kGroup]; null: in shared memory
+  bool known, early;                 // before the kernel in front has ended, the cache's length is read; its first items too
 };
 
 struct AttendView {
   CacheView cache;
-  Plan plan;
+  AttendPlan plan;
   const float* qkv;
   float* out;
   float scale;
@@ -2975,32 +3010,6 @@ struct AttendView {
   int32_t layer;
   const int32_t* victims;
   __device__ float capped(float s) const { return softcap > 0.0f ? softcap * tanhf(s / softcap) : s; }
-};
-
-constexpr int power_up(int x) { return x <= 1 ? 1 : 2 * power_up((x + 1) / 2); }
-
-/** How a warp reads rows. kGroup: query heads a KV head, or more (the rest are zeros); kDim: dimensions of a head, or more. */
-template <typename T, int kGroup, int kDim>
-struct Cut {
-  static constexpr bool kLoose = kDim > 128;  // any size, slowly
-  static constexpr int kHeads = power_up(kGroup);
-  static constexpr int kPad = kHeads < 4 ? 4 : kHeads;            // floats between two entries' scores
-  static constexpr int kHalf = kDim / 2;
-  static constexpr int kKey = kLoose ? 8 : 16 / sizeof(T);        // a lane's part of either half of a key
-  static constexpr int kLanes = kHalf / kKey;                     // that share a key
-  static constexpr int kValue = kLoose ? 16 : 16 / sizeof(T);     // a lane's part of a value
-  static constexpr int kValueLanes = kDim / kValue;
-  static constexpr int kRows = 32 / kLanes, kValueRows = 32 / kValueLanes;  // keys of an item; values that a warp takes at once
-  static constexpr int kItems = kChunk / kRows;                   // of a chunk
-  static constexpr int kWords = 2 * kKey * int(sizeof(T)) / 16;   // a lane's part of an item, keys or values, in 16 bytes
-  static constexpr int kStages = kLoose ? 1 : 4;                  // items on their way
-  static constexpr bool kHeld = !kLoose && kGroup * kKey <= 32;   // a lane's part of q stays in registers
-  static constexpr int kAtOnce = kHeld || kLoose ? 1 : 2;         // items of keys that share what is read of q
-  static constexpr int kPass = kLoose ? 2 : kGroup < 8 ? kGroup : 8;  // query heads whose outputs are summed at once
-  static constexpr int kMine = kHeads > kLanes ? kHeads / kLanes : 1; // scores of a row that a lane has at last
-  static constexpr int kParts = kWarps * kValueRows;              // of the output
-  static constexpr int kRegion = std::max(kStages * kWords * 512, kValueRows * kPass * kDim * 4);  // bytes of a warp: its items, then its outputs
-  static constexpr int kDots = kGroup * kHalf / 32;
 };
 
 /** A token's state. */
@@ -3021,14 +3030,16 @@ struct alignas(16) Candidate {
 };
 constexpr Candidate kNobody = {UINT_MAX, INT_MAX, 0, INT_MAX, 0.0f, 0, 0.0f, 0};
 
-template <int kHeads, int kDots>
-struct Area {
-  uint64_t met, told;  // barriers: every block's softmax has come; every block's output and candidate
-  float2 softmax[kMostBlocks][kHeads], part[kWarps][kHeads];  // the highest score, and the sum of exponentials under it
-  Candidate candidates[kMostBlocks], found[kWarps];
-  Own first[kThreads];    // of each thread's first entry, as it was
+template <int kGroup, int kDots>
+struct AttendArea {
+  uint64_t met, told;  // barriers: every warp's softmax has come; every block's output and every warp's candidate
+  float2 softmax[kMostBlocks][kAttendWarps][kGroup];  // the highest score, and the sum of exponentials under it
+  Candidate candidates[kMostBlocks][kAttendWarps], found[kAttendWarps];
+  float2 part[kAttendWarps][kGroup];
+  float factor[kAttendWarps][kGroup];  // of a warp's exponentials in all's
+  Own first[kAttendThreads];  // of each thread's first entry, as it was
   float dots[kDots];      // home's: parts of the new token's scores, 32 pairs each
-  float fresh[kHeads];    // home's: the new token's probabilities
+  float fresh[kGroup];    // home's: the new token's weights
   float arrived;          // home's: the new token's score
   int32_t newest;         // the slot of the newest cached token, if it is this block's
 };
@@ -3038,20 +3049,6 @@ __device__ inline float power(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-template <int kCount>
-__device__ inline void read_floats(const float* from, float (&to)[kCount]) {
-  if constexpr (kCount % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const float4 x = *reinterpret_cast<const float4*>(from + i);
-      to[i] = x.x, to[i + 1] = x.y, to[i + 2] = x.z, to[i + 3] = x.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; i++) to[i] = from[i];
-  }
 }
 
 /** Bits in whose order floats lie as well. */
@@ -3143,22 +3140,20 @@ __device__ inline void await_items() {
 
 // ---- a block's share of a step ----
 
-template <typename T, int kGroup, int kDim>
-struct Attend {
-  using C = Cut<T, kGroup, kDim>;
-  static constexpr int kHeads = C::kHeads, kPad = C::kPad, kHalf = C::kHalf, kKey = C::kKey, kLanes = C::kLanes, kValue = C::kValue, kRows = C::kRows;
-  static constexpr int kItems = C::kItems, kWords = C::kWords, kStages = C::kStages, kAtOnce = C::kAtOnce, kPass = C::kPass, kMine = C::kMine;
-  using Area = wkv::Area<kHeads, C::kDots>;
-
-  /** The softmax of all blocks: p = 2^(s - highest) * inverse. */
-  struct Softmax {
-    float highest[kGroup], inverse[kGroup];
-  };
-  /** A lane's part of an item. */
-  struct Part {
-    uint4 words[kWords];
-    __device__ float operator[](int i) const { return to_float(reinterpret_cast<const T*>(words)[i]); }
-  };
+/**
+ * What both ways share. A Cut says how a warp reads rows:
+ * - T: the cache's type; kGroup: query heads a KV head, or more (the rest are zeros); kDim: dimensions of a head, or more;
+ * - kKey: neighbouring pairs that lie together in a lane's part of a key; kPass: query heads whose outputs are summed at once;
+ * - kItems, kRows: items of a chunk, and keys of an item; kStages: items on their way; kWords: a lane's part of one, in 16 bytes;
+ * - kQuery: bytes of shared memory for q.
+ */
+template <typename Cut>
+struct AttendStep {
+  using T = typename Cut::T;
+  static constexpr int kGroup = Cut::kGroup, kDim = Cut::kDim, kHalf = kDim / 2, kPass = Cut::kPass, kWarps = kAttendWarps, kThreads = kAttendThreads;
+  static constexpr int kItems = Cut::kItems, kRows = Cut::kRows, kStages = Cut::kStages, kWords = Cut::kWords;
+  static constexpr int kRegion = std::max(kStages * kWords * 512, kPass * kDim * 4);  // bytes of a warp: its items, then its outputs
+  using Area = AttendArea<kGroup, kGroup * kHalf / 32>;
 
   const AttendView& a;
   const CacheView& c;
@@ -3171,90 +3166,89 @@ struct Attend {
   T *const keys, *const values;
   // Shared memory.
   uint4* const items;                // this warp's [stages, words, lane]; at last its part of the outputs
-  const float* const partial;        // [warp's region][parts of a warp, kPass, kDim]
-  float2* const q;                   // in the order of q_at, rotated and scaled
-  uint32_t *const high, *const low;  // the phases of the pairs a key is turned by, in the order of phase_at
+  const float* const partial;        // [warp's region][kPass, kDim]
   T *const key, *const value, *const joined;  // rows: the new token's, as stored; the right neighbour's value
   float2* const outputs;             // [blocks, slice] pushed
-  float* const scores;               // [entries, kPad]; after accumulate the new score, rank and birth
+  float* const scores;               // [chunks, kGroup, 8]
   // After use_counts.
   int32_t kept = 0, step = 0;
   int32_t local = 0, count = 0;      // entries of this block: its chunks', the last of which may not be full; with the new token
+  int32_t fresh_warp = 0;            // home's that has the new token
   int32_t length = 0;                // this warp's items of keys, and of values
-  // The next item to bring: its first slot, and what this lane takes of it: words at \`from\` + slot * dim and \`apart\` further on, where
-  // the slot is below the limits.
-  int32_t next = 0, next_slot = 0, apart = 0, first_limit = 0, second_limit = 0;
-  const T* from = nullptr;
   bool full = false;
 
-  __device__ Attend(const AttendView& a, const Faults& faults, Area& area, uint8_t* shared)
+  __device__ AttendStep(const AttendView& a, const Faults& faults, Area& area, uint8_t* shared)
       : a(a), c(a.cache), faults(faults), area(area),
         tid(threadIdx.x), warp(threadIdx.x >> 5), lane(threadIdx.x & 31), dim(c.head_dim), half(dim / 2), pairs(c.rope.pairs), group(c.group()),
         blocks(1 << a.plan.blocks_log), block(blockIdx.x & (blocks - 1)), unit(blockIdx.x >> a.plan.blocks_log), home(block == blocks - 1),
         head(c.first + unit), e(c.entries(head)), keys(c.keys_of<T>(head)), values(c.values_of<T>(head)),
-        items(reinterpret_cast<uint4*>(shared + warp * C::kRegion)), partial(reinterpret_cast<const float*>(shared)),
-        q(reinterpret_cast<float2*>(shared + a.plan.q_at)),
-        high(reinterpret_cast<uint32_t*>(shared + a.plan.phases_at)), low(high + kHalf),
+        items(reinterpret_cast<uint4*>(shared + warp * kRegion)), partial(reinterpret_cast<const float*>(shared)),
         key(reinterpret_cast<T*>(shared + a.plan.rows_at)), value(key + kDim), joined(value + kDim),
         outputs(reinterpret_cast<float2*>(shared + a.plan.outputs_at)),
-        scores(a.plan.weights ? a.plan.weights + int64_t{blockIdx.x} * a.plan.room * kPad : reinterpret_cast<float*>(shared + a.plan.weights_at)) {}
+        scores(a.plan.weights ? a.plan.weights + int64_t{blockIdx.x} * a.plan.room * kGroup : reinterpret_cast<float*>(shared + a.plan.weights_at)) {}
 
   // Entry i of a block: chunk i / 8 of the block's, warp (i / 8) % kWarps.
   __device__ int32_t slot_at(int32_t i) const { return (((i / kChunk) << a.plan.blocks_log) + block) * kChunk + i % kChunk; }
   /** The first entry of this warp's item n. */
   __device__ int32_t item_at(int32_t n) const { return (n / kItems * kWarps + warp) * kChunk + n % kItems * kRows; }
   /** A thread's entries, for state: a warp takes 4 of its chunks at once. */
-  static constexpr int kTurn = kThreads;
   __device__ int32_t entry_at(int32_t turn) const { return ((turn * 4 + lane / kChunk) * kWarps + warp) * kChunk + lane % kChunk; }
+  /** Where a number of an entry lies in \`scores\`: 4 chunks that a warp reads at once lie in all banks. */
+  __device__ int32_t number_at(int32_t i, int32_t number) const {
+    const int32_t chunk = i / kChunk;
+    return (chunk * kGroup + (number ^ chunk / kWarps % 4)) * kChunk + i % kChunk;
+  }
 
   /** The first of the two dimensions of pair x: a rotated pair, or a pair of those that are never rotated. */
-  __device__ int32_t first_of(int32_t x) const { return x < pairs ? x : 2 * pairs + (x - pairs) / stride() * 2 * stride() + (x - pairs) % stride(); }
-  __device__ int32_t second_of(int32_t x) const { return first_of(x) + (x < pairs ? pairs : stride()); }
-  __device__ int32_t stride() const { return C::kLoose ? 1 : kKey; }
-  /** Where a pair of query head g lies: the lanes' next to each other, two pairs at a time. */
-  __device__ int32_t q_at(int32_t x, int32_t g) const { return ((x % kKey / 2 * kGroup + g) * kLanes + x / kKey) * 2 + x % 2; }
-  __device__ int32_t phase_of(int32_t x) const { return (x % kKey / 4 * kLanes + x / kKey) * 4 + x % 4; }
+  __device__ int32_t first_of(int32_t x) const { return x < pairs ? x : 2 * pairs + (x - pairs) / Cut::kStride * 2 * Cut::kStride + (x - pairs) % Cut::kStride; }
+  __device__ int32_t second_of(int32_t x) const { return first_of(x) + (x < pairs ? pairs : Cut::kStride); }
 
   // ---- before the scores ----
 
   /** What needs nothing of earlier kernels; returns the phase of this thread's pair. */
   __device__ uint64_t begin() {
-    const uint64_t phase = tid % kHalf < pairs ? c.rope.phases[tid % kHalf] : 0;
-    if (tid < kHalf) high[phase_of(tid)] = static_cast<uint32_t>(phase >> 32), low[phase_of(tid)] = static_cast<uint32_t>(phase);
     if (tid == 0) {
       area.newest = -1;
       if (blocks > 1) open_barrier(&area.met), open_barrier(&area.told);
     }
     __syncwarp();
     if (blocks > 1) say_begun();
-    return phase;
+    return tid % kHalf < pairs ? c.rope.phases[tid % kHalf] : 0;
   }
 
-  __device__ int32_t length_of(int32_t chunks) const {
-    const int32_t mine = chunks > block ? (chunks - block + blocks - 1) >> a.plan.blocks_log : 0;
-    const int32_t n = mine > warp ? (mine - warp + kWarps - 1) / kWarps * kItems : 0;
-    return (n + kAtOnce - 1) / kAtOnce * kAtOnce;
+  /** Chunks of a block. */
+  __device__ int32_t chunks_of(int32_t b) const {
+    const int32_t chunks = (kept + kChunk - 1) / kChunk;
+    return chunks > b ? (chunks - b + blocks - 1) >> a.plan.blocks_log : 0;
   }
 
-  /** The cache's length is now known. */
-  __device__ void use_counts(int2 counts) {
+  /** The cache's length is now known: that, and the cosine and sine of this thread's pair at the new token's place. */
+  __device__ float2 use_counts(uint64_t phase) {
+    const int2 counts = __ldcg(reinterpret_cast<const int2*>(c.counts + head));
     kept = counts.x, step = counts.y + 1;
     full = kept >= c.slots;
-    const int32_t chunks = (kept + kChunk - 1) / kChunk;
-    local = (chunks > block ? (chunks - block + blocks - 1) >> a.plan.blocks_log : 0) * kChunk;
-    count = local + (home ? 1 : 0);
-    // The items that are on their way already stay what they are.
-    length = max(length_of(chunks), min(length, kStages));
+    const int32_t mine = chunks_of(block);
+    local = mine * kChunk, count = local + (home ? 1 : 0), fresh_warp = chunks_of(blocks - 1) % kWarps;
+    const int32_t n = mine > warp ? (mine - warp + kWarps - 1) / kWarps * kItems : 0;
+    length = (n + Cut::kAtOnce - 1) / Cut::kAtOnce * Cut::kAtOnce;
+    const auto position = static_cast<uint32_t>(c.text ? step - 1 : kept);
+    float2 turn;
+    sincospif(phase_at(position, static_cast<uint32_t>(phase >> 32), static_cast<uint32_t>(phase)) * 0x1p-31f, &turn.y, &turn.x);
+    return turn;
   }
 
-  __device__ bool fresh(int32_t i) const { return i >= local; }
-  __device__ bool used(int32_t i) const { return fresh(i) || slot_at(i) < kept; }
-  __device__ Own read_own(int32_t i) const {
-    const int32_t slot = slot_at(i);
+  __device__ Own read_own(int32_t slot) const {
     if (slot >= c.slots) return {0.0f, 0, 0};
     return {__ldcg(e.score + slot), __ldcg(e.birth + slot), __ldcg(e.rank + slot)};
   }
-  __device__ int32_t read_rank(int32_t i) const { return slot_at(i) < c.slots ? __ldcg(e.rank + slot_at(i)) : 0; }
+  /** Reads a rank, and has the rest of the state brought nearer, which accumulate will read. */
+  __device__ int32_t read_rank(int32_t i) const {
+    const int32_t slot = slot_at(i);
+    if (slot >= c.slots) return 0;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(e.score + slot));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(e.birth + slot));
+    return __ldcg(e.rank + slot);
+  }
 
   /** Where this thread's pair of the new token's rows lies: of its first query head's, of the key and of the value. */
   struct Places {
@@ -3287,14 +3281,13 @@ struct Attend {
     return rows;
   }
 
-  /** The new token: q rotated at its rank or place and scaled, k and v rounded to what will be stored; home's parts of its scores. */
-  __device__ void prepare(const Rows& rows, uint64_t phase) {
+  /** The new token: q rotated at its rank or place and scaled, for keep_q(pair, head, numbers); k and v rounded to what will be stored;
+   *  home's parts of its scores. */
+  template <typename Keep>
+  __device__ void prepare(const Rows& rows, float2 turn, const Keep& keep_q) {
     const int32_t x = tid % kHalf;
-    const auto position = static_cast<uint32_t>(c.text ? step - 1 : kept);
     const float scale = a.scale * 1.4426950408889634f;  // powers of two from here on
-    float sine, cosine;
-    sincospif(phase_at(position, static_cast<uint32_t>(phase >> 32), static_cast<uint32_t>(phase)) * 0x1p-31f, &sine, &cosine);
-    const auto rotate = [&](float2 p) { return make_float2(p.x * cosine - p.y * sine, p.x * sine + p.y * cosine); };
+    const auto rotate = [&](float2 p) { return make_float2(p.x * turn.x - p.y * turn.y, p.x * turn.y + p.y * turn.x); };
     float2 turned = c.text ? rotate(rows.k) : rows.k;
     const T first = from_float<T>(turned.x), second = from_float<T>(turned.y);
     turned = make_float2(to_float(first), to_float(second));
@@ -3309,7 +3302,7 @@ struct Attend {
       if (i >= kGroup * kHalf) break;
       float2 out = rotate(rows.q[t]);
       out.x *= scale, out.y *= scale;
-      q[q_at(x, i / kHalf)] = out;
+      keep_q(x, i / kHalf, out);
       if (home) {
         const float sum = warp_sum(fmaf(out.x, turned.x, out.y * turned.y));
         if (lane == 0) area.dots[i / 32] = sum;
@@ -3320,7 +3313,6 @@ struct Attend {
   /** The new token's score. */
   __device__ float new_score(int32_t g) const {
     float sum = 0.0f;
-    if (g >= kGroup) return sum;
 #pragma unroll
     for (int i = 0; i < kHalf / 32; i++) sum += area.dots[g * (kHalf / 32) + i];
     return a.capped(sum);
@@ -3329,349 +3321,112 @@ struct Attend {
   // ---- items ----
 
   __device__ uint4* item(int32_t n) const { return items + n % kStages * kWords * 32 + lane; }
-  __device__ Part read_item(int32_t n) const {
-    Part part;
-#pragma unroll
-    for (int w = 0; w < kWords; w++) part.words[w] = item(n)[w * 32];
-    return part;
-  }
-
   // From an item's first slot or entry to the next one's.
   __device__ int32_t slot_step(int32_t n) const { return n % kItems < kItems - 1 ? kRows : ((kWarps * kChunk) << a.plan.blocks_log) - (kItems - 1) * kRows; }
   __device__ int32_t entry_step(int32_t n) const { return n % kItems < kItems - 1 ? kRows : kWarps * kChunk - (kItems - 1) * kRows; }
 
-  __device__ void begin_keys() {
-    const int32_t x = lane % kLanes * kKey, row = lane / kLanes, limit = x < half ? c.slots - row : 0;
-    next = 0, next_slot = slot_at(item_at(0));
-    from = keys + row * dim + first_of(x), apart = second_of(x) - first_of(x);
-    first_limit = second_limit = limit;
-  }
-  __device__ void begin_values() {
-    const int32_t at = lane % C::kValueLanes * kValue, row = lane / C::kValueLanes, limit = at < dim ? c.slots - row : 0;
-    next = length, next_slot = slot_at(item_at(0));
-    from = values + row * dim + at, apart = C::kValueRows * dim;
-    first_limit = limit, second_limit = limit - C::kValueRows;
-  }
-
-  /** A lane's part of a row, number by number. */
-  __device__ void bring_slowly() {
-    const int32_t u = lane % kLanes, at = lane * kValue;
-    const T *key_row = keys + int64_t{next_slot} * dim, *value_row = values + int64_t{next_slot} * dim;
-    const bool there = next_slot < c.slots;
-    Part part;
-    T* to = reinterpret_cast<T*>(part.words);
-#pragma unroll
-    for (int i = 0; i < 2 * kKey; i++) {
-      const int32_t x = u * kKey + i % kKey;
-      if (next < length) to[i] = there && x < half ? key_row[i < kKey ? first_of(x) : second_of(x)] : from_float<T>(0.0f);
-      else to[i] = there && at + i < dim ? value_row[at + i] : from_float<T>(0.0f);
-    }
-#pragma unroll
-    for (int w = 0; w < kWords; w++) item(next)[w * 32] = part.words[w];
-  }
-
-  /** The next item is now on its way: \`length\` items of keys, then as many of values. */
-  __device__ void bring_item() {
-    if (next == length) begin_values();
-    if (next < 2 * length) {
-      if constexpr (C::kLoose) {
-        bring_slowly();
-      } else {
-        const T* at = from + int64_t{next_slot} * dim;
-        bring(item(next), at, next_slot < first_limit);
-        bring(item(next) + 32, at + apart, next_slot < second_limit);
-      }
-    }
-    close_item();
-    next_slot += slot_step(next - (next < length ? 0 : length));
-    next++;
-  }
-
-  // ---- scores ----
-
-  /** Adds a lane's part of some keys times all queries to \`sums\`. */
-  template <typename Query>
-  __device__ void multiply(const Part (&from)[kAtOnce], const int32_t (&ranks)[kAtOnce], const Query& query, float (&sums)[kAtOnce][kHeads]) const {
-    const int32_t u = lane % kLanes;
-    const bool turns = !c.text && u * kKey < pairs;
-#pragma unroll
-    for (int j = 0; j < kKey; j += 4) {
-      float x[kAtOnce][4], y[kAtOnce][4];
-#pragma unroll
-      for (int r = 0; r < kAtOnce; r++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) x[r][i] = from[r][j + i], y[r][i] = from[r][kKey + j + i];
-      }
-      if (turns) {
-        const uint4 h = *reinterpret_cast<const uint4*>(high + phase_of(u * kKey + j)), l = *reinterpret_cast<const uint4*>(low + phase_of(u * kKey + j));
-        const uint32_t highs[4] = {h.x, h.y, h.z, h.w}, lows[4] = {l.x, l.y, l.z, l.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-#pragma unroll
-          for (int r = 0; r < kAtOnce; r++) {
-            const float angle = phase_at(ranks[r], highs[i], lows[i]) * (3.14159265358979f * 0x1p-31f);
-            const float cosine = __cosf(angle), sine = __sinf(angle), was = x[r][i];
-            x[r][i] = was * cosine - y[r][i] * sine;
-            y[r][i] = was * sine + y[r][i] * cosine;
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-#pragma unroll
-        for (int g = 0; g < kGroup; g++) {
-          const float4 p = query((j + i) / 2, g);
-#pragma unroll
-          for (int r = 0; r < kAtOnce; r++) sums[r][g] = fmaf(x[r][i], p.x, fmaf(y[r][i], p.y, fmaf(x[r][i + 1], p.z, fmaf(y[r][i + 1], p.w, sums[r][g]))));
-        }
-      }
-    }
-  }
-
-  // The lanes of a key share its sums: each has at last those of kMine query heads from my_head() on; kSame neighbours have the same.
-  static constexpr int kSame = kLanes > kHeads ? kLanes / kHeads : 1;
-  __device__ int32_t my_head() const {
-    int32_t g = 0, n = kHeads;
-#pragma unroll
-    for (int o = kLanes / 2; o > 0; o /= 2) {
-      if (n > 1) n /= 2, g += lane & o ? n : 0;
-    }
-    return g;
-  }
-  __device__ void share(float (&sums)[kHeads]) const {
-    int n = kHeads;
-#pragma unroll
-    for (int o = kLanes / 2; o > 0; o /= 2) {
-      if (n == 1) {
-        sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], o);
-        continue;
-      }
-      n /= 2;
-#pragma unroll
-      for (int i = 0; i < kHeads / 2; i++) {
-        if (i >= n) break;
-        const float give = lane & o ? sums[i] : sums[i + n], keep = lane & o ? sums[i + n] : sums[i];
-        sums[i] = keep + __shfl_xor_sync(0xffffffffu, give, o);
-      }
-    }
-  }
-
-  /** Caps what this lane's keys have in \`scores\`, and its softmax with them: apart, as few models do, and the loop above pays for it. */
-  __device__ void cap_scores(int32_t mine, float (&most)[kMine], float (&total)[kMine]) const {
-#pragma unroll
-    for (int k = 0; k < kMine; k++) most[k] = -FLT_MAX, total[k] = 0.0f;
-    __syncwarp();
-    int32_t entry = item_at(0) + lane / kLanes, slot = slot_at(entry);
-    for (int32_t n = 0; n < length; n++) {
-      float* at = scores + int64_t{entry} * kPad + mine;
-      float s[kMine];
-#pragma unroll
-      for (int k = 0; k < kMine; k++) s[k] = slot < kept ? a.capped(at[k]) : 0.0f;
-      __syncwarp();  // neighbours that have the same read it before one writes
-      if (slot < kept) {
-#pragma unroll
-        for (int k = 0; k < kMine; k++) {
-          const float higher = fmaxf(most[k], s[k]);
-          if (lane % kSame == 0) at[k] = s[k];
-          total[k] = fmaf(total[k], power(most[k] - higher), power(s[k] - higher));
-          most[k] = higher;
-        }
-      }
-      slot += slot_step(n), entry += entry_step(n);
-    }
-  }
-
-  /** Leaves this warp's scores in \`scores\`, its softmax in area.part; \`ranks\` are those of the thread's own entries. */
-  __device__ void score(int32_t ranks) {
-    const int32_t u = lane % kLanes, mine = my_head();
-    float4 held[C::kHeld ? kKey / 2 : 1][kGroup];
-    const auto* shared = reinterpret_cast<const float4*>(q);
-    if constexpr (C::kHeld) {
-#pragma unroll
-      for (int j = 0; j < kKey / 2; j++) {
-#pragma unroll
-        for (int g = 0; g < kGroup; g++) held[j][g] = shared[(j * kGroup + g) * kLanes + u];
-      }
-    }
-    const auto query = [&](int j, int g) {
-      if constexpr (C::kHeld) return held[j][g];
-      else return shared[(j * kGroup + g) * kLanes + u];
-    };
-    float most[kMine], total[kMine];
-#pragma unroll
-    for (int k = 0; k < kMine; k++) most[k] = -FLT_MAX, total[k] = 0.0f;
-    int32_t next_ranks = read_rank(entry_at(1)), entry = item_at(0) + lane / kLanes, slot = slot_at(entry);
-    for (int32_t n = 0; n < length; n += kAtOnce) {
-      if (n > 0 && n % (4 * kItems) == 0) ranks = next_ranks, next_ranks = read_rank(entry_at(n / (4 * kItems) + 1));
-      await_items<kStages - kAtOnce>();
-      Part parts[kAtOnce];
-      int32_t rank[kAtOnce];
-      float sums[kAtOnce][kHeads] = {};
-#pragma unroll
-      for (int r = 0; r < kAtOnce; r++) {
-        parts[r] = read_item(n + r);
-        rank[r] = __shfl_sync(0xffffffffu, ranks, (n + r) / kItems % 4 * kChunk + (n + r) % kItems * kRows + lane / kLanes);
-      }
-      multiply(parts, rank, query, sums);
-#pragma unroll
-      for (int r = 0; r < kAtOnce; r++) {
-        bring_item();
-        share(sums[r]);
-        if (slot < kept) {
-#pragma unroll
-          for (int k = 0; k < kMine; k++) {
-            const float s = sums[r][k], higher = fmaxf(most[k], s);
-            total[k] = fmaf(total[k], power(most[k] - higher), power(s - higher));
-            most[k] = higher;
-            if (lane % kSame == 0) scores[int64_t{entry} * kPad + mine + k] = s;
-          }
-        }
-        slot += slot_step(n + r), entry += entry_step(n + r);
-      }
-    }
-    if (a.softcap > 0.0f) cap_scores(mine, most, total);
-#pragma unroll
-    for (int k = 0; k < kMine; k++) {
-#pragma unroll
-      for (int o = kLanes; o < 32; o *= 2) {
-        const float other = __shfl_xor_sync(0xffffffffu, most[k], o), sum = __shfl_xor_sync(0xffffffffu, total[k], o), higher = fmaxf(most[k], other);
-        total[k] = fmaf(total[k], power(most[k] - higher), sum * power(other - higher));
-        most[k] = higher;
-      }
-      if (lane < kLanes && lane % kSame == 0) area.part[warp][mine + k] = make_float2(most[k], total[k]);
-    }
-  }
-
   // ---- softmax ----
 
-  static constexpr int kShares = kMostBlocks * kHeads > 32 ? kMostBlocks * kHeads / 32 : 1;  // of all blocks' numbers, for a lane
-
-  /** Warp 0 waits until all warps have their scores, and tells every block this one's highest scores and sums. */
+  /** Tells every block this warp's highest scores and sums, two heads at a time; they are in area.part. Home's last warp counts the new
+   *  token in. */
   __device__ void tell_softmax() {
-    __syncthreads();
-    if (warp != 0) return;
-    const int32_t g = lane % kHeads;
-    float2 parts[kWarps];
-#pragma unroll
-    for (int w = 0; w < kWarps; w++) parts[w] = area.part[w][g];
-    float highest = parts[0].x, sum = 0.0f;
-#pragma unroll
-    for (int w = 1; w < kWarps; w++) highest = fmaxf(highest, parts[w].x);
-    const float fresh = home ? new_score(g) : -FLT_MAX;
-    highest = fmaxf(highest, fresh);
-    if (home) sum = power(fresh - highest);
-#pragma unroll
-    for (int w = 0; w < kWarps; w++) sum = fmaf(parts[w].y, power(parts[w].x - highest), sum);
-    if (blocks == 1 && lane < kHeads) area.softmax[0][g] = make_float2(highest, sum);
-#pragma unroll
-    for (int k = 0; k < kShares; k++) {
-      const int32_t to = lane / kHeads + k * (32 / kHeads);
-      if (blocks > 1 && to < blocks) push(&area.softmax[block][g], make_float2(highest, sum), &area.met, to);
+    constexpr int kPairs = kGroup / 2;
+    const int32_t g = lane % kPairs * 2;
+    float4 mine = *reinterpret_cast<const float4*>(&area.part[warp][g]);
+    if (home && warp == kWarps - 1) {
+      const auto meet = [&](float& highest, float& sum, float fresh) {
+        const float higher = fmaxf(highest, fresh);
+        sum = fmaf(sum, power(highest - higher), power(fresh - higher)), highest = higher;
+      };
+      meet(mine.x, mine.y, new_score(g)), meet(mine.z, mine.w, new_score(g + 1));
+    }
+    for (int32_t to = lane / kPairs; to < blocks; to += 32 / kPairs) {
+      auto* at = reinterpret_cast<float4*>(&area.softmax[block][warp][g]);
+      if (blocks == 1) *at = mine;
+      else push(at, mine, &area.met, to);
     }
   }
 
-  /** The softmax of all blocks, alike in every thread. */
-  __device__ Softmax join_softmax() {
+  /** A thread's view of the softmax of all warps: what its entries' exponentials count, and the new token's weight. */
+  struct Shares {
+    float of[kGroup], fresh;
+  };
+
+  /** Leaves what this warp's exponentials count in area.factor; home, the new token's in area.fresh. */
+  __device__ Shares join_softmax() {
     if (blocks > 1) await(&area.met);
     else __syncthreads();
-    const int32_t g = lane % kHeads;
-    float highest = -FLT_MAX, sum = 0.0f;
-    float2 parts[kShares];
+    constexpr int kPairs = kGroup / 2, kApart = 32 / kPairs, kMost = kMostBlocks * kWarps / kApart < 8 ? kMostBlocks * kWarps / kApart : 8;
+    const int32_t g = lane % kPairs * 2, count = blocks * kWarps;
+    const float2* all = &area.softmax[0][0][0];
+    float2 highest = make_float2(-FLT_MAX, -FLT_MAX), sum = make_float2(0.0f, 0.0f);
+    for (int32_t first = lane / kPairs; first < count; first += kApart * kMost) {
+      float4 parts[kMost];
+      float2 higher = highest;
 #pragma unroll
-    for (int k = 0; k < kShares; k++) {
-      const int32_t b = lane / kHeads + k * (32 / kHeads);
-      parts[k] = b < blocks ? area.softmax[b][g] : make_float2(-FLT_MAX, 0.0f);
-      highest = fmaxf(highest, parts[k].x);
+      for (int k = 0; k < kMost; k++) {
+        const int32_t at = first + k * kApart;
+        parts[k] = at < count ? *reinterpret_cast<const float4*>(all + at * kGroup + g) : make_float4(-FLT_MAX, 0.0f, -FLT_MAX, 0.0f);
+        higher.x = fmaxf(higher.x, parts[k].x), higher.y = fmaxf(higher.y, parts[k].z);
+      }
+      sum.x *= power(highest.x - higher.x), sum.y *= power(highest.y - higher.y);
+      highest = higher;
+#pragma unroll
+      for (int k = 0; k < kMost; k++) {
+        sum.x = fmaf(parts[k].y, power(parts[k].x - highest.x), sum.x);
+        sum.y = fmaf(parts[k].w, power(parts[k].z - highest.y), sum.y);
+      }
     }
+    float2 most = highest;
 #pragma unroll
-    for (int o = kHeads; o < 32; o *= 2) highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, o));
-#pragma unroll
-    for (int k = 0; k < kShares; k++) sum = fmaf(parts[k].y, power(parts[k].x - highest), sum);
-#pragma unroll
-    for (int o = kHeads; o < 32; o *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-    const float inverse = __fdividef(1.0f, sum);
-    if (home && warp == 0 && lane < kHeads) {
-      area.fresh[g] = power(new_score(g) - highest) * inverse;
-      if (g < group && !is_sum(sum)) faults.report(Fault::NanAttention, a.layer);
+    for (int o = kPairs; o < 32; o *= 2) {
+      most.x = fmaxf(most.x, __shfl_xor_sync(0xffffffffu, most.x, o));
+      most.y = fmaxf(most.y, __shfl_xor_sync(0xffffffffu, most.y, o));
     }
-    Softmax all;
+    sum.x *= power(highest.x - most.x), sum.y *= power(highest.y - most.y);
 #pragma unroll
-    for (int k = 0; k < kGroup; k++) all.highest[k] = __shfl_sync(0xffffffffu, highest, k), all.inverse[k] = __shfl_sync(0xffffffffu, inverse, k);
-    return all;
+    for (int o = kPairs; o < 32; o *= 2) {
+      sum.x += __shfl_xor_sync(0xffffffffu, sum.x, o);
+      sum.y += __shfl_xor_sync(0xffffffffu, sum.y, o);
+    }
+    const float2 inverse = make_float2(g < group ? __fdividef(1.0f, sum.x) : 0.0f, g + 1 < group ? __fdividef(1.0f, sum.y) : 0.0f);
+    if (lane < kPairs) {
+      area.factor[warp][g] = power(area.part[warp][g].x - most.x) * inverse.x;
+      area.factor[warp][g + 1] = power(area.part[warp][g + 1].x - most.y) * inverse.y;
+      if (home && warp == 0 && ((g < group && !is_sum(sum.x)) || (g + 1 < group && !is_sum(sum.y)))) faults.report(Fault::NanAttention, a.layer);
+    }
+    Shares shares;
+    shares.fresh = 0.0f;
+    if (home) {
+      const float first = power(new_score(g) - most.x) * inverse.x, second = power(new_score(g + 1) - most.y) * inverse.y;
+      if (warp == 0 && lane < kPairs) area.fresh[g] = first, area.fresh[g + 1] = second;
+      shares.fresh = first + second;
+#pragma unroll
+      for (int o = 1; o < kPairs; o *= 2) shares.fresh += __shfl_xor_sync(0xffffffffu, shares.fresh, o);
+      shares.fresh *= a.plan.share;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kGroup; k++) shares.of[k] = area.factor[warp][k] * a.plan.share;
+    return shares;
   }
 
   // ---- output ----
-
-  struct Sums {
-    float at[kPass][kValue], highest[kPass];
-  };
-
-  /** Sums of exponentials, under this warp's own highest score, times values: query heads from \`head\` on. */
-  __device__ void sum_values(int32_t head, Sums& sums) {
-    const int32_t at_head = head * kPass;
-    if (head > 0) {
-      next = length;
-      for (int n = 0; n < kStages; n++) bring_item();
-    }
-#pragma unroll
-    for (int g = 0; g < kPass; g++) {
-      sums.highest[g] = area.part[warp][at_head + g].x;
-#pragma unroll
-      for (int i = 0; i < kValue; i++) sums.at[g][i] = 0.0f;
-    }
-    int32_t entry = item_at(0) + lane / C::kValueLanes, slot = slot_at(entry);
-    for (int32_t n = 0; n < length; n++) {
-      await_items<kStages - 1>();
-      const Part part = read_item(length + n);
-      bring_item();
-#pragma unroll
-      for (int p = 0; p < kRows / C::kValueRows; p++) {
-        if (slot + p * C::kValueRows >= kept) continue;
-        float w[kPass > 2 ? (kPass + 3) / 4 * 4 : kPass];
-        read_floats(scores + int64_t{entry + p * C::kValueRows} * kPad + at_head, w);
-#pragma unroll
-        for (int g = 0; g < kPass; g++) {
-          const float weight = power(w[g] - sums.highest[g]);
-#pragma unroll
-          for (int k = 0; k < kValue; k++) sums.at[g][k] = fmaf(weight, part[p * kValue + k], sums.at[g][k]);
-        }
-      }
-      slot += slot_step(n), entry += entry_step(n);
-    }
-    await_items<0>();
-  }
-
-  /** Leaves them in this warp's region, under the highest score of all. */
-  __device__ void keep_sums(int32_t head, const Sums& sums, const Softmax& all) {
-    __syncwarp();
-    float* to = reinterpret_cast<float*>(items) + lane / C::kValueLanes * kPass * kDim + lane % C::kValueLanes * kValue;
-#pragma unroll
-    for (int g = 0; g < kPass; g++) {
-      float factor = 0.0f;
-#pragma unroll
-      for (int k = g; k < kGroup; k += kPass) {
-        if (k == head * kPass + g) factor = power(sums.highest[g] - all.highest[k]) * all.inverse[k];
-      }
-#pragma unroll
-      for (int i = 0; i < kValue; i += 4) {
-        *reinterpret_cast<float4*>(to + g * kDim + i) = make_float4(sums.at[g][i] * factor, sums.at[g][i + 1] * factor, sums.at[g][i + 2] * factor, sums.at[g][i + 3] * factor);
-      }
-    }
-  }
 
   __device__ float2* out() const { return reinterpret_cast<float2*>(a.out + int64_t{unit} * group * dim); }
   /** The outputs are joined by slices of 2^slice_log pairs, one a block. */
   __device__ int32_t my_slice() const { return max(0, min(1 << a.plan.slice_log, group * half - (block << a.plan.slice_log))); }
 
-  __device__ void tell_output(int32_t head) {
+  /** Adds up the warps' outputs of a pass, and gives each block its slice of them. */
+  __device__ void tell_output(int32_t pass) {
     for (int32_t i = tid; i < kPass * kHalf; i += kThreads) {
-      const int32_t g = head * kPass + i / kHalf, x = i % kHalf;
+      const int32_t g = pass * kPass + i / kHalf, x = i % kHalf;
       if (g >= group || x >= half) continue;
       float2 sum = make_float2(0.0f, 0.0f);
       if (home) sum = make_float2(area.fresh[g] * to_float(value[2 * x]), area.fresh[g] * to_float(value[2 * x + 1]));
 #pragma unroll
-      for (int p = 0; p < C::kParts; p++) {
-        const float2 y = *reinterpret_cast<const float2*>(partial + p / C::kValueRows * (C::kRegion / 4) + p % C::kValueRows * kPass * kDim + 2 * i);
+      for (int w = 0; w < kWarps; w++) {
+        const float2 y = *reinterpret_cast<const float2*>(partial + w * (kRegion / 4) + 2 * i);
         sum.x += y.x, sum.y += y.y;
       }
       const int32_t at = g * half + x;
@@ -3697,47 +3452,68 @@ struct Attend {
 
   /** The weight of a token's value in a merge, and what an average rule minimises. */
   __device__ float weight(float score, int32_t birth) const { return c.select == WKV_SELECT_LITERAL_AVERAGE ? score : wkv_average(score, step - birth + 1); }
-  __device__ float rule(const Own& o, float w) const { return wkv_select_value(c.select, wkv_token{o.rank, o.score, w, 0.0f, 0.0f, 0.0f}); }
-
-  __device__ void put(int32_t i, const Own& o) { *reinterpret_cast<float4*>(scores + int64_t{i} * kPad) = make_float4(o.score, __int_as_float(o.birth), __int_as_float(o.rank), 0.0f); }
-  __device__ Own get(int32_t i) const {
-    const float4 x = *reinterpret_cast<const float4*>(scores + int64_t{i} * kPad);
-    return {x.x, __float_as_int(x.y), __float_as_int(x.z)};
+  __device__ float rule(const Own& o, float w) const {
+    __builtin_assume(c.select <= WKV_SELECT_LOWEST_SUM);  // of rules in one launch
+    return wkv_select_value(c.select, wkv_token{o.rank, o.score, w, 0.0f, 0.0f, 0.0f});
   }
 
-  /** Leaves each entry's new state in \`scores\`, and finds this thread's candidate. */
-  __device__ Candidate accumulate(const Softmax& all, bool selects, int32_t forced) {
+  /** A thread's entries, one after another: an entry, its slot, and where its numbers lie, \`swizzle\` turned. */
+  struct Mine {
+    int32_t i, slot;
+    float* numbers;
+  };
+  __device__ Mine first_entry() const {
+    const int32_t i = entry_at(0);
+    return {i, slot_at(i), scores + i / kChunk * kGroup * kChunk + i % kChunk};
+  }
+  __device__ void next_entry(Mine& at) const { at.i += kThreads, at.slot += kThreads << a.plan.blocks_log, at.numbers += kThreads * kGroup; }
+  __device__ int32_t swizzle() const { return lane / kChunk * kChunk; }
+
+  /** Adds each entry's weight to its score, leaves its rank in \`scores\`, and finds this thread's candidate. */
+  __device__ Candidate accumulate(const Shares& shares, bool selects, int32_t forced) {
+    constexpr int kAhead = 3;  // entries whose state is read before it is used
     Candidate best = kNobody;
-    Own own = area.first[tid];
     const bool by_gap = c.gapped() && forced == -1;
-    float shares[kGroup];
+    const int32_t turned = swizzle();
+    Mine at = first_entry();
+    Own own = area.first[tid], ahead[kAhead];
+    const auto read_ahead = [&](int32_t n) { return at.i + n * kThreads < local ? read_own(at.slot + n * (kThreads << a.plan.blocks_log)) : Own{0.0f, 0, 0}; };
 #pragma unroll
-    for (int g = 0; g < kGroup; g++) shares[g] = g < group ? all.inverse[g] * a.plan.share : 0.0f;
-    for (int32_t t = 0, i; (i = entry_at(t)) < count; t++) {
-      Own o = fresh(i) ? Own{0.0f, step, kept} : own;
-      if (i + kTurn < local) own = read_own(i + kTurn);
-      if (!used(i)) continue;
-      const int32_t slot = fresh(i) ? kept : slot_at(i);
-      float s[kPad], now = 0.0f;
-      read_floats(scores + int64_t{i} * kPad, s);
+    for (int k = 0; k < kAhead; k++) ahead[k] = read_ahead(1 + k);
+#pragma unroll 1
+    for (; at.i < count; next_entry(at)) {
+      Own o = own;
+      own = ahead[0];
 #pragma unroll
-      for (int g = 0; g < kGroup; g++) now = fmaf(power((fresh(i) ? new_score(g) : s[g]) - all.highest[g]), shares[g], now);
+      for (int k = 1; k < kAhead; k++) ahead[k - 1] = ahead[k];
+      ahead[kAhead - 1] = read_ahead(1 + kAhead);
+      const bool fresh = at.i >= local;
+      if (!fresh && at.slot >= kept) continue;
+      float now = shares.fresh;
+      if (fresh) {
+        o = {0.0f, step, kept}, at.slot = kept;
+      } else {
+        now = 0.0f;
+#pragma unroll
+        for (int g = 0; g < kGroup; g++) now = fmaf(at.numbers[g * kChunk ^ turned], shares.of[g], now);
+      }
       if (c.later) {
         c.weights[int64_t{unit} * (c.slots + 1) + o.rank] = now;
         continue;
       }
       o.score += now;
       if (full && c.select == WKV_SELECT_LITERAL_AVERAGE) o.score = wkv_average(o.score, step - o.birth + 1);
-      put(i, o);
-      if (fresh(i)) area.arrived = o.score;
+      if (fresh) area.arrived = o.score;
+      else e.score[at.slot] = o.score;
+      at.numbers[turned] = __int_as_float(o.rank);
       if (!selects && !c.gapped()) continue;
       const float w = weight(o.score, o.birth);
       if (c.gapped()) {
         __stcg(e.by_rank + o.rank, w);
-        __stcg(c.places_of(head) + o.rank, slot);
-        if (o.rank == kept - 1) area.newest = slot;
+        __stcg(c.places_of(head) + o.rank, at.slot);
+        if (o.rank == kept - 1) area.newest = at.slot;
       }
-      if (selects && !by_gap) consider(best, forced == -1 ? rule(o, w) : 0.0f, o, slot, w, forced);
+      if (selects && !by_gap) consider(best, forced == -1 ? rule(o, w) : 0.0f, o, at.slot, w, forced);
     }
     if (!c.gapped()) return best;
     // Rules that ask for gaps: the newest cached token now has a right neighbour; then everyone's average is needed.
@@ -3749,14 +3525,12 @@ struct Attend {
     __syncwarp();
     cluster_sync(blocks);
     if (!selects || !by_gap) return best;
-    for (int32_t t = 0, i; (i = entry_at(t)) < count; t++) {
-      if (!used(i)) continue;
-      const Own o = get(i);
-      const int32_t slot = fresh(i) ? kept : slot_at(i);
+    // The newest has no right neighbour to be merged with.
+    for (at = first_entry(); at.i < local; next_entry(at)) {
+      if (at.slot >= kept) continue;
+      const Own o = {__ldcg(e.score + at.slot), __ldcg(e.birth + at.slot), __float_as_int(at.numbers[turned])};
       const float w = weight(o.score, o.birth);
-      // The newest has no right neighbour to be merged with.
-      const float cost = fresh(i) ? INFINITY : wkv_select_value(c.select, {o.rank, o.score, w, __ldcg(e.by_rank + o.rank + 1), 0.0f, e.gap[slot]});
-      consider(best, cost, o, slot, w, forced);
+      consider(best, wkv_select_value(c.select, {o.rank, o.score, w, __ldcg(e.by_rank + o.rank + 1), 0.0f, e.gap[at.slot]}), o, at.slot, w, forced);
     }
     return best;
   }
@@ -3774,74 +3548,69 @@ struct Attend {
   /** The lane that holds the best candidate of a warp; \`bad\` becomes the lowest. */
   __device__ int32_t best_lane(uint32_t mine, int32_t rank, int32_t& bad) const {
     const uint32_t value = __reduce_min_sync(0xffffffffu, mine);
-    bad = __reduce_min_sync(0xffffffffu, bad);
+    if (__any_sync(0xffffffffu, bad != INT_MAX)) bad = __reduce_min_sync(0xffffffffu, bad);
     const int32_t lowest = __reduce_min_sync(0xffffffffu, mine == value ? rank : INT_MAX);
     return __ffs(__ballot_sync(0xffffffffu, mine == value && rank == lowest)) - 1;
   }
 
-  __device__ void keep_candidate(Candidate mine) {
+  /** Tells every block this warp's candidate, each lane a half of it to one block. */
+  __device__ void tell_candidate(Candidate mine) {
     int32_t bad = mine.bad;
     if (lane == best_lane(mine.value, mine.rank, bad)) {
       mine.bad = bad;
+      mine.arrived = home && warp == fresh_warp ? area.arrived : 0.0f;
       area.found[warp] = mine;
     }
+    __syncwarp();
+    const uint4 part = reinterpret_cast<const uint4*>(&area.found[warp])[lane % 2];
+    const auto* at = reinterpret_cast<uint4*>(&area.candidates[block][warp]) + lane % 2;
+    if (blocks == 1 && lane < 2) *const_cast<uint4*>(at) = part;
+    else if (blocks > 1 && lane / 2 < blocks) push(at, part, &area.told, lane / 2);
   }
 
-  /** The best of some candidates, alike in every lane. */
-  __device__ Candidate best_of(const Candidate* from, int32_t count) const {
-    uint32_t value = kNobody.value;
-    int32_t rank = kNobody.rank, bad = kNobody.bad;
-    if (lane < count) value = from[lane].value, rank = from[lane].rank, bad = from[lane].bad;
-    Candidate best = from[best_lane(value, rank, bad)];
-    best.bad = bad;
-    return best;
-  }
-
-  /** Warp 0 tells every block this one's candidate. */
-  __device__ void tell_candidate() {
-    if (warp != 0) return;
-    Candidate mine = best_of(area.found, kWarps);
-    mine.arrived = home ? area.arrived : 0.0f;
-    if (blocks == 1 && lane == 0) area.candidates[0] = mine;
-    else if (blocks > 1 && lane < blocks) push(&area.candidates[block], mine, &area.told, lane);
-  }
-
-  /** The best of all blocks' candidates, alike in every thread. */
+  /** The best of all warps' candidates, alike in every thread. */
   __device__ Candidate choose() const {
-    Candidate best = best_of(area.candidates, blocks);
-    best.arrived = area.candidates[blocks - 1].arrived;
+    const Candidate* all = &area.candidates[0][0];
+    uint32_t value = kNobody.value;
+    int32_t rank = kNobody.rank, bad = kNobody.bad, at = 0;
+    for (int32_t i = lane; i < blocks * kWarps; i += 32) {
+      const uint32_t its = all[i].value;
+      const int32_t its_rank = all[i].rank;
+      bad = min(bad, all[i].bad);
+      if (its < value || (its == value && its_rank < rank)) value = its, rank = its_rank, at = i;
+    }
+    const int32_t from = best_lane(value, rank, bad);
+    Candidate best = all[__shfl_sync(0xffffffffu, at, from)];
+    best.bad = bad;
+    best.arrived = area.candidates[blocks - 1][fresh_warp].arrived;
     return best;
   }
 
   // ---- merge, insert ----
 
-  /** Writes the state of this block's slots; \`victim\` is null where nobody leaves. The warp of its right neighbour puts the new token in. */
-  __device__ void update(const Candidate* victim) {
-    Own right{};
-    int32_t right_slot = -1;
-    for (int32_t t = 0, i; (i = entry_at(t)) < count; t++) {
-      if (!used(i)) continue;
-      const Own o = get(i);
-      const int32_t slot = fresh(i) ? kept : slot_at(i);
-      if (victim && o.rank == victim->rank + 1) right = o, right_slot = slot;
-      if (fresh(i)) {
-        if (!victim) e.score[slot] = o.score, e.birth[slot] = step, e.rank[slot] = kept;
-      } else if (victim && slot == victim->slot) {
-        e.score[slot] = victim->arrived, e.birth[slot] = step, e.rank[slot] = kept - 1;
-      } else {
-        e.score[slot] = o.score;
-        if (victim && o.rank > victim->rank) e.rank[slot] = o.rank - 1;
-      }
+  /** Writes what the victim's leaving changes in the state of this block's slots. The warp of its right neighbour puts the new token in. */
+  __device__ void update(const Candidate& victim) {
+    int32_t right = -1;
+    const int32_t turned = swizzle();
+    for (Mine at = first_entry(); at.i < count; next_entry(at)) {
+      const bool fresh = at.i >= local;
+      if (!fresh && at.slot >= kept) continue;
+      const int32_t rank = __float_as_int(at.numbers[turned]);
+      if (rank == victim.rank + 1) right = fresh ? kept : at.slot;
+      if (fresh) continue;
+      if (at.slot == victim.slot) e.score[at.slot] = victim.arrived, e.birth[at.slot] = step, e.rank[at.slot] = kept - 1;
+      else if (rank > victim.rank) e.rank[at.slot] = rank - 1;
     }
-    if (!victim) return;
-    const uint32_t found = __ballot_sync(0xffffffffu, right_slot >= 0);
+    const uint32_t found = __ballot_sync(0xffffffffu, right >= 0);
     if (!found) return;
-    const int32_t from = __ffs(found) - 1;
-    right.score = __shfl_sync(0xffffffffu, right.score, from), right.birth = __shfl_sync(0xffffffffu, right.birth, from);
-    replace(*victim, __shfl_sync(0xffffffffu, right_slot, from), right);
+    right = __shfl_sync(0xffffffffu, right, __ffs(found) - 1);
+    replace(victim, right, right == kept ? Own{victim.arrived, step, kept} : Own{__ldcg(e.score + right), __ldcg(e.birth + right), victim.rank + 1});
   }
 
+  /** Puts the new token behind the last one. */
   __device__ void append() {
+    if (tid == 0) e.score[kept] = area.arrived, e.birth[kept] = step, e.rank[kept] = kept;
+#pragma unroll 1
     for (int32_t d = tid; d < dim; d += kThreads) keys[int64_t{kept} * dim + d] = key[d], values[int64_t{kept} * dim + d] = value[d];
   }
 
@@ -3894,58 +3663,59 @@ struct Attend {
   }
 };
 
-template <typename T, int kGroup, int kDim>
-__global__ void __launch_bounds__(kThreads, kGroup > 8 || kDim > 128 || sizeof(T) > 2 ? 1 : 2) attend_kernel(const __grid_constant__ AttendView a, const Faults faults) {
+
+/** One block's part of a step, for a way to read the cache. */
+template <typename Way>
+__global__ void __launch_bounds__(kAttendThreads, Way::kResident) attend_kernel(const __grid_constant__ AttendView a, const Faults faults) {
   extern __shared__ uint4 shared16[];
-  using Block = Attend<T, kGroup, kDim>;
-  __shared__ typename Block::Area area;
-  Block my(a, faults, area, reinterpret_cast<uint8_t*>(shared16));
+  __shared__ typename Way::Area area;
+  Way my(a, faults, area, reinterpret_cast<uint8_t*>(shared16));
   const CacheView& c = a.cache;
   const uint64_t phase = my.begin();
   const auto places = my.find_rows();
-  my.length = my.length_of((c.slots + kChunk - 1) / kChunk);
+  typename Way::Rows rows;
+  const auto begin_step = [&] {
+    wait_for_previous();
+    let_next_start();
+  };
+  if (!a.plan.known) begin_step();
+  const float2 turn = my.use_counts(phase);
+  if (!a.plan.early) begin_step(), rows = my.read_rows(places);
+  const Own own = my.read_own(my.slot_at(my.entry_at(0)));
   my.begin_keys();
-  wait_for_previous();
-  let_next_start();
-
-  // Nothing waits for the cache's length here: the first items are read as if it were full.
-  const int2 counts = __ldcg(reinterpret_cast<const int2*>(c.counts + my.head));
-  const auto rows = my.read_rows(places);
-  const auto own = my.read_own(my.entry_at(0));
 #pragma unroll 1
-  for (int n = 0; n < Block::kStages; n++) my.bring_item();
+  for (int n = 0; n < Way::kStages; n++) my.bring_item();
+  my.begin_scores(own.rank);
+  if (a.plan.early) begin_step(), rows = my.read_rows(places);
   const int32_t forced = a.victims ? a.victims[my.unit] : -1;
-  my.use_counts(counts);
-  my.prepare(rows, phase);
+  my.prepare(rows, turn, [&](int32_t x, int32_t g, float2 numbers) { my.keep_q(x, g, numbers); });
   area.first[my.tid] = own;
   __syncthreads();
 
   const bool selects = my.full && c.select != WKV_SELECT_NONE && !c.later;
   if (my.blocks > 1 && my.tid == 0) {
-    expect(&area.met, my.blocks * Block::kHeads * sizeof(float2));
-    expect(&area.told, my.blocks * (my.my_slice() * sizeof(float2) + (selects ? sizeof(Candidate) : 0)));
+    expect(&area.met, my.blocks * kAttendWarps * Way::kGroup * sizeof(float2));
+    expect(&area.told, my.blocks * (my.my_slice() * sizeof(float2) + (selects ? kAttendWarps * sizeof(Candidate) : 0)));
   }
 
   my.score(own.rank);
   __syncwarp();
   if (my.blocks > 1) await_begun();
   my.tell_softmax();
-  typename Block::Sums sums;
-  my.sum_values(0, sums);
-  const auto all = my.join_softmax();
-  my.keep_sums(0, sums, all);
-  for (int32_t head = 1; head * Block::kPass < kGroup; head++) {
-    __syncthreads();
-    my.tell_output(head - 1);
-    __syncthreads();
-    my.sum_values(head, sums);
-    my.keep_sums(head, sums, all);
-  }
-  const Candidate mine = my.accumulate(all, selects, forced);
-  if (selects) my.keep_candidate(mine);
+  my.sum_values(0);
+  const auto shares = my.join_softmax();
+  my.keep_sums(0);
   __syncthreads();
-  if (selects) my.tell_candidate();
-  my.tell_output((kGroup - 1) / Block::kPass);
+  my.tell_output(0);
+  for (int32_t pass = 1; pass * Way::kPass < Way::kGroup; pass++) {
+    __syncthreads();
+    my.sum_values(pass);
+    my.keep_sums(pass);
+    __syncthreads();
+    my.tell_output(pass);
+  }
+  const Candidate mine = my.accumulate(shares, selects, forced);
+  if (selects) my.tell_candidate(mine);
   if (my.blocks > 1) await(&area.told);
   else __syncthreads();
   if (my.blocks > 1) my.join_output();
@@ -3954,7 +3724,6 @@ __global__ void __launch_bounds__(kThreads, kGroup > 8 || kDim > 128 || sizeof(T
   const bool last = my.home && my.tid == 0;
   if (last) c.counts[my.head].steps = my.step;
   if (!my.full) {
-    my.update(nullptr);
     if (my.home) my.append();
     if (last) c.counts[my.head].kept = my.kept + 1;
     return;
@@ -3973,14 +3742,14 @@ __global__ void __launch_bounds__(kThreads, kGroup > 8 || kDim > 128 || sizeof(T
     if (last) faults.report(Fault::Rank, leaves, my.kept + 1, c.sinks, c.recent);
     return;
   }
-  my.update(&victim);
+  my.update(victim);
   // The newest leaves alone, and nothing is written.
   if (last && victim.rank == my.kept) my.note(victim, false, -1.0f, 0.0f);
 }
 
 // ---- host ----
 
-int32_t log2_up(int32_t x) {
+inline int32_t log2_up(int32_t x) {
   int32_t log = 0;
   while (1 << log < x) log++;
   return log;
@@ -4002,90 +3771,728 @@ int32_t clusters_at_once(Kernel kernel, const Shape& shape) {
   return count;
 }
 
-template <typename T, int kGroup, int kDim>
-void start(Context& ctx, const Cache& cache, AttendView a) {
-  using C = Cut<T, kGroup, kDim>;
-  const auto kernel = attend_kernel<T, kGroup, kDim>;
+/** Cuts the work and launches it. */
+template <typename Way>
+void start_attend(Context& ctx, const Cache& cache, AttendView a) {
+  const auto kernel = attend_kernel<Way>;
   const int32_t dim = cache.head_dim, units = cache.sequences * cache.kv_heads, outputs = cache.group() * dim / 2;
-  Plan& plan = a.plan;
+  AttendPlan& plan = a.plan;
   plan.share = 1.0f / static_cast<float>(cache.group());
-  plan.q_at = kWarps * C::kRegion;
-  plan.phases_at = plan.q_at + kGroup * C::kHalf * 8;
-  plan.rows_at = plan.phases_at + C::kHalf * 8;
-  plan.outputs_at = plan.rows_at + 3 * kDim * static_cast<int32_t>(sizeof(T));
+  plan.q_at = kAttendWarps * Way::kRegion;
+  plan.rows_at = plan.q_at + Way::kQuery;
+  plan.outputs_at = plan.rows_at + 3 * Way::kDim * static_cast<int32_t>(sizeof(typename Way::T));
   // Blocks enough to fill the processors twice, each with 64 slots or more; clusters that all find room at once.
   const int32_t most = ctx.capability < 90 ? 1 : kMostBlocks;
   int32_t blocks = 1;
   while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * 64) blocks *= 2;
-  for (;; blocks /= 2) {
+  const size_t own = sizeof(typename Way::Area) + 1024, half = std::min<size_t>(ctx.shared_limit, 113 * 1024) - own, whole = ctx.shared_limit - own;
+  const auto launched = [&](int32_t blocks, bool in_scratch) {
     plan.blocks_log = log2_up(blocks), plan.slice_log = log2_up(divide_up(outputs, blocks));
     plan.room = (divide_up(divide_up(cache.slots, kChunk), blocks) + 1) * kChunk;
     plan.weights_at = plan.outputs_at + (blocks == 1 ? 0 : static_cast<int32_t>(round_up(size_t(blocks) << plan.slice_log << 3, 16)));
-    const size_t weights = size_t(plan.room) * C::kPad * 4, limit = std::min<size_t>(ctx.shared_limit, 112 * 1024) - sizeof(typename Attend<T, kGroup, kDim>::Area);
-    const bool fits = plan.weights_at + weights <= limit;
-    const size_t shared = plan.weights_at + (fits ? weights : 0);
-    const Shape shape{units * blocks, kThreads, shared, static_cast<uint32_t>(blocks)};
-    if (blocks > 1 && shared > limit) continue;
+    const size_t weights = size_t(plan.room) * Way::kGroup * 4, shared = plan.weights_at + (in_scratch ? 0 : weights);
+    if (shared > (in_scratch && blocks > 1 ? half : whole)) return false;
+    const Shape shape{units * blocks, kAttendThreads, shared, static_cast<uint32_t>(blocks)};
     allow_shared(kernel, shared);
-    if (blocks > 8 && clusters_at_once(kernel, shape) < units) continue;
-    plan.weights = fits ? nullptr : reinterpret_cast<float*>(ctx.reserve(weights * units * blocks));
+    if (blocks > 1 && (blocks > 8 || shared > half) && clusters_at_once(kernel, shape) < units) return false;
+    plan.weights = in_scratch ? reinterpret_cast<float*>(ctx.reserve(weights * units * blocks)) : nullptr;
+    // The kernel in front must not have written this layer; and where blocks fill the device, they would only be in each other's way.
+    plan.known = cache.untouched(ctx, a.layer), plan.early = plan.known && units * blocks <= ctx.processors;
     launch(ctx, kernel, shape, a, ctx.faults());
-    return;
+    return true;
+  };
+  // Scores lie in shared memory where they find room, be it in a multiprocessor of their own that leaves few idle, or else in scratch.
+  for (int32_t b = blocks; b == blocks || (b >= 1 && units * b * 4 >= ctx.processors * 3); b /= 2) {
+    if (launched(b, false)) return;
   }
+  while (!launched(blocks, true)) blocks = std::max(1, blocks / 2);
 }
+
+/** The ways: false, and nothing launched, where the sizes do not suit the tensor cores. */
+bool attend_tensor(Context& ctx, const Cache& cache, const AttendView& a);
+void attend_plain(Context& ctx, const Cache& cache, const AttendView& a);
+
+}  // namespace wkv
+`,
+  "cuda/attend_plain.cu": `/**
+ * attend_plain.cu: wkv_attend's cache read with ordinary f32 products: f32 caches, and any head dimension; the step around it is attend.cuh.
+ *
+ * Neighbouring lanes share a key, each with parts of both its halves, which they turn by its rank: rank * (angle a position, in turns of
+ * 2^64) wraps as turns do, so the angle is exact to 2^-32 turns at any rank, without a table. Then all lanes share a value. Heads wider
+ * than 128, or whose rows are no whole words of 16 bytes, are read number by number.
+ */
+#include "attend.cuh"
+
+namespace wkv {
+namespace {
+
+/** How a warp reads rows. */
+template <typename T_, int kGroup_, int kDim_>
+struct PlainCut {
+  using T = T_;
+  static constexpr int kGroup = kGroup_, kDim = kDim_, kHalf = kDim / 2;
+  static constexpr bool kLoose = kDim > 128;                      // any size, slowly
+  static constexpr int kKey = kLoose ? 8 : 16 / sizeof(T);        // a lane's part of either half of a key
+  static constexpr int kStride = kLoose ? 1 : kKey;
+  static constexpr int kLanes = kHalf / kKey;                     // that share a key
+  static constexpr int kValue = kDim / 32;                        // a lane's part of a value
+  static constexpr int kRows = 32 / kLanes;                       // keys of an item
+  static constexpr int kItems = kChunk / kRows;                   // of a chunk
+  static constexpr int kWords = 2 * kKey * int(sizeof(T)) / 16;   // a lane's part of an item, keys or values, in 16 bytes
+  static constexpr int kStages = kLoose ? 1 : 4;                  // items on their way
+  static constexpr int kAtOnce = kLoose ? 1 : 2;                  // items of keys that share what is read of q
+  static constexpr int kPass = kLoose ? 2 : kGroup < 8 ? kGroup : 8;  // query heads whose outputs are summed at once
+  static constexpr int kMine = kGroup > kLanes ? kGroup / kLanes : 1; // scores of a row that a lane has at last
+  static constexpr int kQuery = (kGroup + 1) * kHalf * 8;         // q, and the phases
+};
+
+template <typename Cut>
+struct PlainWay : AttendStep<Cut> {
+  using Step = AttendStep<Cut>;
+  using T = typename Cut::T;
+  using Step::a, Step::c, Step::area, Step::tid, Step::warp, Step::lane, Step::dim, Step::half, Step::pairs, Step::keys, Step::values, Step::items, Step::scores, Step::kept, Step::length, Step::local;
+  using Step::kGroup, Step::kDim, Step::kHalf, Step::kItems, Step::kRows, Step::kWords, Step::kStages, Step::kPass;
+  using Step::slot_at, Step::entry_at, Step::item_at, Step::first_of, Step::second_of, Step::item, Step::slot_step, Step::entry_step, Step::read_rank, Step::number_at;
+  static constexpr int kKey = Cut::kKey, kLanes = Cut::kLanes, kValue = Cut::kValue, kAtOnce = Cut::kAtOnce, kMine = Cut::kMine, kQuery = Cut::kQuery;
+  static constexpr int kResident = 1;
+
+  /** A lane's part of an item. */
+  struct Part {
+    uint4 words[kWords];
+    __device__ float operator[](int i) const { return to_float(reinterpret_cast<const T*>(words)[i]); }
+  };
+  /** A lane's sums of values. */
+  float sums[kPass][kValue];
+
+  float2* const q;                   // in the order of q_at, rotated and scaled
+  uint32_t *const high, *const low;  // the phases of the pairs a key is turned by, in the order of phase_at
+  // The next item to bring: its first slot, and what this lane takes of it: words at \`from\` + slot * dim and \`apart\` further on, where
+  // the slot is below the limits.
+  int32_t next = 0, next_slot = 0, apart = 0, first_limit = 0, second_limit = 0;
+  const T* from = nullptr;
+
+  __device__ PlainWay(const AttendView& a, const Faults& faults, typename Step::Area& area, uint8_t* shared)
+      : Step(a, faults, area, shared), q(reinterpret_cast<float2*>(shared + a.plan.q_at)), high(reinterpret_cast<uint32_t*>(q + kGroup * kHalf)), low(high + kHalf) {
+    if (tid >= kHalf) return;
+    const uint64_t phase = tid < pairs ? c.rope.phases[tid] : 0;
+    high[phase_of(tid)] = static_cast<uint32_t>(phase >> 32), low[phase_of(tid)] = static_cast<uint32_t>(phase);
+  }
+
+  /** Where a pair of query head g lies: the lanes' next to each other, two pairs at a time. */
+  __device__ int32_t q_at(int32_t x, int32_t g) const { return ((x % kKey / 2 * kGroup + g) * kLanes + x / kKey) * 2 + x % 2; }
+  __device__ int32_t phase_of(int32_t x) const { return (x % kKey / 4 * kLanes + x / kKey) * 4 + x % 4; }
+  __device__ void keep_q(int32_t x, int32_t g, float2 numbers) { q[q_at(x, g)] = numbers; }
+
+  // ---- items ----
+
+  __device__ Part read_item(int32_t n) const {
+    Part part;
+#pragma unroll
+    for (int w = 0; w < kWords; w++) part.words[w] = item(n)[w * 32];
+    return part;
+  }
+
+  __device__ void begin_keys() {
+    const int32_t x = lane % kLanes * kKey, row = lane / kLanes, limit = x < half ? c.slots - row : 0;
+    next = 0, next_slot = slot_at(item_at(0));
+    from = keys + row * dim + first_of(x), apart = second_of(x) - first_of(x);
+    first_limit = second_limit = limit;
+  }
+  __device__ void begin_values() {
+    const int32_t at = lane * kValue, limit = at < dim ? c.slots : 0;
+    next = length, next_slot = slot_at(item_at(0));
+    from = values + at, apart = dim;
+    first_limit = limit, second_limit = limit - 1;
+  }
+
+  /** A lane's part of a row, number by number. */
+  __device__ void bring_slowly() {
+    const int32_t u = lane % kLanes, at = lane * kValue;
+    const T *key_row = keys + int64_t{next_slot} * dim, *value_row = values + int64_t{next_slot} * dim;
+    const bool there = next_slot < c.slots;
+    Part part;
+    T* to = reinterpret_cast<T*>(part.words);
+#pragma unroll
+    for (int i = 0; i < 2 * kKey; i++) {
+      const int32_t x = u * kKey + i % kKey;
+      if (next < length) to[i] = there && x < half ? key_row[i < kKey ? first_of(x) : second_of(x)] : from_float<T>(0.0f);
+      else to[i] = there && at + i < dim ? value_row[at + i] : from_float<T>(0.0f);
+    }
+#pragma unroll
+    for (int w = 0; w < kWords; w++) item(next)[w * 32] = part.words[w];
+  }
+
+  /** The next item is now on its way: \`length\` items of keys, then as many of values. */
+  __device__ void bring_item() {
+    if (next == length) begin_values();
+    if (next < 2 * length) {
+      if constexpr (Cut::kLoose) {
+        bring_slowly();
+      } else {
+        const T* at = from + int64_t{next_slot} * dim;
+        bring(item(next), at, next_slot < first_limit);
+        bring(item(next) + 32, at + apart, next_slot < second_limit);
+      }
+    }
+    close_item();
+    next_slot += slot_step(next - (next < length ? 0 : length));
+    next++;
+  }
+
+  // ---- scores ----
+
+  __device__ void begin_scores(int32_t) {}
+
+  /** Adds a lane's part of some keys times all queries to \`sums\`. */
+  template <typename Query>
+  __device__ void multiply(const Part (&from)[kAtOnce], const int32_t (&ranks)[kAtOnce], const Query& query, float (&sums)[kAtOnce][kGroup]) const {
+    const int32_t u = lane % kLanes;
+    const bool turns = !c.text && u * kKey < pairs;
+#pragma unroll
+    for (int j = 0; j < kKey; j += 4) {
+      float x[kAtOnce][4], y[kAtOnce][4];
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[r][i] = from[r][j + i], y[r][i] = from[r][kKey + j + i];
+      }
+      if (turns) {
+        const uint4 h = *reinterpret_cast<const uint4*>(high + phase_of(u * kKey + j)), l = *reinterpret_cast<const uint4*>(low + phase_of(u * kKey + j));
+        const uint32_t highs[4] = {h.x, h.y, h.z, h.w}, lows[4] = {l.x, l.y, l.z, l.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+          for (int r = 0; r < kAtOnce; r++) {
+            const float angle = phase_at(ranks[r], highs[i], lows[i]) * (3.14159265358979f * 0x1p-31f);
+            const float cosine = __cosf(angle), sine = __sinf(angle), was = x[r][i];
+            x[r][i] = was * cosine - y[r][i] * sine;
+            y[r][i] = was * sine + y[r][i] * cosine;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+#pragma unroll
+        for (int g = 0; g < kGroup; g++) {
+          const float4 p = query((j + i) / 2, g);
+#pragma unroll
+          for (int r = 0; r < kAtOnce; r++) sums[r][g] = fmaf(x[r][i], p.x, fmaf(y[r][i], p.y, fmaf(x[r][i + 1], p.z, fmaf(y[r][i + 1], p.w, sums[r][g]))));
+        }
+      }
+    }
+  }
+
+  // The lanes of a key share its sums: each has at last those of kMine query heads from my_head() on; kSame neighbours have the same.
+  static constexpr int kSame = kLanes > kGroup ? kLanes / kGroup : 1;
+  __device__ int32_t my_head() const {
+    int32_t g = 0, n = kGroup;
+#pragma unroll
+    for (int o = kLanes / 2; o > 0; o /= 2) {
+      if (n > 1) n /= 2, g += lane & o ? n : 0;
+    }
+    return g;
+  }
+  __device__ void share(float (&sums)[kGroup]) const {
+    int n = kGroup;
+#pragma unroll
+    for (int o = kLanes / 2; o > 0; o /= 2) {
+      if (n == 1) {
+        sums[0] += __shfl_xor_sync(0xffffffffu, sums[0], o);
+        continue;
+      }
+      n /= 2;
+#pragma unroll
+      for (int i = 0; i < kGroup / 2; i++) {
+        if (i >= n) break;
+        const float give = lane & o ? sums[i] : sums[i + n], keep = lane & o ? sums[i + n] : sums[i];
+        sums[i] = keep + __shfl_xor_sync(0xffffffffu, give, o);
+      }
+    }
+  }
+
+  /** Leaves the exponentials of this warp's scores, under its own highest, in \`scores\`, its softmax in area.part; \`ranks\` are those of
+   *  the thread's own entries. */
+  __device__ void score(int32_t ranks) {
+    const int32_t u = lane % kLanes, mine = my_head();
+    const auto query = [&](int j, int g) { return reinterpret_cast<const float4*>(q)[(j * kGroup + g) * kLanes + u]; };
+    float most[kMine], total[kMine];
+#pragma unroll
+    for (int k = 0; k < kMine; k++) most[k] = -FLT_MAX, total[k] = 0.0f;
+    int32_t next_ranks = read_rank(entry_at(1)), entry = item_at(0) + lane / kLanes, slot = slot_at(entry);
+    for (int32_t n = 0; n < length; n += kAtOnce) {
+      if (n > 0 && n % (4 * kItems) == 0) ranks = next_ranks, next_ranks = read_rank(entry_at(n / (4 * kItems) + 1));
+      await_items<kStages - kAtOnce>();
+      Part parts[kAtOnce];
+      int32_t rank[kAtOnce];
+      float products[kAtOnce][kGroup] = {};
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++) {
+        parts[r] = read_item(n + r);
+        rank[r] = __shfl_sync(0xffffffffu, ranks, (n + r) / kItems % 4 * kChunk + (n + r) % kItems * kRows + lane / kLanes);
+      }
+      multiply(parts, rank, query, products);
+#pragma unroll
+      for (int r = 0; r < kAtOnce; r++) {
+        bring_item();
+        share(products[r]);
+        if (slot < kept) {
+#pragma unroll
+          for (int k = 0; k < kMine; k++) {
+            const float s = a.capped(products[r][k]), higher = fmaxf(most[k], s);
+            total[k] = fmaf(total[k], power(most[k] - higher), power(s - higher));
+            most[k] = higher;
+            if (lane % kSame == 0) scores[number_at(entry, mine + k)] = s;
+          }
+        }
+        slot += slot_step(n + r), entry += entry_step(n + r);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kMine; k++) {
+#pragma unroll
+      for (int o = kLanes; o < 32; o *= 2) {
+        const float other = __shfl_xor_sync(0xffffffffu, most[k], o), sum = __shfl_xor_sync(0xffffffffu, total[k], o), higher = fmaxf(most[k], other);
+        total[k] = fmaf(total[k], power(most[k] - higher), sum * power(other - higher));
+        most[k] = higher;
+      }
+      if (lane < kLanes && lane % kSame == 0) area.part[warp][mine + k] = make_float2(most[k], total[k]);
+    }
+    __syncwarp();
+    for (auto at = this->first_entry(); at.i < local; this->next_entry(at)) {
+      if (at.slot >= kept) continue;
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) {
+        float& s = at.numbers[g * kChunk ^ this->swizzle()];
+        s = power(s - area.part[warp][g].x);
+      }
+    }
+    __syncwarp();
+  }
+
+  // ---- output ----
+
+  /** Sums of exponentials times values: query heads of a pass. */
+  __device__ void sum_values(int32_t pass) {
+    if (pass > 0) {
+      next = length;
+      for (int n = 0; n < kStages; n++) bring_item();
+    }
+#pragma unroll
+    for (int g = 0; g < kPass; g++) {
+#pragma unroll
+      for (int i = 0; i < kValue; i++) sums[g][i] = 0.0f;
+    }
+    int32_t entry = item_at(0), slot = slot_at(entry);
+    for (int32_t n = 0; n < length; n++) {
+      await_items<kStages - 1>();
+      const Part part = read_item(length + n);
+      bring_item();
+#pragma unroll
+      for (int p = 0; p < kRows; p++) {
+        if (slot + p >= kept) continue;
+#pragma unroll
+        for (int g = 0; g < kPass; g++) {
+          const float weight = scores[number_at(entry + p, pass * kPass + g)];
+#pragma unroll
+          for (int k = 0; k < kValue; k++) sums[g][k] = fmaf(weight, part[p * kValue + k], sums[g][k]);
+        }
+      }
+      slot += slot_step(n), entry += entry_step(n);
+    }
+    await_items<0>();
+  }
+
+  /** Leaves them in this warp's region, as parts of the whole. */
+  __device__ void keep_sums(int32_t pass) {
+    __syncwarp();
+    float* to = reinterpret_cast<float*>(items) + lane * kValue;
+#pragma unroll
+    for (int g = 0; g < kPass; g++) {
+      const float factor = area.factor[warp][pass * kPass + g];
+#pragma unroll
+      for (int i = 0; i < kValue; i += 4) *reinterpret_cast<float4*>(to + g * kDim + i) = make_float4(sums[g][i] * factor, sums[g][i + 1] * factor, sums[g][i + 2] * factor, sums[g][i + 3] * factor);
+    }
+  }
+};
 
 template <typename T, int kDim>
 void by_heads(Context& ctx, const Cache& cache, const AttendView& a) {
-  switch (cache.group()) {
-    case 1: return start<T, 1, kDim>(ctx, cache, a);
-    case 2: return start<T, 2, kDim>(ctx, cache, a);
-    case 3: return start<T, 3, kDim>(ctx, cache, a);
-    case 4: return start<T, 4, kDim>(ctx, cache, a);
-    case 5:
-    case 6: return start<T, 6, kDim>(ctx, cache, a);
-    case 7:
-    case 8: return start<T, 8, kDim>(ctx, cache, a);
-    default: return start<T, 16, 128>(ctx, cache, a);
-  }
-}
-
-template <typename T>
-void by_group(Context& ctx, const Cache& cache, const AttendView& a) {
-  constexpr int kWidth = 16 / sizeof(T);
-  const int32_t group = cache.group();
-  const bool wide = cache.head_dim % (2 * kWidth) == 0 && cache.rope->count % kWidth == 0;
-  if (!wide || cache.head_dim > 128) return group <= 4 ? start<T, 4, 512>(ctx, cache, a) : start<T, 16, 512>(ctx, cache, a);
-  if constexpr (sizeof(T) == 4) return group <= 4 ? start<T, 4, 128>(ctx, cache, a) : start<T, 16, 128>(ctx, cache, a);
-  else if (cache.head_dim <= 64) by_heads<T, 64>(ctx, cache, a);
-  else by_heads<T, 128>(ctx, cache, a);
+  if (cache.group() <= 4) return start_attend<PlainWay<PlainCut<T, 4, kDim>>>(ctx, cache, a);
+  start_attend<PlainWay<PlainCut<T, 16, kDim>>>(ctx, cache, a);
 }
 
 }  // namespace
-}  // namespace wkv
 
-using namespace wkv;
-
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
-  return entry(context, [&](Context& ctx) {
-    const CacheRef cache = find_cache(context, handle, layer);
-    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
-    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
-    const TensorRef forced = find_victims(context, victims, *cache);
-    check_softcap(softcap);
-    ctx.hold(cache, from, to, forced);
-    AttendView a{};
-    a.cache = cache->view(layer);
-    a.qkv = from->f32();
-    a.out = to->f32();
-    a.scale = scale;
-    a.softcap = softcap * 1.4426950408889634f;
-    a.layer = layer;
-    a.victims = forced ? forced->i32() : nullptr;
-    by_cache_type(cache->dtype, [&](auto type) { by_group<decltype(type)>(ctx, *cache, a); });
-    if (a.cache.later) settle_step(ctx, *cache, a.cache, a.qkv + int64_t{cache->heads} * cache->head_dim, from->columns, a.cache.weights, a.victims);
-    ctx.submitted();
-  });
+void attend_plain(Context& ctx, const Cache& cache, const AttendView& a) {
+  if (cache.dtype == WKV_F32 && cache.head_dim <= 128 && cache.head_dim % 8 == 0 && cache.rope->count % 4 == 0) return by_heads<float, 128>(ctx, cache, a);
+  by_cache_type(cache.dtype, [&](auto type) { by_heads<decltype(type), 512>(ctx, cache, a); });
 }
+
+}  // namespace wkv
+`,
+  "cuda/attend_tensor.cu": `/**
+ * attend_tensor.cu: wkv_attend's cache of f16 or bf16 read on the tensor cores; the step around it is attend.cuh.
+ *
+ *   s[g, i] = q[g] . rotate(k[i], rank i), products of 16 rows (8 query heads, each high and low part) by 8 slots
+ *   o[d, g] += v[i, d] 2^(s[g, i] - highest), products of 16 dimensions by 8 query heads over 8 slots
+ *
+ * Accuracy: q and the exponentials are sums of two 16-bit numbers; keys that are turned by their rank are turned in f32 and rounded to
+ * f16, others and values are taken as they are stored; all sums are f32.
+ *
+ * Lane 4 g + i takes 16-byte parts of rows as they lie, since neither sum minds its order: of keys, parts i, i + 4, .. of slot g and what
+ * they are turned with; of values, parts g, g + 8, .. of slots 2 i and 2 i + 1. The products give it the scores of query head g for slots
+ * 2 i and 2 i + 1, which is just what it has to bring to the second product. A chunk's keys are turned while the products of the chunk
+ * before are made, the first one's before q is there. Keys are turned by rank * (angle a position, in turns of 2^32): it wraps as turns do.
+ * Instructions of a warp, 128 dimensions: 41 a slot, of them 26 to turn its key. Bytes moved: 4 D a slot, and its state.
+ */
+#include "attend.cuh"
+#include "mma.cuh"
+
+namespace wkv {
+namespace {
+
+template <typename T_, int kGroup_, int kDim_>
+struct TensorCut {
+  using T = T_;
+  static constexpr int kGroup = kGroup_, kDim = kDim_, kPass = kGroup, kStride = 8;
+  static constexpr int kItems = 1, kRows = kChunk, kAtOnce = 1, kWords = kDim / 32, kStages = 4;
+  static constexpr int kSets = kGroup > 8 ? 2 : 1;            // high and low parts of q beside each other in one product, or in two
+  static constexpr int kQuery = kDim / 16 * kSets * 512;
+};
+
+/** d += a [16 x 8] . b [8 x 8] in f32. Lane 4 g + i has a: columns 2 i, 2 i + 1 of rows g and g + 8; b: rows 2 i, 2 i + 1 of column g. */
+template <bool kBf16>
+__device__ inline void mma_narrow(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  if constexpr (kBf16) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+  }
+}
+
+/** Two numbers as a word of f16 (beyond its range: its largest) or bf16, and back. */
+template <typename T>
+__device__ inline uint32_t pack(float first, float second) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+template <typename T>
+__device__ inline float2 unpack(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) return __half22float2(*reinterpret_cast<const __half2*>(&word));
+  else return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+
+template <typename Cut>
+struct TensorWay : AttendStep<Cut> {
+  using Step = AttendStep<Cut>;
+  using T = typename Cut::T;
+  using Step::a, Step::c, Step::area, Step::warp, Step::lane, Step::dim, Step::pairs, Step::keys, Step::values, Step::items, Step::scores, Step::kept, Step::length;
+  using Step::kGroup, Step::kDim, Step::kWords, Step::kStages, Step::kWarps;
+  static constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  static constexpr int kQuery = Cut::kQuery, kSets = Cut::kSets, kResident = kGroup > 8 || kDim > 128 ? 1 : 2;
+  static constexpr int kParts = kDim / 64;             // of a key: 16 bytes and what they are turned with; of a value: of two slots
+  static constexpr int kSteps = kDim / 16;             // products of a chunk's keys
+  static constexpr int kMine = kGroup > 8 ? 2 : 1;     // query heads whose scores a lane has: g and g + 8
+  static constexpr int kOutputs = 4 * kParts;          // products of a chunk's values
+  static constexpr bool kHeld = kSets * kSteps <= 8;   // q stays in registers
+
+  const int g, i;
+  uint4* const query;                                  // [kSteps, kSets, lane]
+  uint32_t phases[kParts * 8];                         // of the pairs that this lane turns
+  uint32_t turned[kWords * 4];                         // a chunk's keys, this lane's part
+  float sums[kMine][kOutputs][4];
+  // The next item to bring: its first slot, its pieces of 16 bytes that are of slots, this lane's first piece, and all of its here.
+  int32_t next, next_slot;
+  const T* from;
+  int32_t place[kWords];
+  int32_t key_at[kWords];                              // pieces of an item that this lane takes, of keys
+
+  __device__ TensorWay(const AttendView& a, const Faults& faults, typename Step::Area& area, uint8_t* shared)
+      : Step(a, faults, area, shared), g(lane >> 2), i(lane & 3), query(reinterpret_cast<uint4*>(shared + a.plan.q_at)) {
+#pragma unroll
+    for (int n = 0; n < kParts * 8; n++) {
+      const int32_t x = (i + n / 8 * 4) * 8 + n % 8;
+      phases[n] = x < pairs && !c.text ? static_cast<uint32_t>((c.rope.phases[x] + 0x80000000u) >> 32) : 0;
+    }
+  }
+
+  /** Keeps a pair of a query head as the products take it: in f16, or as keys that are not turned are stored. */
+  __device__ void keep_q(int32_t x, int32_t head, float2 numbers) {
+    const int32_t u = x / 8, j = x % 8, of = (head % 8 * 4 + u % 4) * 4 + j % 4 / 2 * 2 + head / 8;
+    auto* to = reinterpret_cast<uint16_t*>(query) + j % 2;
+    const auto put = [&](int32_t step, float number) {
+      number = fmaf(number, 0.0f, number);  // an infinity must not end as the largest f16
+      const bool stored = kBf16 && c.text;
+      const uint32_t high = stored ? pack<__nv_bfloat16>(number, 0.0f) : pack<__half>(number, 0.0f);
+      const float left = number - (stored ? unpack<__nv_bfloat16>(high).x : unpack<__half>(high).x);
+      const uint32_t low = stored ? pack<__nv_bfloat16>(left, 0.0f) : pack<__half>(left, 0.0f);
+      to[(step * kSets * 128 + of) * 2] = static_cast<uint16_t>(high);
+      to[(step * kSets * 128 + (kSets == 1 ? of + 1 : of + 128)) * 2] = static_cast<uint16_t>(low);
+    };
+    put(u / 4 * 4 + j / 4, numbers.x);
+    put(u / 4 * 4 + 2 + j / 4, numbers.y);
+  }
+
+  // ---- items: a chunk's rows, as they lie but for their order within 128 bytes, so that no two lanes read from one bank ----
+
+  static constexpr int kAcross = kDim / 8;  // pieces of a row
+  static __device__ int32_t place_of(int32_t row, int32_t piece) { return row * kAcross + (piece ^ (row / 2 % 4 * 2 ^ row % 2 * 4)); }
+  __device__ uint4* item(int32_t n) const { return items + n % kStages * kWords * 32; }
+
+  __device__ void begin_keys() {
+    next = 0, next_slot = this->slot_at(this->item_at(0)), from = keys + int64_t{next_slot} * dim + lane * 8;
+    const int32_t across = dim / 8;
+#pragma unroll
+    for (int w = 0; w < kWords; w++) {
+      const int32_t piece = w * 32 + lane, x = (i + w / 2 * 4) * 8;
+      place[w] = place_of(piece / across, piece % across);
+      key_at[w] = place_of(g, (w % 2 ? this->second_of(x) : this->first_of(x)) / 8);
+    }
+    if (dim == kDim && c.slots % kChunk == 0) return;
+    // What is never brought must be numbers.
+    for (int n = 0; n < kStages * kWords; n++) items[n * 32 + lane] = make_uint4(0, 0, 0, 0);
+    __syncwarp();
+  }
+
+  /** The next item is now on its way: \`length\` items of keys, then as many of values. */
+  __device__ void bring_item() {
+    if (next == length) next_slot = this->slot_at(this->item_at(0)), from = values + int64_t{next_slot} * dim + lane * 8;
+    if (next < 2 * length) {
+      const int32_t pieces = min(c.slots - next_slot, kChunk) * (dim / 8) - lane;
+#pragma unroll
+      for (int w = 0; w < kWords; w++) {
+        if (w * 32 < pieces) bring(item(next) + place[w], from + w * 256, true);
+      }
+    }
+    close_item();
+    next_slot += this->slot_step(0), from += this->slot_step(0) * dim;
+    next++;
+  }
+  /** The item that is waited for next has come, to all lanes. */
+  __device__ void await_item() {
+    await_items<kStages - 1>();
+    __syncwarp();
+  }
+
+  // ---- scores ----
+
+  /** Turns this lane's part of an item of keys by the rank of its slot. */
+  __device__ void turn(int32_t n, int32_t ranks) {
+    const uint32_t rank = __shfl_sync(0xffffffffu, ranks, n % 4 * kChunk + g);
+#pragma unroll
+    for (int w = 0; w < kWords; w++) {
+      const uint4 part = item(n)[key_at[w]];
+      turned[w * 4] = part.x, turned[w * 4 + 1] = part.y, turned[w * 4 + 2] = part.z, turned[w * 4 + 3] = part.w;
+    }
+    if (c.text) return;
+#pragma unroll
+    for (int w = 0; w < kParts * 4; w++) {
+      uint32_t &first = turned[w / 4 * 8 + w % 4], &second = turned[w / 4 * 8 + 4 + w % 4];
+      const float2 was = unpack<T>(first), other = unpack<T>(second);
+      float cosines[2], sines[2];
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        // The high bits of the angle as a number from 1 to 2, a turn and a half too large.
+        const uint32_t phase = rank * phases[w * 2 + k] + 0x80000000u;
+        const float angle = fmaf(__uint_as_float(__funnelshift_r(phase, 0x7f, 9)), 6.28318530718f, -9.42477796077f);
+        cosines[k] = __cosf(angle), sines[k] = __sinf(angle);
+      }
+      first = pack<__half>(was.x * cosines[0] - other.x * sines[0], was.y * cosines[1] - other.y * sines[1]);
+      second = pack<__half>(was.x * sines[0] + other.x * cosines[0], was.y * sines[1] + other.y * cosines[1]);
+    }
+  }
+
+  /** The first keys, before q is there. */
+  __device__ void begin_scores(int32_t ranks) {
+    if (length == 0) return;
+    await_item();
+    turn(0, ranks);
+  }
+
+  /** The products of q with the keys that are turned. */
+  template <bool kStored, typename Query>
+  __device__ void multiply_all(const Query& of, float (&d)[2][4]) const {
+#pragma unroll
+    for (int k = 0; k < kSteps; k++) {
+#pragma unroll
+      for (int set = 0; set < kSets; set++) {
+        const uint4 q = of(k * kSets + set);
+        const int32_t rows[4] = {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y), static_cast<int32_t>(q.z), static_cast<int32_t>(q.w)};
+        float(&sum)[4] = d[kSets == 1 ? k % 2 : set];
+        mma_half<kStored>(sum, rows, static_cast<int32_t>(turned[k * 2]), static_cast<int32_t>(turned[k * 2 + 1]), sum);
+      }
+    }
+  }
+  template <typename Query>
+  __device__ void multiply(const Query& of, float (&s)[kMine][2]) const {
+    float d[2][4] = {};
+    if (kBf16 && c.text) multiply_all<true>(of, d);
+    else multiply_all<false>(of, d);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const float first = d[0][k] + d[1][k], second = d[0][2 + k] + d[1][2 + k];
+      if constexpr (kMine == 1) s[0][k] = first + second;
+      else s[0][k] = first, s[1][k] = second;
+    }
+  }
+
+  /** Where this lane's scores of item n lie, of query head g; those of g + 8 are 64 further on. */
+  __device__ float2* scores_at(int32_t n) const { return reinterpret_cast<float2*>(scores + ((n * kWarps + warp) * kGroup + (g ^ n % 4)) * kChunk + 2 * i); }
+
+  /** Leaves the exponentials of this warp's scores, under its own highest, in \`scores\`, its softmax in area.part; \`ranks\` are those of the
+   *  thread's own entries. */
+  __device__ void score(int32_t ranks) {
+    uint4 held[kHeld ? kSteps * kSets : 1];
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int k = 0; k < kSteps * kSets; k++) held[k] = query[k * 32 + lane];
+    }
+    const auto of = [&](int k) {
+      if constexpr (kHeld) return held[k];
+      else return query[k * 32 + lane];
+    };
+    float most[kMine];
+#pragma unroll
+    for (int m = 0; m < kMine; m++) most[m] = -FLT_MAX;
+    int32_t next_ranks = this->read_rank(this->entry_at(1)), left = kept - this->slot_at(this->item_at(0)) - 2 * i;
+#pragma unroll 1
+    for (int32_t n = 0; n < length; n++) {
+      float s[kMine][2];
+      multiply(of, s);
+      __syncwarp();  // all lanes have read the item whose place the next one takes
+      bring_item();
+      if (n + 1 < length) {
+        if (n % 4 == 3) ranks = next_ranks, next_ranks = this->read_rank(this->entry_at((n + 1) / 4 + 1));
+        await_item();
+        turn(n + 1, ranks);
+      }
+#pragma unroll
+      for (int m = 0; m < kMine; m++) {
+        if (a.softcap > 0.0f) s[m][0] = a.capped(s[m][0]), s[m][1] = a.capped(s[m][1]);
+        if (left < 1) s[m][0] = -INFINITY;
+        if (left < 2) s[m][1] = -INFINITY;
+        most[m] = fmaxf(most[m], fmaxf(s[m][0], s[m][1]));
+        if (g < kGroup) scores_at(n)[m * 32] = make_float2(s[m][0], s[m][1]);
+      }
+      left -= this->slot_step(0);
+    }
+    float total[kMine] = {};
+#pragma unroll
+    for (int m = 0; m < kMine; m++) {
+      most[m] = fmaxf(most[m], __shfl_xor_sync(0xffffffffu, most[m], 1));
+      most[m] = fmaxf(most[m], __shfl_xor_sync(0xffffffffu, most[m], 2));
+    }
+    if (g < kGroup) {
+#pragma unroll 2
+      for (int32_t n = 0; n < length; n++) {
+#pragma unroll
+        for (int m = 0; m < kMine; m++) {
+          float2& s = scores_at(n)[m * 32];
+          s = make_float2(power(s.x - most[m]), power(s.y - most[m]));
+          total[m] += s.x + s.y;
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kMine; m++) {
+      total[m] += __shfl_xor_sync(0xffffffffu, total[m], 1);
+      total[m] += __shfl_xor_sync(0xffffffffu, total[m], 2);
+      if (i == 0 && g < kGroup) area.part[warp][g + m * 8] = make_float2(most[m], total[m]);
+    }
+    __syncwarp();
+  }
+
+  // ---- output ----
+
+  /** Sums of exponentials times values. */
+  __device__ void sum_values(int32_t) {
+#pragma unroll
+    for (int n = 0; n < kMine * kOutputs * 4; n++) sums[n / 4 / kOutputs][n / 4 % kOutputs][n % 4] = 0.0f;
+    int32_t value_at[kWords];
+#pragma unroll
+    for (int w = 0; w < kWords; w++) value_at[w] = place_of(2 * i + w % 2, g + w / 2 * 8);
+#pragma unroll 1
+    for (int32_t n = 0; n < length; n++) {
+      await_item();
+      uint4 words[kWords];
+#pragma unroll
+      for (int w = 0; w < kWords; w++) words[w] = item(length + n)[value_at[w]];
+      __syncwarp();
+      bring_item();
+      uint32_t high[kMine], low[kMine];
+#pragma unroll
+      for (int m = 0; m < kMine; m++) {
+        float2 p = make_float2(0.0f, 0.0f);
+        if (g < kGroup) p = scores_at(n)[m * 32];
+        high[m] = pack<T>(p.x, p.y);
+        const float2 rounded = unpack<T>(high[m]);
+        low[m] = pack<T>(p.x - rounded.x, p.y - rounded.y);
+      }
+      // Number r of this lane's dimensions, of both slots.
+      const auto both = [&](int r) {
+        const auto word = [&](const uint4& x) { return r % 8 / 2 == 0 ? x.x : r % 8 / 2 == 1 ? x.y : r % 8 / 2 == 2 ? x.z : x.w; };
+        return __byte_perm(word(words[r / 8 * 2]), word(words[r / 8 * 2 + 1]), r % 2 ? 0x7632 : 0x5410);
+      };
+#pragma unroll
+      for (int r = 0; r < kOutputs; r++) {
+        const uint32_t first = both(r), second = both(r + kOutputs);
+#pragma unroll
+        for (int m = 0; m < kMine; m++) {
+          mma_narrow<kBf16>(sums[m][r], first, second, high[m]);
+          mma_narrow<kBf16>(sums[m][r], first, second, low[m]);
+        }
+      }
+    }
+    await_items<0>();
+  }
+
+  /** Leaves them in this warp's region, as parts of the whole. */
+  __device__ void keep_sums(int32_t) {
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kMine; m++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int32_t head = m * 8 + 2 * i + h;
+        if (head >= kGroup) continue;
+        const float factor = area.factor[warp][head];
+#pragma unroll
+        for (int r = 0; r < kParts * 8; r += 4) {
+          const auto number = [&](int k) { return sums[m][(r + k) % kOutputs][(r + k) / kOutputs * 2 + h]; };
+          *reinterpret_cast<float4*>(reinterpret_cast<float*>(items) + head * kDim + (g + r / 8 * 8) * 8 + r % 8) = make_float4(number(0) * factor, number(1) * factor, number(2) * factor, number(3) * factor);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, int kDim>
+void by_heads(Context& ctx, const Cache& cache, const AttendView& a) {
+  if (cache.group() <= 4) return start_attend<TensorWay<TensorCut<T, 4, kDim>>>(ctx, cache, a);
+  if (cache.group() <= 8) return start_attend<TensorWay<TensorCut<T, 8, kDim>>>(ctx, cache, a);
+  start_attend<TensorWay<TensorCut<T, 16, kDim>>>(ctx, cache, a);
+}
+
+template <typename T>
+void by_dim(Context& ctx, const Cache& cache, const AttendView& a) {
+  if (cache.head_dim <= 64) return by_heads<T, 64>(ctx, cache, a);
+  if (cache.head_dim <= 128) return by_heads<T, 128>(ctx, cache, a);
+  start_attend<TensorWay<TensorCut<T, 4, 256>>>(ctx, cache, a);
+}
+
+}  // namespace
+
+bool attend_tensor(Context& ctx, const Cache& cache, const AttendView& a) {
+  if (cache.dtype == WKV_F32 || cache.head_dim % 16 != 0 || cache.rope->count % 8 != 0) return false;
+  if (cache.head_dim > 256 || (cache.head_dim > 128 && cache.group() > 4)) return false;
+  if (cache.dtype == WKV_F16) by_dim<__half>(ctx, cache, a);
+  else by_dim<__nv_bfloat16>(ctx, cache, a);
+  return true;
+}
+
+}  // namespace wkv
 `,
   "cuda/cache.cu": `/** cache.cu: rotations and caches. */
 #include "cache.cuh"
@@ -4202,6 +4609,7 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
     require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
     cache->layers = layers;
+    cache->touched.assign(layers, 0);
     cache->sequences = sequences;
     cache->heads = heads;
     cache->kv_heads = kv_heads;
@@ -4432,6 +4840,7 @@ struct Cache : Object {
   int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, interval, select, merge, seed, positions, dtype;
   DeviceRef memory;
   size_t keys_at, values_at, scores_at, births_at, ranks_at, words_at, counts_at, scratch_at;
+  std::vector<uint64_t> touched;  // a layer's last writer, as the context counts launches
   Cache() : Object(Kind::Cache) {}
   size_t bytes() const override { return memory->bytes(); }
   int32_t width() const { return wkv_words(select, merge); }
@@ -4440,6 +4849,10 @@ struct Cache : Object {
   int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
   int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
   void check_layer(int32_t layer) const;
+  /** Says that the kernel just launched writes a layer. */
+  void touch(const Context& ctx, int32_t layer) { touched[layer] = ctx.launches; }
+  /** Whether it does not: the next kernel may then read the layer before this one has ended. */
+  bool untouched(const Context& ctx, int32_t layer) const { return touched[layer] != ctx.launches; }
   CacheView view(int32_t layer) const;
 };
 using CacheRef = std::shared_ptr<Cache>;
@@ -4458,9 +4871,9 @@ void by_cache_type(int32_t dtype, Body body) {
 /** Whether a softmax's sum is a number: it is none when a query or key was none. */
 __device__ inline bool is_sum(float sum) { return sum > 0.0f && sum <= 3.4e38f; }
 
-/** |a - b|^2 of two stored rows, by one warp. */
+/** |a - b|^2 of two stored rows, by one warp; a call, as few policies need it. */
 template <typename T>
-__device__ inline float warp_gap(const T* a, const T* b, int32_t dim) {
+static __device__ __noinline__ float warp_gap(const T* a, const T* b, int32_t dim) {
   float total = 0.0f;
   for (int32_t d = threadIdx.x & 31; d < dim; d += 32) {
     const float x = to_float(a[d]) - to_float(b[d]);
@@ -4653,6 +5066,7 @@ struct Context : ContextBase {
   std::shared_ptr<Graph> going;     // what wkv_graph_start started, until it is known to have ended
   std::unique_ptr<Failure> failed;  // what that run failed with, until wkv_graph_poll tells it
   DeviceRef scratch;  // an op's intermediate results; a graph holds the one it was recorded with
+  uint64_t launches = 0;
   Context();
   ~Context() override;
 
@@ -4714,6 +5128,7 @@ struct Shape {
 template <typename... Parameters, typename... Arguments>
 void launch(Context& ctx, void (*kernel)(Parameters...), const Shape& shape, Arguments&&... arguments) {
   allow_shared(kernel, shape.shared);
+  ctx.launches++;
   cudaLaunchAttribute attributes[2];
   uint32_t count = 0;
   if (ctx.capability >= 90) {
@@ -7231,6 +7646,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       if (pass == 0) scratch = ctx.reserve(bytes);
     }
     by_cache_type(cache->dtype, [&](auto type) { run<decltype(type)>(ctx, *cache, p); });
+    cache->touch(ctx, layer);
     ctx.submitted();
   });
 }
@@ -8248,6 +8664,7 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
     const TensorRef forced = find_victims(context, victims, *cache);
     ctx.hold(cache, rows, given, forced);
     settle_step(ctx, *cache, cache->view(layer), rows->f32(), rows->columns, given->f32(), forced ? forced->i32() : nullptr);
+    cache->touch(ctx, layer);
     ctx.submitted();
   });
 }
