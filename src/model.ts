@@ -55,8 +55,17 @@ export interface LoadOptions {
   library?: string | undefined;
 }
 
-/** Rows of a prompt that one pass takes; an abort is seen between two passes. */
-export const PASS_ROWS = 512;
+/** Rows of a prompt that one pass takes at most; an abort is seen between two passes. */
+export const PASS_ROWS: Record<"cpu" | "cuda", number> = {
+  cpu: 512,
+  // Products of fewer rows leave a large GPU idle.
+  cuda: 4096,
+};
+
+/** Rows of the memory that a pass takes: powers of two, so that there are few. */
+export function passMemory(rows: number): number {
+  return Math.max(PASS_ROWS.cpu, 2 ** Math.ceil(Math.log2(rows)));
+}
 
 /** A loaded model. */
 export class Model implements Disposable {
