@@ -65,7 +65,7 @@ export interface KernelOptions {
   /** How activations meet quantised weights. */
   activations: Precision;
   /** Tokens of one prefill. */
-  rows: number;
+  rows: readonly number[];
   /** Samples. */
   repeats: number;
   /** Milliseconds of a sample. */
@@ -420,12 +420,15 @@ async function* prefillCases(
   op: "prefill" | "chunk",
 ): AsyncGenerator<Case> {
   const { options, config } = bench;
-  const { budgets, policies, cacheType, positions, rows } = options;
+  const { budgets, policies, cacheType, positions } = options;
   const { heads, kvHeads, headDim } = config;
   const empty = op === "prefill";
+  const sizes = options.rows.flatMap((rows) =>
+    [...new Set(empty ? [rows] : budgets)].map((tokens) => [rows, tokens])
+  ) as [rows: number, tokens: number][];
   for (const policy of policies) {
     if (!empty && policy === "full") continue;
-    for (const tokens of new Set(empty ? [rows] : budgets)) {
+    for (const [rows, tokens] of sizes) {
       const before = empty ? 0 : tokens;
       const copies = Math.min(
         Math.max(8, copiesOf(cacheBytes(bench, before + rows), bench)),
@@ -469,7 +472,8 @@ function weightFields(
   batch: number,
   { options }: Bench,
 ): Partial<KernelRow> & { activations: Precision } {
-  const activations = isQuantised(dtype) ? options.activations : "f32";
+  const other = options.activations === "half" ? "half" : "f32";
+  const activations = isQuantised(dtype) ? options.activations : other;
   return { dtype, activations, batch };
 }
 

@@ -68,7 +68,7 @@ const kernelOptions = {
     "kernels: which (default attend,linear,gated,sample,prefill)",
     kernelOps,
   ),
-  rows: whole(1, "kernels: tokens of one prefill (default 512)", 1 << 16),
+  rows: wholes(1, "kernels: tokens of one prefill (default 512)", 1 << 16),
   "working-set": whole(
     1,
     "kernels: MiB that a graph walks through (default 3 caches of the device)",
@@ -220,7 +220,7 @@ async function* runKernels(
     positions: values.positions ?? of.positions,
     dtypes: (values.dtype ?? ["BF16"]) as WeightType[],
     activations: values.activations ?? "int8",
-    rows: values.rows ?? 512,
+    rows: values.rows ?? [512],
     repeats: values.repeats ?? (quick ? 3 : 10),
     least: quick ? 10 : 40,
     workingSet: set ? set << 20 : 3 * (memory.cacheBytes ?? 64 << 20),
@@ -349,8 +349,8 @@ function tables(rows: readonly Row[]): string {
   }
   const kernels = rows.filter((row) => row.test === "kernel");
   if (kernels.length > 0) {
-    const right = ["budget", "batch", "us", "from", "to", "GB/s", "share"]
-      .concat("TFLOP/s");
+    const right = ["budget", "rows", "batch", "us", "from", "to", "GB/s"]
+      .concat("share", "TFLOP/s");
     text += formatTable(
       ["op", "policy", "type", ...right],
       kernels.map((row) => [
@@ -358,6 +358,7 @@ function tables(rows: readonly Row[]): string {
         cell(row.policy),
         cell(row.dtype ?? row.cacheType),
         cell(row.budget),
+        cell(row.rows),
         cell(row.batch),
         row.us.toFixed(2),
         row.usLow.toFixed(2),

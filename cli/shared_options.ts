@@ -3,6 +3,7 @@
 import { findPolicy, policies, policyNames } from "../src/cache/registry.ts";
 import { parseBudget } from "../src/cache/budget.ts";
 import { MAX_SLOTS, type Policy, resolveBudget } from "../src/cache/policy.ts";
+import { PRECISIONS } from "../src/backend/ops.ts";
 import { DEFAULT_MODEL } from "../src/hub/registry.ts";
 import type { CacheOptions } from "../src/cache/layout.ts";
 import {
@@ -45,8 +46,8 @@ export const loadOptions = {
   ...modelOption,
   device: choice(["auto", "cpu", "cuda"], "Where it runs (default auto)"),
   activations: choice(
-    ["int8", "f32"],
-    "How activations meet quantised weights (default int8)",
+    PRECISIONS,
+    "How activations meet weights (default int8, of quantised ones)",
   ),
   "kv-heads": choice(
     ["model", "query"],

@@ -112,8 +112,12 @@ enum wkv_activation {
   WKV_GELU_TANH = 1, /* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
 };
 
-/** How a linear op holds its input: as it is, or rounded to 8 bits in blocks of 32 (quantised weights only). */
-enum wkv_precision { WKV_PRECISION_F32 = 0, WKV_PRECISION_INT8 = 1 };
+/** How a linear op holds its input. */
+enum wkv_precision {
+  WKV_PRECISION_F32 = 0,  /* as it is */
+  WKV_PRECISION_INT8 = 1, /* for quantised weights: rounded to 8 bits in blocks of 32 */
+  WKV_PRECISION_HALF = 2, /* for F16 and BF16 weights: as it is, or rounded once to their type, where products of many rows gain by that */
+};
 
 /* ---- library, context, handles ---- */
 

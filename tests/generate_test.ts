@@ -368,7 +368,7 @@ describe("generate()", () => {
         [{ cache: { policy: "full", capacity: 1 } }, "do not fit"],
       ];
       for (
-        const prefill of ["chunk:0", "chunk:", "chunk:1.5", "all", "chunk:513"]
+        const prefill of ["chunk:0", "chunk:", "chunk:1.5", "all", "chunk:4097"]
       ) {
         wrong.push([{ prefill: prefill as Prefill }, `"${prefill}"`]);
       }
@@ -617,7 +617,7 @@ describe("generate()", () => {
 
     it("takes a prompt of more than one pass", async () => {
       using cache = model.createCache({ policy: "full", capacity: 2000 });
-      const ids = noise(2 * PASS_ROWS + 100);
+      const ids = noise(2 * PASS_ROWS.cpu + 100);
       const { tokens } = await finish(model, ids, {
         ...free,
         cache,

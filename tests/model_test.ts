@@ -71,7 +71,7 @@ async function passLogits(
 ): Promise<Float32Array[]> {
   const { backend, network, activations: precision } = model;
   const columns = model.config.vocabulary;
-  assert(ids.length <= PASS_ROWS);
+  assert(ids.length <= PASS_ROWS.cpu);
   using tokens = Tensor.from(backend, Int32Array.from(ids));
   using logits = new Tensor(backend, "F32", n, columns);
   using graph = backend.record(() =>
@@ -81,7 +81,7 @@ async function passLogits(
       rows: ids.length,
       sequence,
       logits,
-      activations: model.memory(PASS_ROWS),
+      activations: model.memory(PASS_ROWS.cpu),
       precision,
     })
   );

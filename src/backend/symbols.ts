@@ -84,6 +84,7 @@ export const wkv_activation = {
 export const wkv_precision = {
   WKV_PRECISION_F32: 0,
   WKV_PRECISION_INT8: 1,
+  WKV_PRECISION_HALF: 2,
 } as const;
 
 export const symbols = {

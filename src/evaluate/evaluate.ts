@@ -9,7 +9,7 @@ import {
 } from "../cache/budget.ts";
 import { findPolicy } from "../cache/registry.ts";
 import { checkRoom, openCache } from "../generate.ts";
-import { type Model, PASS_ROWS } from "../model.ts";
+import type { Model } from "../model.ts";
 import { Session } from "../session.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import { memoryStore, type ResultStore, type SizedCache } from "./results.ts";
@@ -428,11 +428,7 @@ async function stream(
 ): Promise<void> {
   for (let at = 0; at < tokens.length;) {
     signal?.throwIfAborted();
-    const rows = Math.min(
-      tokens.length - at,
-      PASS_ROWS,
-      session.passRows(null),
-    );
+    const rows = Math.min(tokens.length - at, session.passRows(null));
     if (rows > 1) {
       const part = tokens.slice(at, at + rows);
       for (const sequence of [0, 1]) await session.feedPass(sequence, part);
