@@ -17,6 +17,7 @@ import {
   loadModel,
   type Model,
   perplexity,
+  type QuestionResult,
   type WindowResult,
 } from "../mod.ts";
 import { type Frame, frame, writeResult } from "./record.ts";
@@ -49,7 +50,7 @@ const SIX = [
   "keepkv",
 ];
 const TASKS = [
-  ...["passkey", "key_value", "niah_single_1", "niah_multikey_2"],
+  ...["passkey", "niah_single_1", "key_value", "niah_multikey_2"],
   ...["niah_multikey_3", "variable_tracking", "common_words"],
   "frequent_words",
 ];
@@ -114,15 +115,18 @@ for (const name of names) {
     "cuda",
   );
   const rows = known.rows;
-  // What the slowest group so far took tells whether another one has time.
+  // What the slowest part so far took tells whether another one has time.
   let longest = 0;
-  for (const group of column.groups) {
+  const parts = (column.questions?.tasks ?? [null]).flatMap((task) =>
+    column.groups.map((group) => ({ task, group }))
+  );
+  for (const { task, group } of parts) {
     const left = (end - performance.now()) / 1000;
     if (left < longest) break;
     const begin = performance.now();
-    const fresh = column.windows
+    const fresh = task === null
       ? await measure(model, column, group, rows)
-      : await ask(model, column, group, rows);
+      : await ask(model, column, task, group, rows);
     if (fresh.length === 0) continue;
     longest = Math.max(longest, (performance.now() - begin) / 1000);
     const { kernels, gpu, date } = current;
@@ -197,43 +201,42 @@ async function measure(
   return rows;
 }
 
-/** Rows of a group's tasks that are not there yet, with each question's score. */
+/** Rows of a group's questions that are not there yet, with each one's score. */
 async function ask(
   model: Model,
   column: Column,
+  task: string,
   group: readonly string[],
   known: readonly Row[],
 ): Promise<Row[]> {
-  const { tasks, length, samples } = column.questions!;
+  const policies = group.filter((policy) =>
+    !known.some((row) => row.policy === policy && row.task === task)
+  );
+  if (policies.length === 0) return [];
+  const { length, samples } = column.questions!;
+  const items: QuestionResult[] = [];
   const rows: Row[] = [];
-  for (const policy of group) {
-    for (const task of tasks) {
-      if (known.some((row) => row.policy === policy && row.task === task)) {
-        continue;
-      }
-      const items: { score: number; nll: number }[] = [];
-      for await (
-        const row of evaluate(model, {
-          ...column.cache,
-          tasks: [task],
-          lengths: [length],
-          samples,
-          batch: 5 * samples,
-          policies: [policy],
-          budgets: [column.budget],
-          results: {
-            items: [],
-            add: (more) => Promise.resolve(void items.push(...more)),
-          },
-        })
-      ) {
-        rows.push({
-          ...row,
-          scores: items.map(({ score }) => score),
-          nlls: items.map(({ nll }) => nll),
-        });
-      }
-    }
+  for await (
+    const row of evaluate(model, {
+      ...column.cache,
+      tasks: [task],
+      lengths: [length],
+      samples,
+      batch: 5 * samples,
+      policies,
+      budgets: [column.budget],
+      results: {
+        items,
+        add: (more) => Promise.resolve(void items.push(...more)),
+      },
+    })
+  ) {
+    const own = items.filter(({ policy }) => policy === row.policy);
+    rows.push({
+      ...row,
+      scores: own.map(({ score }) => score),
+      nlls: own.map(({ nll }) => nll),
+    });
   }
   return rows;
 }
