@@ -17,6 +17,7 @@ import {
   loadModel,
   type Model,
   perplexity,
+  type PerplexityOptions,
   type QuestionResult,
   type WindowResult,
 } from "../mod.ts";
@@ -38,7 +39,7 @@ interface Column {
     samples: number;
   };
   /** Options of the cache beyond its policy's own. */
-  cache?: { positions?: "cache" | "text"; recent?: number };
+  cache?: Pick<PerplexityOptions, "positions" | "layerBudgets">;
 }
 
 const SIX = [
@@ -49,19 +50,35 @@ const SIX = [
   "weighted-kv",
   "keepkv",
 ];
-const TASKS = [
-  ...["passkey", "niah_single_1", "key_value", "niah_multikey_2"],
-  ...["niah_multikey_3", "variable_tracking", "common_words"],
-  "frequent_words",
-];
+const RECALL = ["passkey", "niah_single_1", "key_value", "variable_tracking"];
 
 const columns: readonly Column[] = [
   {
-    name: "16384-256",
-    groups: SIX.map((policy) => [policy]),
+    name: "4096-256-text",
+    groups: [
+      ["eviction", "weighted-kv", "weighted-kv-ward:linear"],
+      ["snapkv", "h2o", "streaming-llm"],
+    ],
     budget: 256,
-    windows: { window: 16384, windows: 10, divergence: false },
+    windows: { window: 4096, windows: 40, divergence: true },
+    cache: { positions: "text" },
   },
+  {
+    name: "questions-256-text",
+    groups: [["eviction"]],
+    budget: 256,
+    questions: { tasks: RECALL, length: 1024, samples: 10 },
+    cache: { positions: "text" },
+  },
+  ...([256, 1024] as const).map((budget): Column => ({
+    name: `questions-${budget}`,
+    groups: [
+      ...["full", "eviction", "weighted-kv", "weighted-kv-ward:linear"],
+      ...["keydiff", "snapkv"],
+    ].map((policy) => [policy]),
+    budget,
+    questions: { tasks: RECALL, length: 4 * budget, samples: 10 },
+  })),
   {
     name: "4096-1024",
     groups: [
@@ -73,15 +90,12 @@ const columns: readonly Column[] = [
     budget: 1024,
     windows: { window: 4096, windows: 40, divergence: true },
   },
-  ...([256, 1024] as const).map((budget): Column => ({
-    name: `questions-${budget}`,
-    groups: [
-      ...["full", "eviction", "weighted-kv", "weighted-kv-ward:linear"],
-      ...["snapkv", "keydiff", "h2o", "streaming-llm"],
-    ].map((policy) => [policy]),
-    budget,
-    questions: { tasks: TASKS, length: 4 * budget, samples: 10 },
-  })),
+  {
+    name: "16384-256",
+    groups: SIX.map((policy) => [policy]),
+    budget: 256,
+    windows: { window: 16384, windows: 10, divergence: false },
+  },
 ];
 
 /** A row as it is kept, with what it was measured on. */
