@@ -28,7 +28,7 @@ let copy: LibraryCopy;
 beforeAll(async () => {
   copy = await LibraryCopy.make();
 });
-afterAll(() => copy[Symbol.asyncDispose]());
+afterAll(() => copy?.[Symbol.asyncDispose]());
 
 const open = (threads = 1) => Backend.open({ library: copy.path, threads });
 
