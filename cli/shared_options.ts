@@ -250,7 +250,11 @@ export function policyList(): string {
     ).join("\n");
 }
 
-/** Loads the model, with progress on standard error. */
+/**
+ * Loads the model, with progress on standard error. After Ctrl-C `using` leaves
+ * it open: the process ends next, which gives a GPU's memory back sooner than
+ * closing first does.
+ */
 export async function load(
   values: Values<typeof loadOptions & { quiet: Option<boolean> }>,
   terminal: Terminal,
@@ -268,6 +272,9 @@ export async function load(
     signal,
   };
   const model = await loadModel(values.model ?? DEFAULT_MODEL, options);
+  model[Symbol.dispose] = () => {
+    if (!signal.aborted) model.close();
+  };
   view.close();
   return model;
 }

@@ -109,7 +109,7 @@ describe("evaluate() and compare()", () => {
     tiny = tinyModel({ context: 2048 });
     model = await loadBytes(tiny.bytes, { activations: "f32" });
   });
-  afterAll(() => model.close());
+  afterAll(() => model?.close());
 
   const options: EvaluateOptions = {
     tasks: ["passkey", "key_value"],
