@@ -847,6 +847,15 @@ describe("a run that is started", () => {
     }
     raw("wkv_tensor_write", context, things.ids, 0, 1, tokens.fill(9), 16);
     assertEquals(read(), [9, 9, 9, 9]);
+    // What is written while the graph runs is written after it.
+    for (let i = 0; i < 20; i++) {
+      draw(i);
+      raw("wkv_graph_begin", context);
+      assertEquals(raw("wkv_graph_start", context, graph), WKV_OK);
+      raw("wkv_tensor_write", context, things.ids, 0, 1, tokens.fill(7), 16);
+      assertEquals(read(), [7, 7, 7, 7]);
+      open("wkv_graph_end", context);
+    }
     // A refused start is no failure of what is recorded.
     raw("wkv_graph_begin", context);
     assertEquals(raw("wkv_graph_start", context, 0), WKV_HANDLE);
