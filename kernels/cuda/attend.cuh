@@ -13,6 +13,9 @@
  *
  * What needs nothing of the kernel in front is done before it has ended: the cache's length is read, and the first keys and values.
  *
+ * The new token takes the same way through `accumulate` as the others, and outputs are joined behind the choice of the victim, as both
+ * lie on the way of the slowest warp. Reading the cache before the kernel in front has ended takes 1.3 to 2.3 us off at batch 1 (H200).
+ *
  * Scores of a block stay in shared memory or, for long caches, in scratch: 8 slots of a chunk for each query head, in units of ln 2;
  * after the values, 2^(score - the warp's highest); after accumulate, the rank.
  */
