@@ -111,14 +111,6 @@ struct Chunk {
   }
 };
 
-/** IQ4_NL's values of the four numbers in the bytes of a word. */
-__device__ inline uint32_t iq4_values(uint32_t q) {
-  const uint32_t selector = (q & 0xf) | (q >> 4 & 0xf0) | (q >> 8 & 0xf00) | (q >> 12 & 0xf000);
-  const uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector & 0x7777), high = __byte_perm(0x26190d01u, 0x71594535u, selector & 0x7777);
-  const uint32_t upper = (q >> 3 & 0x01010101u) * 255u;  // numbers from 8 on
-  return (low & ~upper) | (high & upper);
-}
-
 /** 32 columns of a type of quants.h; chunk i of the whole tensor. */
 template <int kType>
 struct PieceChunk {
