@@ -98,6 +98,7 @@ export {
   type ModelDetails,
   type ModelOptions,
   type Progress,
+  type ProgressFile,
   pullModel,
   removeModel,
   resolveModel,

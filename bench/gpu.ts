@@ -6,7 +6,9 @@
  *   deno task bench:gpu [--quick] [--peers attention,gptfast[,transformers]]
  *     [--model FILE.gguf] [--shapes llama-3-8b] [--out FILE] [--device cuda]
  *
- * Eight minutes at most, two with --quick. The parts run one behind the other,
+ * `full` is the time of the same kernel on a full cache of that size, `over full`
+ * what choosing a token and letting it leave takes beside. Eight minutes at most,
+ * two with --quick. The parts run one behind the other,
  * each a process with a time limit of its own; the file is written anew after
  * every figure, so that a part that fails or is stopped loses no other's.
  * Peers need python3 with torch and are left out, with a line, where it is not.
@@ -66,7 +68,8 @@ const missing: string[] = [];
 
 for (const part of [...await parts()]) await runPart(part);
 await save();
-const { attention, decode } = join();
+const { ceiling, attention, decode } = join();
+console.log(ceilingText(ceiling));
 console.log(attention.text + "\n" + decode.text);
 for (const line of missing) console.log(line);
 const seconds = Math.round((performance.now() - start) / 1000);
@@ -97,13 +100,26 @@ async function parts(): Promise<Part[]> {
     ],
     limit,
   });
+  const attend = (
+    name: string,
+    limit: number,
+    policies: readonly string[],
+    budgets: readonly number[],
+    batches: readonly number[],
+  ) =>
+    wkv(name, limit, [
+      ...["kernels", "--shapes", shapes, "--op", "attend", ...cache],
+      ...["--policy", policies.join(), "--budget", list(budgets)],
+      ...["--batch", list(batches)],
+    ]);
   const random = ["--shapes", shapes, "--dtype", "BF16"];
   const cache = ["--cache-type", peerSizes.cacheType];
   const sizes = ["--batch", list(batches)];
   return [
-    wkv("attend", 90, [
-      ...["kernels", "--shapes", shapes, "--op", "attend", ...cache],
-      ...[...sizes, "--budget", list(budgets)],
+    attend("attend", 90, ["weighted-kv", "full"], budgets, batches),
+    ...(quick ? [] : [
+      attend("long", 40, ["weighted-kv", "full"], [tiny ? 128 : 131072], [1]),
+      attend("policies", 30, ["eviction", "weighted-kv-ward"], [budget], [1]),
     ]),
     ...peer("attention", "attention.py", 120, [
       ...["--cache", list(budgets), ...sizes],
@@ -178,9 +194,10 @@ async function runPart({ name, command, args, limit }: Part): Promise<void> {
 }
 
 async function save(): Promise<void> {
-  const { attention, decode } = join();
+  const { ceiling, attention, decode } = join();
   await writeResult(out, {
     ...head,
+    ceiling,
     attention: attention.rows,
     decode: decode.rows,
     missing,
@@ -188,32 +205,120 @@ async function save(): Promise<void> {
   });
 }
 
+/** How fast the memory was read in this run, and by what; shares are of it. */
+interface Ceiling {
+  /** Bytes a second: the most of what follows but the copies, in bytes a second too. */
+  bytesPerSecond: number | null;
+  /** Loads of 16 bytes, and bulk copies to shared memory; of a CPU all cores. */
+  loads: number | null;
+  bulk: number | null;
+  cores: number | null;
+  /** cuDNN's attention, keys and values counted, at its fastest size. */
+  cudnn: number | null;
+  cudnnSize: string | null;
+  /** Copies, reads and writes counted: the driver's, and torch's copy_. */
+  copy: number | null;
+  torchCopy: number | null;
+}
+
+function number(value: unknown): number | null {
+  return typeof value === "number" ? value : null;
+}
+
+function of(part: string, test: string): Row[] {
+  return rows.filter((row) => row.part === part && row.test === test);
+}
+
+function measureCeiling(): Ceiling {
+  const [memory] = of("attend", "memory");
+  const [copied] = of("attention", "copy");
+  let cudnn: number | null = null, cudnnSize: string | null = null;
+  for (
+    const { bytes, cudnn: us, batch, cache } of of("attention", "attention")
+  ) {
+    if (typeof us !== "number") continue;
+    const speed = (bytes as number) / us * 1e6;
+    if (speed <= (cudnn ?? 0)) continue;
+    cudnn = speed;
+    cudnnSize = `batch ${batch}, ${cache} tokens`;
+  }
+  const loads = number(memory?.loads), bulk = number(memory?.bulk);
+  const cores = device === "cpu" ? number(memory?.bytesPerSecond) : null;
+  const copy = number(memory?.copy);
+  const most = Math.max(loads ?? 0, bulk ?? 0, cores ?? 0, cudnn ?? 0);
+  return {
+    bytesPerSecond: most || copy,
+    loads,
+    bulk,
+    cores,
+    cudnn,
+    cudnnSize,
+    copy,
+    torchCopy: number(copied?.bytesPerSecond),
+  };
+}
+
+function ceilingText(ceiling: Ceiling): string {
+  const gbps = (x: number | null) => x === null ? "-" : (x / 1e9).toFixed(0);
+  return device === "cpu"
+    ? `Shares are of ${gbps(ceiling.cores)} GB/s, all cores reading`
+    : `Shares are of ${
+      gbps(ceiling.bytesPerSecond)
+    } GB/s, the fastest read: loads of 16 bytes ${
+      gbps(ceiling.loads)
+    }, bulk copies to shared memory ${gbps(ceiling.bulk)}, cuDNN ${
+      gbps(ceiling.cudnn)
+    }${
+      ceiling.cudnnSize === null ? "" : ` (${ceiling.cudnnSize})`
+    }; copies, reads and writes counted: the driver's ${
+      gbps(ceiling.copy)
+    }, torch's ${gbps(ceiling.torchCopy)}`;
+}
+
 /** Ours beside the peers, by size. */
 function join() {
-  const of = (part: string, test: string) =>
-    rows.filter((row) => row.part === part && row.test === test);
+  const ceiling = measureCeiling();
+  const { bytesPerSecond } = ceiling;
+  const share = ({ gbps }: Row) =>
+    bytesPerSecond && (gbps as number) * 1e9 / bytesPerSecond;
   const ratio = (a: unknown, b: unknown) =>
     typeof a === "number" && typeof b === "number"
       ? Number((a / b).toFixed(3))
       : null;
-  const attention = of("attend", "kernel").map((row) => {
-    const peer: Record<string, unknown> = of("attention", "attention").find((
-      peer,
-    ) => peer.batch === row.batch && peer.cache === row.budget) ?? {};
-    const { flash = null, cudnn = null, compiled_scores: scores = null } = peer;
-    return {
-      batch: row.batch,
-      cache: row.budget,
-      us: Number((row.us as number).toFixed(3)),
-      share: row.share,
-      cudnn,
-      flash,
-      scores,
-      "ours/cudnn": ratio(row.us, cudnn),
-      "ours/flash": ratio(row.us, flash),
-      "ours/scores": ratio(row.us, scores),
-    };
-  });
+  const steps = ["attend", "long", "policies"].flatMap((part) =>
+    of(part, "kernel")
+  );
+  const attention = steps.filter(({ policy }) => policy !== "full").map(
+    (row) => {
+      const same = (other: Row) =>
+        other.batch === row.batch &&
+        (other.cache ?? other.budget) === row.budget;
+      const peer: Record<string, unknown> =
+        of("attention", "attention").find(same) ?? {};
+      const { flash = null, cudnn = null, compiled_scores: scores = null } =
+        peer;
+      const us = row.us as number;
+      // The same kernel where no token leaves: what choosing and merging one costs.
+      const full = steps.find((one) => one.policy === "full" && same(one))?.us;
+      return {
+        policy: row.policy,
+        batch: row.batch,
+        cache: row.budget,
+        us: Number(us.toFixed(3)),
+        full: typeof full === "number" ? Number(full.toFixed(3)) : null,
+        "over full": typeof full === "number"
+          ? Number((us - full).toFixed(3))
+          : null,
+        share: share(row),
+        cudnn,
+        flash,
+        scores,
+        "ours/cudnn": ratio(row.us, cudnn),
+        "ours/flash": ratio(row.us, flash),
+        "ours/scores": ratio(row.us, scores),
+      };
+    },
+  );
   const decode = [...of("model", "decode"), ...of("file", "decode")].map(
     (row) => {
       const peer = row.part === "model"
@@ -228,13 +333,14 @@ function join() {
         "tokens/s": Number((row.tokensPerSecond as number).toFixed(2)),
         ms: Number((row.ms as number).toFixed(4)),
         "host ms": Number((row.hostMs as number).toFixed(4)),
-        share: row.share,
+        share: share(row),
         gptfast: peer?.tokensPerSecond ?? null,
         "ours/gptfast": ratio(row.tokensPerSecond, peer?.tokensPerSecond),
       };
     },
   );
   return {
+    ceiling,
     attention: { rows: attention, text: table(attention) },
     decode: { rows: decode, text: table(decode) },
   };
@@ -252,7 +358,7 @@ function table(rows: readonly Record<string, unknown>[]): string {
   return formatTable(
     head,
     rows.map((row) => head.map((key) => cell(key, row[key]))),
-    head.filter((key) => key !== "model"),
+    head.filter((key) => key !== "model" && key !== "policy"),
   );
 }
 

@@ -65,7 +65,7 @@ export interface KernelOptions {
   /** How activations meet quantised weights. */
   activations: Precision;
   /** Tokens of one prefill. */
-  rows: number;
+  rows: readonly number[];
   /** Samples. */
   repeats: number;
   /** Milliseconds of a sample. */
@@ -148,7 +148,9 @@ type Maker = (bench: Bench) => AsyncGenerator<Case>;
 
 /** Steps of different tokens in the graph that fills a cache. */
 const KINDS = 8;
-/** Steps that a full cache has room for behind its budget. */
+/** Tokens of a pass that fills a cache. */
+const PASS = 2048;
+/** The most steps that a full cache is timed for; their middle is the budget. */
 const ROOM = 64;
 /** The most copies: a graph of so many ops is long enough. */
 const MOST_COPIES = 1024;
@@ -314,7 +316,10 @@ function openCache(
   );
 }
 
-/** Fills a cache with steps of a few kinds of tokens, and gives their inputs. */
+/**
+ * Fills a cache: as far as it has room in passes, unless its policy must see
+ * each step, and then with steps of a few kinds of tokens, whose inputs it gives.
+ */
 async function fill(
   bench: Bench,
   cache: KvCache,
@@ -336,12 +341,31 @@ async function fill(
         }
       }
     }));
+  const pass = (rows: number): Graph => {
+    const all = normal(bench, rows, width, KINDS + 1);
+    const out = open(bench, rows, heads * headDim);
+    return bench.stack.use(bench.backend.record(() => {
+      for (let layer = 0; layer < layers; layer++) {
+        for (let b = 0; b < cache.sequences; b++) {
+          cache.prefill(layer, b, out, all, rows);
+        }
+      }
+    }));
+  };
   const all = step(qkv);
   const single = step(qkv.slice(0, 1));
+  const fits = cache.policy.prefill === "steps"
+    ? 0
+    : Math.min(tokens, cache.capacity);
+  const passes = [PASS, fits % PASS].map((rows) =>
+    rows > 0 && rows <= fits ? pass(rows) : null
+  );
   const refill = async () => {
     cache.reset();
-    await all.run(Math.floor(tokens / KINDS));
-    await single.run(tokens % KINDS);
+    await passes[0]?.run(Math.floor(fits / PASS));
+    await passes[1]?.run();
+    await all.run(Math.floor((tokens - fits) / KINDS));
+    await single.run((tokens - fits) % KINDS);
   };
   await refill();
   return { qkv, out, refill };
@@ -355,8 +379,10 @@ async function* attend(bench: Bench): AsyncGenerator<Case> {
         const copies = copiesOf(batch * cacheBytes(bench, budget), bench);
         const cache = openCache(bench, copies, batch, policy, budget);
         const full = cache.budget === null;
-        const steps = full ? budget : budget + KINDS;
-        const { qkv, out, refill } = await fill(bench, cache, copies, steps);
+        const tokens = full
+          ? Math.ceil(budget - Math.min(ROOM, budget) / 2)
+          : budget + KINDS;
+        const { qkv, out, refill } = await fill(bench, cache, copies, tokens);
         const { kept, merged, evicted } = cache.stats();
         yield {
           fields: {
@@ -394,12 +420,15 @@ async function* prefillCases(
   op: "prefill" | "chunk",
 ): AsyncGenerator<Case> {
   const { options, config } = bench;
-  const { budgets, policies, cacheType, positions, rows } = options;
+  const { budgets, policies, cacheType, positions } = options;
   const { heads, kvHeads, headDim } = config;
   const empty = op === "prefill";
+  const sizes = options.rows.flatMap((rows) =>
+    [...new Set(empty ? [rows] : budgets)].map((tokens) => [rows, tokens])
+  ) as [rows: number, tokens: number][];
   for (const policy of policies) {
     if (!empty && policy === "full") continue;
-    for (const tokens of new Set(empty ? [rows] : budgets)) {
+    for (const [rows, tokens] of sizes) {
       const before = empty ? 0 : tokens;
       const copies = Math.min(
         Math.max(8, copiesOf(cacheBytes(bench, before + rows), bench)),
@@ -443,7 +472,8 @@ function weightFields(
   batch: number,
   { options }: Bench,
 ): Partial<KernelRow> & { activations: Precision } {
-  const activations = isQuantised(dtype) ? options.activations : "f32";
+  const other = options.activations === "half" ? "half" : "f32";
+  const activations = isQuantised(dtype) ? options.activations : other;
   return { dtype, activations, batch };
 }
 

@@ -171,15 +171,18 @@ class RandomWeights implements WeightSource {
   }
 }
 
-/** A model of these shapes whose weights are random. */
+/** A model of these shapes, but for what `changes` names, whose weights are random. */
 export async function randomModel(
   backend: Backend,
   name: ShapeName,
   dtype: WeightType,
   activations: Precision = "int8",
+  changes: Partial<ModelConfig> = {},
 ): Promise<Model> {
   const start = performance.now();
-  const { config, tied } = shapeOf(name);
+  const shape = shapeOf(name);
+  const { tied } = shape;
+  const config = { ...shape.config, ...changes };
   const network = await architectures.llama.load(
     backend,
     config,

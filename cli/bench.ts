@@ -68,7 +68,7 @@ const kernelOptions = {
     "kernels: which (default attend,linear,gated,sample,prefill)",
     kernelOps,
   ),
-  rows: whole(1, "kernels: tokens of one prefill (default 512)", 1 << 16),
+  rows: wholes(1, "kernels: tokens of one prefill (default 512)", 1 << 16),
   "working-set": whole(
     1,
     "kernels: MiB that a graph walks through (default 3 caches of the device)",
@@ -106,15 +106,22 @@ decode   whole steps of a model, greedy, cache full: --model, or --shapes with
          token, host ms: what these add.
 
 GB/s counts the bytes that must move: weights, keys and values once, and 16 bytes of
-state a cached token. The share is of the bandwidth measured at the start: on a GPU
-a copy's, reads and writes counted, on a CPU that of all cores reading.`,
+state a cached token. The share is of the bandwidth measured at the start: that of
+reads, on a GPU the better of loads of 16 bytes and bulk copies to shared memory, on a
+CPU that of all cores. It takes nvcc or g++, this project's checkout and deno run -A;
+on a GPU without them it is a copy's, reads and writes counted.`,
   options,
   permissions: (values) =>
     runFlags(values.model, {
-      read: ["/proc/cpuinfo", "/sys/devices/system/cpu"],
-      run: ["g++", "nvidia-smi"],
+      run: ["nvidia-smi"],
       ffi: ["libcuda.so.1"],
-      ...(values.record ? { write: [values.record] } : {}),
+      // A record is written beside its place and then renamed.
+      ...(values.record
+        ? {
+          read: [folderOf(values.record)],
+          write: [folderOf(values.record)],
+        }
+        : {}),
     }),
   async run({ values, operands, terminal, signal }) {
     const [what] = operands;
@@ -156,6 +163,11 @@ a copy's, reads and writes counted, on a CPU that of all cores reading.`,
     return 0;
   },
 });
+
+function folderOf(path: string): string {
+  const end = path.lastIndexOf("/");
+  return end < 0 ? "." : path.slice(0, end) || "/";
+}
 
 type Row =
   | ({ test: "memory"; device: "cpu" | "cuda" } & Memory)
@@ -208,7 +220,7 @@ async function* runKernels(
     positions: values.positions ?? of.positions,
     dtypes: (values.dtype ?? ["BF16"]) as WeightType[],
     activations: values.activations ?? "int8",
-    rows: values.rows ?? 512,
+    rows: values.rows ?? [512],
     repeats: values.repeats ?? (quick ? 3 : 10),
     least: quick ? 10 : 40,
     workingSet: set ? set << 20 : 3 * (memory.cacheBytes ?? 64 << 20),
@@ -326,13 +338,19 @@ function tables(rows: readonly Row[]): string {
   for (const row of rows) {
     if (row.test !== "memory") continue;
     text += `${row.kind} bandwidth ${gbps(row.bytesPerSecond)} GB/s${
-      row.note ? ` (${row.note})` : ""
-    }\n`;
+      row.copy === undefined || row.kind === "copy"
+        ? ""
+        : `: loads of 16 bytes ${
+          gbps(row.loads ?? null)
+        }, bulk copies to shared memory ${
+          gbps(row.bulk ?? null)
+        }; a copy, reads and writes counted, ${gbps(row.copy)}`
+    }${row.note ? ` (${row.note})` : ""}\n`;
   }
   const kernels = rows.filter((row) => row.test === "kernel");
   if (kernels.length > 0) {
-    const right = ["budget", "batch", "us", "from", "to", "GB/s", "share"]
-      .concat("TFLOP/s");
+    const right = ["budget", "rows", "batch", "us", "from", "to", "GB/s"]
+      .concat("share", "TFLOP/s");
     text += formatTable(
       ["op", "policy", "type", ...right],
       kernels.map((row) => [
@@ -340,6 +358,7 @@ function tables(rows: readonly Row[]): string {
         cell(row.policy),
         cell(row.dtype ?? row.cacheType),
         cell(row.budget),
+        cell(row.rows),
         cell(row.batch),
         row.us.toFixed(2),
         row.usLow.toFixed(2),

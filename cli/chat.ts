@@ -20,6 +20,7 @@ import {
   checkedPolicy,
   load,
   loadOptions,
+  noteFull,
   outputOptions,
   POLICY_NAMES,
   policyList,
@@ -86,6 +87,7 @@ ${policyList()}`,
   async run({ values, operands, terminal, signal, interrupt }) {
     const { json = false, quiet = false } = values;
     checkedPolicy(values.policy, values);
+    await noteFull([values.policy], values, terminal);
     if (values.system !== undefined && values["system-file"] !== undefined) {
       throw new UsageError(
         "The options --system and --system-file exclude each other: give one",
@@ -268,8 +270,13 @@ function describe({ model, cache }: Chat): string {
 function cacheLines(chat: Chat): string {
   const { cache } = chat;
   const { seen, kept, merged, evicted } = cache.stats();
+  const layers = cache.layerSlots.map((_, i) => cache.stats(0, i).kept);
   return `${describe(chat)}
-${seen} tokens seen: ${kept} kept, ${merged} merged, ${evicted} evicted
+${seen} tokens seen: ${
+    cache.uneven
+      ? `${Math.min(...layers)} to ${Math.max(...layers)} kept a layer`
+      : `${kept} kept, ${merged} merged, ${evicted} evicted`
+  }
 ${formatBytes(cache.bytes)} (in full ${formatBytes(cache.fullBytes(seen))})
 `;
 }

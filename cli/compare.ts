@@ -24,6 +24,7 @@ import {
   cacheSettingsOf,
   load,
   loadOptions,
+  noteFull,
   outputOptions,
   POLICY_NAMES,
   policyList,
@@ -79,6 +80,7 @@ ${policyList()}`,
   async run({ values, operands, terminal, signal }) {
     const { json = false, quiet = false } = values;
     const caches = columnsOf(values);
+    await noteFull(values.policy ?? DEFAULT_POLICIES, values, terminal);
     const prompt = await readPrompt(
       operands[0],
       values.file,

@@ -28,6 +28,7 @@ import {
   cacheSettingsOf,
   load,
   loadOptions,
+  noteFull,
   outputOptions,
   POLICY_NAMES,
   policyList,
@@ -53,6 +54,7 @@ const options = {
   ),
   samples: whole(1, "Questions a depth (default 4)", 1e6),
   fraction: decimal(0, 1, "Ask this share of the questions alone", true),
+  batch: whole(1, "Questions asked side by side (default 1)", 2048),
   policy: words(
     "P[,P...]",
     "The cache's policies (default full,weighted-kv)",
@@ -104,6 +106,7 @@ ${policyList()}`,
       lengths: values.lengths ?? DEFAULT_LENGTHS,
       depths: values.depths,
       samples: values.samples,
+      batch: values.batch,
       fraction: values.fraction,
       policies: values.policy ?? ["full", "weighted-kv"],
       budgets: values.budget ?? [256],
@@ -112,6 +115,7 @@ ${policyList()}`,
       ...cacheSettingsOf(values),
     };
     checkOptions(settings);
+    await noteFull(settings.policies, values, terminal);
     using model = await load(values, terminal, signal);
     const folder = values.out === undefined
       ? null

@@ -13,6 +13,7 @@ import {
   checkedPolicy,
   load,
   loadOptions,
+  noteFull,
   outputOptions,
   POLICY_NAMES,
   policyList,
@@ -64,6 +65,7 @@ ${policyList()}`,
   async run({ values, operands, terminal, signal }) {
     const { json = false, quiet = false } = values;
     const policy = checkedPolicy(values.policy, values);
+    await noteFull([values.policy], values, terminal);
     const prompt = await readPrompt(
       operands[0],
       values.file,
@@ -127,7 +129,7 @@ export function resultJson(model: Model, result: GenerateResult): unknown {
 /** One line on speed and memory. */
 function summary({ tokens, timings, cache }: GenerateResult): string {
   const { decodeTokensPerSecond: speed, firstTokenMs } = timings;
-  const { bytes, fullBytes, merged, evicted } = cache;
+  const { bytes, fullBytes, merged, evicted, layerKept } = cache;
   return [
     speed === null
       ? `${tokens.length} tokens`
@@ -136,6 +138,10 @@ function summary({ tokens, timings, cache }: GenerateResult): string {
       ? []
       : [`first after ${formatTime(firstTokenMs)}`]),
     `cache ${formatBytes(bytes)} (in full ${formatBytes(fullBytes)})`,
-    `${merged} merged, ${evicted} evicted`,
+    layerKept === null
+      ? `${merged} merged, ${evicted} evicted`
+      : `${Math.min(...layerKept)} to ${
+        Math.max(...layerKept)
+      } of ${cache.seen} tokens kept a layer`,
   ].join("; ");
 }

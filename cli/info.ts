@@ -1,10 +1,10 @@
 /** `wkv info`: what a model file holds and what its cache takes, from the header alone. */
 
-import { dtypes } from "../src/backend/tensor.ts";
 import { layerRows, rowBytes } from "../src/cache/layout.ts";
 import { MAX_SLOTS } from "../src/cache/policy.ts";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
-import { openModelFile } from "../src/models/file.ts";
+import { FormatError } from "../src/formats/error.ts";
+import { type ModelFile, openModelFile } from "../src/models/file.ts";
 import { defineCommand } from "./command.ts";
 import { choice, whole } from "./option.ts";
 import { readGrants, toFlags } from "./permissions.ts";
@@ -52,13 +52,12 @@ export const infoCommand = defineCommand({
     const bytesOf = (tokens: number): number =>
       perLayer * layerRows(config, tokens).reduce((a, b) => a + b);
     const { window } = config;
-    const missing = Object.keys(types).filter((type) =>
-      type === "I32" || !dtypes.some((dtype) => dtype === type)
-    );
+    const { reason, tokenizer } = await judge(file);
     const info = {
       name,
       path,
       bytes: file.size,
+      files: file.parts,
       architecture,
       parameters,
       layers,
@@ -72,7 +71,9 @@ export const infoCommand = defineCommand({
       window: window?.tokens ?? null,
       windowLayers: window?.layers.filter((has) => has).length ?? 0,
       types,
-      runs: missing.length === 0,
+      tokenizer,
+      runs: reason === null,
+      reason,
       cache: {
         cacheType,
         bytesPerToken,
@@ -87,7 +88,12 @@ export const infoCommand = defineCommand({
     }
     const rows: [string, string][] = [
       ["file", path],
-      ["size", formatBytes(file.size)],
+      [
+        "size",
+        `${formatBytes(file.size)}${
+          file.parts === 1 ? "" : ` in ${file.parts} files`
+        }`,
+      ],
       ["architecture", architecture],
       ["parameters", `${(parameters / 1e6).toFixed(1)} million`],
       ["layers", `${layers}`],
@@ -117,12 +123,10 @@ export const infoCommand = defineCommand({
         `${formatBytes(bytesOf(budget))}, whatever the text's length`,
       ],
       ["at full context", formatBytes(bytesOf(context))],
-      [
-        "runs",
-        info.runs
-          ? "yes"
-          : `no: there is no kernel for weights of type ${missing.join(", ")}`,
-      ],
+      ...tokenizer === false
+        ? [["tokenizer", "none: give token ids"] as [string, string]]
+        : [],
+      ["runs", reason === null ? "yes" : `no: ${reason}`],
     ];
     const wide = Math.max(...rows.map(([left]) => left.length));
     await terminal.out.write(
@@ -131,3 +135,15 @@ export const infoCommand = defineCommand({
     return 0;
   },
 });
+
+/** Why a model would be refused when it is loaded, and whether it takes text; null where that is not known. */
+async function judge(
+  file: ModelFile,
+): Promise<{ reason: string | null; tokenizer: boolean | null }> {
+  try {
+    return { reason: null, ...await file.check() };
+  } catch (error) {
+    if (!(error instanceof FormatError)) throw error;
+    return { reason: error.message, tokenizer: null };
+  }
+}

@@ -8,6 +8,7 @@ import {
   LIBRARY_VARIABLE,
 } from "../src/backend/library.ts";
 import { compilerOf, type LibraryKind } from "../src/backend/build.ts";
+import { partNames } from "../src/formats/part_names.ts";
 import { hubCacheDir, hubTokenPath, repoFolder } from "../src/hub/hub_cache.ts";
 import { parseHubName } from "../src/hub/huggingface.ts";
 import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
@@ -31,7 +32,7 @@ export async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
   const named = variables.flatMap((name) => Deno.env.get(name) || []);
   return {
     ffi: await libraries(),
-    read: [await modelPath(model), ...buildFolders(), ...named],
+    read: [...await modelPaths(model), ...buildFolders(), ...named],
     env: [...variables, ...FOLDERS, ...hubFolders(model)],
   };
 }
@@ -39,7 +40,7 @@ export async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
 /** Reading one model's file. */
 export async function readGrants(model = DEFAULT_MODEL): Promise<Grants> {
   return {
-    read: [await modelPath(model)],
+    read: await modelPaths(model),
     env: [...FOLDERS, ...hubFolders(model)],
   };
 }
@@ -146,16 +147,16 @@ async function libraries(): Promise<string[]> {
   return found;
 }
 
-/** The model's file, or where it would be. */
-async function modelPath(model: string): Promise<string> {
+/** The model's files, or where it would be. */
+async function modelPaths(model: string): Promise<string[]> {
   try {
     // Snapshots are links to blobs beside them.
     if (model.startsWith("hf:")) {
-      return repoFolder(hubCacheDir(), parseHubName(model).repo);
+      return [repoFolder(hubCacheDir(), parseHubName(model).repo)];
     }
-    return await resolveModel(model, { offline: true });
+    return partNames(await resolveModel(model, { offline: true }));
   } catch (error) {
     if (error instanceof Deno.errors.NotCapable) throw error;
-    return model === DEFAULT_MODEL ? modelsDir() : model;
+    return [model === DEFAULT_MODEL ? modelsDir() : model];
   }
 }

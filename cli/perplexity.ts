@@ -28,6 +28,7 @@ import {
   cacheSettingsOf,
   load,
   loadOptions,
+  noteFull,
   outputOptions,
   POLICY_NAMES,
   policyList,
@@ -106,6 +107,7 @@ ${policyList()}`,
         "Give --out or --dump-cache: a run that goes on may have no first window",
       );
     }
+    await noteFull(policies, values, terminal);
     const input = await readTextFile(path, processInput(), signal);
     using dump = values["dump-cache"] === undefined
       ? null

@@ -28,6 +28,7 @@ import {
   cacheOptions,
   cacheSettingsOf,
   modelOption,
+  noteFull,
   outputOptions,
 } from "./shared_options.ts";
 import { formatBytes, formatTable } from "./units.ts";
@@ -80,13 +81,20 @@ export const planCommand = defineCommand({
   most: { count: 1, what: "one model" },
   choices: [DEFAULT_MODEL],
   description:
-    "Says which budget fits a memory size at some batches, or which batch at some\nbudgets, and what the memory is for. It reads the file's header and needs no\nlibrary. On a GPU leave half a gigabyte for the driver.",
+    `Says which budget fits a memory size at some batches, or which batch at some
+budgets, and what the memory is for; full's budget is the tokens it has room for.
+It reads the file's header and needs no library. On a GPU leave half a gigabyte
+for the driver.`,
   options,
   permissions: async ({ model }) => toFlags([await readGrants(model)]),
   async run({ values, operands, terminal }) {
     if (values.memory === undefined) {
       throw new UsageError("Say what it must fit with --memory BYTES");
     }
+    // What is a budget of others is room here.
+    await noteFull([values.policy], values, terminal, [
+      ...["sinks", "recent", "interval", "layer-budgets"],
+    ]);
     const name = operands[0] ?? values.model ?? DEFAULT_MODEL;
     const path = await resolveModel(name, { offline: true });
     using file = await openModelFile(path);
@@ -150,7 +158,12 @@ function rowsOf(
   };
   const row = (batch: number | null, budget: number | null): Row => {
     if (batch === null || budget === null) return { batch, budget, plan: null };
-    const plan = planMemory(model, { ...common, budget, sequences: batch });
+    const plan = planMemory(model, {
+      ...common,
+      budget,
+      capacity: budget,
+      sequences: batch,
+    });
     return { batch, budget, plan: plan.total <= memory ? plan : null };
   };
   const { batch, budget } = values;
@@ -161,6 +174,13 @@ function rowsOf(
   }
   return budget.flatMap((tokens) =>
     batch?.map((sequences) => row(sequences, tokens)) ??
-      row(mostSequences(model, memory, { ...common, budget: tokens }), tokens)
+      row(
+        mostSequences(model, memory, {
+          ...common,
+          budget: tokens,
+          capacity: tokens,
+        }),
+        tokens,
+      )
   );
 }

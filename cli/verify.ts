@@ -1,5 +1,6 @@
 /** `wkv verify`: repeats a run that a folder holds, and says whether the results are the same. */
 
+import type { Precision } from "../src/backend/ops.ts";
 import {
   evaluate,
   type EvaluateOptions,
@@ -53,7 +54,7 @@ export const verifyCommand = defineCommand({
       {
         ...values,
         model: values.model ?? manifest.model.name,
-        activations: values.activations ?? activations as "int8" | "f32",
+        activations: values.activations ?? activations as Precision,
         "kv-heads": values["kv-heads"] ?? kvHeads as "model" | "query",
       },
       terminal,

@@ -39,7 +39,7 @@ struct ContextBase : Object {
   std::mutex mutex, text_mutex;
   std::string text;
   bool recording_failed = false;  // since wkv_graph_begin
-  bool running = false;           // in wkv_graph_run, whose failures leave a recording alone
+  bool running = false;           // in a function that runs graphs, whose failures leave a recording alone
   ContextBase() : Object(Kind::Context) {}
 };
 

@@ -16,7 +16,7 @@
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 3
+#define WKV_ABI_VERSION 4
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -112,8 +112,12 @@ enum wkv_activation {
   WKV_GELU_TANH = 1, /* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
 };
 
-/** How a linear op holds its input: as it is, or rounded to 8 bits in blocks of 32 (quantised weights only). */
-enum wkv_precision { WKV_PRECISION_F32 = 0, WKV_PRECISION_INT8 = 1 };
+/** How a linear op holds its input. */
+enum wkv_precision {
+  WKV_PRECISION_F32 = 0,  /* as it is */
+  WKV_PRECISION_INT8 = 1, /* for quantised weights: rounded to 8 bits in blocks of 32 */
+  WKV_PRECISION_HALF = 2, /* for F16 and BF16 weights: as it is, or rounded once to their type, where products of many rows gain by that */
+};
 
 /* ---- library, context, handles ---- */
 
@@ -166,6 +170,13 @@ WKV_API int32_t wkv_graph_end(int32_t context, int32_t* out /* [1] */, int32_t o
 /** Runs a graph `times` times over. Runs of one context follow each other, and may begin while a graph is being recorded, which they
  *  leave alone. After a failure the caches it wrote are undefined. */
 WKV_API_SLOW int32_t wkv_graph_run(int32_t context, int32_t graph, int32_t times);
+
+/** Starts one run of a graph and, on a GPU, returns while it goes on; other functions of the context wait for it where they must.
+ *  Waiting so for a short run is cheaper than having a thread wake for wkv_graph_run. */
+WKV_API int32_t wkv_graph_start(int32_t context, int32_t graph);
+
+/** Gives 1 when the run that was started last has ended, else 0. Fails, once, where that run failed. */
+WKV_API int32_t wkv_graph_poll(int32_t context, int32_t* out /* [1] */, int32_t out_bytes);
 
 /* ---- ops on activations ---- */
 

@@ -86,8 +86,13 @@ export interface CacheSettings {
   cacheType: CacheType;
 }
 
-/** The cache of a result, as `--json` prints it. */
+/**
+ * The cache of a result, as `--json` prints it. Where layers keep different
+ * numbers of tokens, the counts are those of the layer nearest to the budget.
+ */
 export interface CacheReport extends CacheSettings, CacheStats {
+  /** Tokens cached in each layer where they differ; null where they do not. */
+  layerKept: readonly number[] | null;
   /** Bytes of keys, values and state, allocated. */
   bytes: number;
   /** Bytes of keys and values of all tokens seen, in the same type. */
@@ -175,6 +180,10 @@ export async function* generate(
     const promptTime = performance.now();
     try {
       let token = await session.prompt(ids, { prefill, signal });
+      // Asked once: a copy from the device would delay each token.
+      const room = cache.policy.select === "none"
+        ? cache.capacity - cache.stats().kept
+        : Infinity;
       for (;;) {
         lastTime = performance.now();
         if (tokens.length === 0) firstTime = lastTime;
@@ -198,7 +207,7 @@ export async function* generate(
           finishReason = "stop";
           break;
         }
-        if (tokens.length >= maxTokens || isFull(cache)) break;
+        if (tokens.length >= maxTokens || tokens.length > room) break;
         signal?.throwIfAborted();
         token = (await session.next())[0]!;
       }
@@ -241,6 +250,9 @@ export function report(
   return {
     ...cacheSettings(model, cache, prefill),
     ...stats,
+    layerKept: cache.uneven
+      ? cache.layerSlots.map((_, layer) => cache.stats(0, layer).kept)
+      : null,
     bytes: cache.bytes,
     fullBytes: cache.fullBytes(stats.seen),
   };

@@ -1,7 +1,7 @@
 /** Model: a file's weights on a device, its tokenizer, and the caches and sessions made for it. */
 
 import { Backend, type Device } from "./backend/backend.ts";
-import type { Precision } from "./backend/ops.ts";
+import { type Precision, PRECISIONS } from "./backend/ops.ts";
 import { wkv_pairs } from "./backend/symbols.ts";
 import { Tensor } from "./backend/tensor.ts";
 import { parseBudget } from "./cache/budget.ts";
@@ -24,7 +24,14 @@ import type { Tokenizer } from "./tokenizer/tokenizer.ts";
 export interface LoadOptions {
   /** The device. @default `"auto"` */
   device?: Device | undefined;
-  /** How activations meet quantised weights. @default `"int8"` */
+  /**
+   * How activations meet weights: `"int8"` rounds them to 8 bits where weights
+   * are quantised, `"half"` may round them once to the weights' own type where
+   * those are of 16 bits, `"f32"` leaves them as they are, and so do the other
+   * two where weights are of another kind.
+   *
+   * @default `"int8"`
+   */
   activations?: Precision | undefined;
   /**
    * Whose keys a cache holds: the model's own KV heads, or one a query head, as
@@ -48,8 +55,17 @@ export interface LoadOptions {
   library?: string | undefined;
 }
 
-/** Rows of a prompt that one pass takes; an abort is seen between two passes. */
-export const PASS_ROWS = 512;
+/** Rows of a prompt that one pass takes at most; an abort is seen between two passes. */
+export const PASS_ROWS: Record<"cpu" | "cuda", number> = {
+  cpu: 512,
+  // Products of fewer rows leave a large GPU idle.
+  cuda: 4096,
+};
+
+/** Rows of the memory that a pass takes: powers of two, so that there are few. */
+export function passMemory(rows: number): number {
+  return Math.max(PASS_ROWS.cpu, 2 ** Math.ceil(Math.log2(rows)));
+}
 
 /** A loaded model. */
 export class Model implements Disposable {
@@ -63,7 +79,7 @@ export class Model implements Disposable {
   readonly tokenizer: Tokenizer;
   /** The native library it runs in. */
   readonly backend: Backend;
-  /** How activations meet quantised weights. */
+  /** How activations meet weights. */
   readonly activations: Precision;
   /** Milliseconds that loading took, a pull or a build included. */
   readonly loadMs: number;
@@ -109,9 +125,9 @@ export class Model implements Disposable {
   static async load(name: string, options: LoadOptions = {}): Promise<Model> {
     const start = performance.now();
     const { onProgress, signal, activations = "int8" } = options;
-    if (activations !== "int8" && activations !== "f32") {
+    if (!PRECISIONS.includes(activations)) {
       throw new RangeError(
-        `The activations must be int8 or f32: current value is "${activations}"`,
+        `The activations must be int8, f32 or half: current value is "${activations}"`,
       );
     }
     const { kvHeads = "model" } = options;
@@ -227,8 +243,10 @@ export class Model implements Disposable {
     const { norms = "before" } = this.config;
     let memory = this.#memory.get(rows);
     if (memory === undefined) {
+      // What was opened is given back when there is no memory for the rest.
+      using opened = new DisposableStack();
       const tensor = (columns: number) =>
-        new Tensor(this.backend, "F32", rows, columns);
+        opened.use(new Tensor(this.backend, "F32", rows, columns));
       memory = {
         x: tensor(width),
         qkv: tensor((heads + 2 * kvHeads) * headDim),
@@ -236,6 +254,7 @@ export class Model implements Disposable {
         hidden: tensor(hidden),
         ...norms === "before" ? {} : { branch: tensor(width) },
       };
+      opened.move();
       this.#memory.set(rows, memory);
     }
     return memory;

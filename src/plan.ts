@@ -7,7 +7,7 @@ import {
   rowBytes,
 } from "./cache/layout.ts";
 import { MAX_SLOTS, type Policy } from "./cache/policy.ts";
-import { PASS_ROWS } from "./model.ts";
+import { PASS_ROWS, passMemory } from "./model.ts";
 import type { ModelConfig } from "./models/architecture.ts";
 import type { ModelFile } from "./models/file.ts";
 
@@ -82,17 +82,20 @@ export function planMemory(
     0,
   );
   // A pass's rows, a step's, and what is drawn from.
+  const rows = passMemory(Math.min(PASS_ROWS[device], mostSlots(plan)));
   const activations = 4 *
-    ((PASS_ROWS + sequences) * row + sequences * (config.vocabulary + 32));
+    ((rows + sequences) * row + sequences * (config.vocabulary + 32));
+  const threads = options.threads ?? navigator.hardwareConcurrency;
   const scratch = device === "cpu"
-    ? cpuScratch(model, plan, options.threads ?? navigator.hardwareConcurrency)
-    : cudaScratch(model, plan);
+    ? cpuScratch(model, plan, rows, threads)
+    : cudaScratch(model, plan, rows);
   const total = weights + cache + activations + scratch;
   return { weights, cache, activations, scratch, total };
 }
 
 /**
- * The largest budget that fits, at most the model's context; null when none does.
+ * The largest budget that fits, at most the model's context, of `full` the
+ * tokens that it has room for; null when none does.
  *
  * @param memory Bytes.
  */
@@ -102,15 +105,18 @@ export function mostBudget(
   options: PlanOptions = {},
 ): number | null {
   const most = Math.min(model.config.context, MAX_SLOTS);
+  const of = (tokens: number): PlanOptions => ({
+    ...options,
+    budget: tokens,
+    capacity: tokens,
+  });
   // What is wrong with other options is wrong with the largest budget too.
-  planMemory(model, { ...options, budget: most });
+  planMemory(model, of(most));
   const budget = largest(
     most,
-    (budget) => (bytesOf(model, { ...options, budget }) ?? 0) <= memory,
+    (tokens) => (bytesOf(model, of(tokens)) ?? 0) <= memory,
   );
-  return budget === null || bytesOf(model, { ...options, budget }) === null
-    ? null
-    : budget;
+  return budget === null || bytesOf(model, of(budget)) === null ? null : budget;
 }
 
 /**
@@ -210,7 +216,7 @@ function inOneLaunch({ select, merge }: Policy, interval: number): boolean {
     ].includes(select);
 }
 
-// ---- what ops share, of passes of PASS_ROWS rows ----
+// ---- what ops share, of passes of `rows` rows ----
 
 /** Columns of what a step moves. */
 function sizesOf(config: ModelConfig): Record<
@@ -236,6 +242,7 @@ function mostSlots({ layers }: CachePlan): number {
 function cpuScratch(
   { config, quantised }: PlannedModel,
   plan: CachePlan,
+  rows: number,
   threads: number,
 ): number {
   const { heads, kvHeads, headDim } = config;
@@ -248,12 +255,12 @@ function cpuScratch(
   const own = group * headDim + (group + 1) * roundUp(slots + 1, 16) +
     stretches * group * (2 + headDim);
   const attend = plan.sequences * kvHeads * roundUp(4 * own + stored, 64);
-  const length = roundUp(slots + PASS_ROWS, 16);
+  const length = roundUp(slots + rows, 16);
   const prefill = 4 * length * (2 * headDim + 8 * group + 16 * threads + 4) +
-    64 * threads * headDim + PASS_ROWS * stored;
+    64 * threads * headDim + rows * stored;
   const { width, widest } = sizesOf(config);
   // Normed rows, and rounded ones with scale and sum of each 32.
-  const linear = PASS_ROWS * (4 * width + (quantised ? 1.25 * widest : 0));
+  const linear = rows * (4 * width + (quantised ? 1.25 * widest : 0));
   return Math.max(attend, prefill) + linear;
 }
 
@@ -261,23 +268,25 @@ function cpuScratch(
 function cudaScratch(
   { config, quantised }: PlannedModel,
   plan: CachePlan,
+  rows: number,
 ): number {
   const { heads, kvHeads, headDim } = config;
   const exact = plan.cacheType === "f32" || headDim > 256;
   const wide = exact
     ? 4 * roundUp(headDim, 64)
     : 2 * (headDim <= 64 ? 64 : headDim <= 128 ? 128 : 256);
-  const entries = mostSlots(plan) + PASS_ROWS;
+  // Whole tiles of 128.
+  const entries = roundUp(mostSlots(plan) + rows, 128);
   const words = wordsOf(plan.policy);
-  const prefill = wide * (heads * PASS_ROWS + 2 * kvHeads * entries) +
-    PASS_ROWS * (rowBytes(config, plan.cacheType) + 4 * heads) +
-    4 * heads * entries + 4 * kvHeads * entries * (6 + words);
+  const prefill = wide * (heads * rows + 2 * kvHeads * entries) +
+    rows * (rowBytes(config, plan.cacheType) + 4 * heads) +
+    4 * heads * entries + 4 * kvHeads * entries * (12 + words);
   const { qkv, width, hidden, widest } = sizesOf(config);
   // Rows made ready, twice where a product writes over them; cuBLASLt's
   // workspace and results for weights that it takes.
-  const linear = 4 * PASS_ROWS * (widest + 1) +
+  const linear = 4 * rows * (widest + 1) +
     (quantised
-      ? 4 * PASS_ROWS * (width + 1)
-      : (32 << 20) + 4 * PASS_ROWS * Math.max(2 * hidden, qkv, width));
+      ? 4 * rows * (width + 1)
+      : (32 << 20) + 4 * rows * Math.max(2 * hidden, qkv, width));
   return roundUp(Math.max(prefill, linear), 1 << 20);
 }

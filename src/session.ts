@@ -2,10 +2,10 @@
 
 import type { Graph } from "./backend/backend.ts";
 import { divergence, logProb, sample } from "./backend/ops.ts";
-import { Tensor } from "./backend/tensor.ts";
+import { type Dtype, Tensor } from "./backend/tensor.ts";
 import type { KvCache } from "./cache/cache.ts";
 import { choosesByStep, type Policy } from "./cache/policy.ts";
-import { type Model, PASS_ROWS } from "./model.ts";
+import { type Model, PASS_ROWS, passMemory } from "./model.ts";
 
 /** How the next token is drawn; applied in the order top-k, top-p, min-p, temperature. */
 export interface SamplerOptions {
@@ -20,6 +20,9 @@ export interface SamplerOptions {
   /** Repeats a run: a whole number below 2^53. @default random */
   seed?: number | undefined;
 }
+
+/** The largest chunk. */
+const MAX_CHUNK = 4096;
 
 /** A chunked prefill's size, or `exact` for token by token. */
 export type Prefill = "exact" | `chunk:${number}`;
@@ -37,9 +40,9 @@ export function chunkSize(prefill: Prefill, policy?: Policy): number | null {
     );
   }
   const size = Number(/^chunk:(\d+)$/.exec(prefill)?.[1] ?? NaN);
-  if (!(size >= 1 && size <= PASS_ROWS)) {
+  if (!(size >= 1 && size <= MAX_CHUNK)) {
     throw new RangeError(
-      `The prefill must be exact, or chunk:N with N between 1 and ${PASS_ROWS}: current value is "${prefill}"`,
+      `The prefill must be exact, or chunk:N with N between 1 and ${MAX_CHUNK}: current value is "${prefill}"`,
     );
   }
   return size;
@@ -64,22 +67,21 @@ export class Session implements Disposable {
 
   /** A session on a cache of this model. */
   constructor(model: Model, cache: KvCache) {
-    const { backend } = model;
     const { sequences } = cache;
+    // What was opened is given back when there is no memory for the rest.
+    using opened = new DisposableStack();
+    const open = (dtype: Dtype, rows: number, columns: number): Tensor =>
+      opened.use(new Tensor(model.backend, dtype, rows, columns));
     this.model = model;
     this.cache = cache;
-    this.#tokens = new Tensor(backend, "I32", 1, sequences);
-    this.#targets = new Tensor(backend, "I32", 1, sequences);
-    this.#logProbs = new Tensor(backend, "F32", 1, sequences);
-    this.#apart = new Tensor(backend, "F32", sequences, 2);
-    this.#logits = new Tensor(
-      backend,
-      "F32",
-      sequences,
-      model.config.vocabulary,
-    );
-    this.#settings = new Tensor(backend, "F32", sequences, 4);
-    this.#rng = new Tensor(backend, "I32", sequences, 4);
+    this.#tokens = open("I32", 1, sequences);
+    this.#targets = open("I32", 1, sequences);
+    this.#logProbs = open("F32", 1, sequences);
+    this.#apart = open("F32", sequences, 2);
+    this.#logits = open("F32", sequences, model.config.vocabulary);
+    this.#settings = open("F32", sequences, 4);
+    this.#rng = open("I32", sequences, 4);
+    opened.move();
   }
 
   /**
@@ -124,7 +126,7 @@ export class Session implements Disposable {
     let at = 0;
     while (at < last) {
       options.signal?.throwIfAborted();
-      const rows = Math.min(last - at, PASS_ROWS, this.passRows(chunk));
+      const rows = Math.min(last - at, this.passRows(chunk));
       if (rows === 1) {
         this.#tokens.write(Int32Array.of(tokens[at]!));
         await this.#step(at + 1 === last ? "next" : "feed").run();
@@ -143,13 +145,14 @@ export class Session implements Disposable {
   }
 
   /**
-   * The most tokens that may go to sequence 0 in one pass: as many as the cache
-   * has room for, then a chunk; one where each step's weights must be seen.
+   * The most tokens that may go to sequence 0 in one pass: of those that the
+   * cache has room for as many as a pass takes, then a chunk; one where each
+   * step's weights must be seen.
    */
   passRows(chunk: number | null): number {
     if (this.cache.policy.prefill === "steps") return 1;
-    const room = this.cache.room();
-    return room > 0 ? room : chunk ?? 1;
+    const room = this.cache.room(), { device } = this.model.backend;
+    return room > 0 ? Math.min(room, PASS_ROWS[device]) : chunk ?? 1;
   }
 
   /** Feeds the token drawn last and draws the next, in every sequence. */
@@ -338,11 +341,6 @@ export class Session implements Disposable {
       this.#rng,
     );
   }
-}
-
-/** Rows of the memory that a pass takes: powers of two, so that there are few. */
-function passMemory(rows: number): number {
-  return Math.max(PASS_ROWS, 2 ** Math.ceil(Math.log2(rows)));
 }
 
 function between(

@@ -42,10 +42,10 @@ beforeAll(async () => {
   start = backend.liveHandles;
 });
 afterAll(async () => {
-  assertEquals(backend.liveHandles, start, "a test left handles open");
-  library.close();
-  backend.close();
-  await copy[Symbol.asyncDispose]();
+  assertEquals(backend?.liveHandles, start, "a test left handles open");
+  library?.close();
+  backend?.close();
+  await copy?.[Symbol.asyncDispose]();
 });
 
 type Name = keyof typeof symbols;
@@ -142,6 +142,8 @@ class Things implements Disposable {
       wkv_graph_begin: [c],
       wkv_graph_end: [c, handle(), 4],
       wkv_graph_run: [c, this.graph, 1],
+      wkv_graph_start: [c, this.graph],
+      wkv_graph_poll: [c, handle(), 4],
       wkv_embed: [c, this.x, this.w, this.ids, 4, 1],
       wkv_rmsnorm: [c, this.y, this.x, 4, this.row, 1e-5, 0],
       wkv_qk_norm: [c, this.row, 1, 2, 1, 16, this.norm, this.norm, 1e-5],
@@ -309,6 +311,7 @@ describe("a function", () => {
       wkv_tensor_write: { 1: true },
       wkv_tensor_read: { 1: true },
       wkv_graph_run: { 1: true },
+      wkv_graph_start: { 1: true },
       wkv_embed: { 1: true, 2: true, 3: true },
       wkv_rmsnorm: { 1: true, 2: true, 4: true },
       wkv_qk_norm: { 1: true, 6: true, 7: true },
@@ -748,6 +751,106 @@ describe("graphs", () => {
     assertMatch(text(context), /64/);
     write(63);
     assertEquals(await status("wkv_graph_run", [context, graph, 1]), WKV_OK);
+  });
+});
+
+describe("a run that is started", () => {
+  /** Starts a run and looks after it to its end. */
+  const watched = (context: number, graph: number): number => {
+    const started = raw("wkv_graph_start", context, graph);
+    if (started !== WKV_OK) return started;
+    const out = new Int32Array(1);
+    for (;;) {
+      const status = raw("wkv_graph_poll", context, out.fill(7), 4);
+      if (status !== WKV_OK) return status;
+      assert(out[0] === 0 || out[0] === 1);
+      if (out[0] === 1) return WKV_OK;
+    }
+  };
+
+  it("does what one that is waited for does, and fails once as it does", async () => {
+    using things = new Things();
+    const { context, graph } = things;
+    const out = new Int32Array(1);
+    assertEquals(raw("wkv_graph_poll", context, out, 4), WKV_OK);
+    assertEquals(out[0], 1, "nothing runs");
+    const write = (id: number) =>
+      raw(
+        "wkv_tensor_write",
+        context,
+        things.ids,
+        0,
+        1,
+        new Int32Array(4).fill(id),
+        16,
+      );
+    write(64);
+    assertEquals(watched(context, graph), WKV_DATA);
+    assertMatch(text(context), /64/);
+    assertEquals(raw("wkv_graph_poll", context, out, 4), WKV_OK);
+    write(63);
+    assertEquals(watched(context, graph), WKV_OK);
+    assertEquals(await status("wkv_graph_run", [context, graph, 1]), WKV_OK);
+  });
+
+  it("ends before what follows reads, writes or closes what it uses", () => {
+    using things = new Things();
+    const { context, good } = things;
+    raw("wkv_graph_begin", context);
+    for (let i = 0; i < 100; i++) raw("wkv_attend", ...good.wkv_attend);
+    const graph = open("wkv_graph_end", context);
+    const counts = new Int32Array(4);
+    for (let i = 1; i <= 5; i++) {
+      assertEquals(raw("wkv_graph_start", context, graph), WKV_OK);
+      raw("wkv_cache_read", context, things.cache, 0, 0, 0, 0, counts, 16);
+      assertEquals(counts[1], 100 * i);
+    }
+    raw("wkv_graph_start", context, graph);
+    raw("wkv_graph_start", context, graph);
+    // An op that is not recorded follows, too.
+    assertEquals(raw("wkv_attend", ...good.wkv_attend), WKV_OK);
+    raw("wkv_cache_read", context, things.cache, 0, 0, 0, 0, counts, 16);
+    assertEquals(counts[1], 701);
+    raw("wkv_graph_start", context, graph);
+    for (const handle of [graph, things.cache, things.row, things.out]) {
+      assertEquals(raw("wkv_close", context, handle), WKV_OK);
+    }
+  });
+
+  it("leaves a recording alone, and draws what is read without it", () => {
+    using things = new Things();
+    const { context, good } = things;
+    const logits = new Float32Array(4 * 64);
+    const draw = (token: number) => {
+      for (let row = 0; row < 4; row++) {
+        logits.fill(0, row * 64, row * 64 + 64)[row * 64 + token + row] = 1;
+      }
+      raw("wkv_tensor_write", context, things.x, 0, 4, logits, 1024);
+    };
+    const tokens = new Int32Array(4);
+    const read = () => {
+      raw("wkv_tensor_read", context, things.ids, 0, 1, tokens, 16);
+      return [...tokens];
+    };
+    raw("wkv_tensor_write", context, things.ids, 0, 1, tokens.fill(5), 16);
+    raw("wkv_graph_begin", context);
+    raw("wkv_sample", ...good.wkv_sample);
+    const graph = open("wkv_graph_end", context);
+    assertEquals(read(), [5, 5, 5, 5]);
+    for (const token of [3, 60, 17]) {
+      draw(token);
+      raw("wkv_graph_begin", context);
+      assertEquals(watched(context, graph), WKV_OK);
+      assertEquals(read(), [token, token + 1, token + 2, token + 3]);
+      raw("wkv_embed", ...good.wkv_embed);
+      open("wkv_graph_end", context);
+    }
+    raw("wkv_tensor_write", context, things.ids, 0, 1, tokens.fill(9), 16);
+    assertEquals(read(), [9, 9, 9, 9]);
+    // A refused start is no failure of what is recorded.
+    raw("wkv_graph_begin", context);
+    assertEquals(raw("wkv_graph_start", context, 0), WKV_HANDLE);
+    open("wkv_graph_end", context);
   });
 });
 

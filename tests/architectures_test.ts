@@ -63,7 +63,7 @@ async function bothWays(
       rows,
       sequence: 0,
       logits,
-      activations: model.memory(PASS_ROWS),
+      activations: model.memory(PASS_ROWS.cpu),
       precision,
     })
   );

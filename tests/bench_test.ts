@@ -2,11 +2,15 @@
 
 import {
   assert,
+  assertAlmostEquals,
   assertEquals,
   assertGreater,
+  assertMatch,
   assertRejects,
 } from "@std/assert";
 import { describe, it } from "@std/testing/bdd";
+import { plannedShape, stepCost } from "../bench/arithmetic.ts";
+import { writeDocs } from "../bench/scale_report.ts";
 import { benchDecode } from "../bench/decode.ts";
 import { benchKernels, kernelOps } from "../bench/kernels.ts";
 import { measureMemory, type Memory } from "../bench/memory.ts";
@@ -153,7 +157,7 @@ describe("benchKernels", () => {
         positions: "cache",
         dtypes: ["BF16", "Q4_1"],
         activations: "int8",
-        rows: 8,
+        rows: [8],
         repeats: 2,
         least: 0.5,
         workingSet: 1 << 16,
@@ -165,7 +169,11 @@ describe("benchKernels", () => {
       assert(row.usLow <= row.us && row.us <= row.usHigh);
       assertEquals(row.samples.length, 2);
       if (row.op !== "attend" && row.op !== "chunk") continue;
-      assertEquals(row.kept, row.budget);
+      // A full one is timed around its budget: it has room for more tokens.
+      assertEquals(
+        row.kept,
+        row.policy === "full" ? row.budget! / 2 : row.budget,
+      );
       assertEquals((row.merged ?? 0) > 0, row.policy === "weighted-kv");
       assertEquals((row.evicted ?? 0) > 0, row.policy === "streaming-llm");
       // Keys and values of 2 heads, 16 dimensions, 2 bytes, and 16 of state.
@@ -210,7 +218,7 @@ describe("benchKernels", () => {
           positions: defaultSetting.positions,
           dtypes: ["BF16"],
           activations: "int8",
-          rows: 8,
+          rows: [8],
           repeats: 1,
           least: 0.1,
           workingSet: 1,
@@ -363,16 +371,139 @@ describe("bench/gpu.ts", () => {
       assert(success);
       const result = JSON.parse(await Deno.readTextFile(file));
       assertEquals(result.attention.length, 4);
+      for (const row of result.attention) {
+        assertEquals(row.policy, "weighted-kv");
+        assertPositive(row, "us", "full");
+        assert(Math.abs(row["over full"] - (row.us - row.full)) < 0.002);
+      }
       assertEquals(result.decode.length, 2);
+      const { ceiling } = result;
+      assertPositive(ceiling, "bytesPerSecond");
+      assertEquals(ceiling.bytesPerSecond, ceiling.cores);
+      for (const { us, share } of result.attention) {
+        const row = result.rows.find((row: { us?: number }) =>
+          row.us !== undefined && Number(row.us.toFixed(3)) === us
+        );
+        assertAlmostEquals(share, row.gbps * 1e9 / ceiling.bytesPerSecond);
+      }
       assertEquals(result.missing, [
         "Peers attention, gptfast left out: they need a GPU",
         "file ended with 2",
       ]);
       const text = new TextDecoder().decode(stdout);
       assert(text.includes("ours/cudnn"), text);
+      assertMatch(text, /^Shares are of \d+ GB\/s, all cores reading$/m);
     } finally {
       await Deno.remove(file);
     }
+  });
+});
+
+describe("bench/scale.ts", () => {
+  const scale = async (...args: string[]) => {
+    const { success, stdout } = await new Deno.Command(Deno.execPath(), {
+      args: ["run", "-A", "--no-prompt", "bench/scale.ts", ...args],
+      cwd: ROOT,
+      stderr: "null",
+    }).output();
+    assert(success, args.join(" "));
+    return new TextDecoder().decode(stdout);
+  };
+
+  it("measures every part beside its arithmetic, and draws it", async () => {
+    const folder = await Deno.makeTempDir();
+    try {
+      const out = `${folder}/scale.json`;
+      await scale(
+        ...["--device", "cpu", "--shapes", "tiny", "--quick"],
+        ...["--out", out, "--draw", folder],
+      );
+      const { rows, missing } = JSON.parse(await Deno.readTextFile(out));
+      assertEquals(missing, []);
+      const parts = ["depth", "budget", "batch", "heads", "layers", "memory"];
+      assertEquals(
+        [...new Set(rows.map(({ part }: { part: string }) => part))],
+        parts,
+      );
+      for (const row of rows) {
+        if (row.part === "memory") {
+          // One of a kind each: none is an estimate of the other.
+          assertEquals(row.cache, row.cachePlanned);
+          assertPositive(row, "weights", "total", "totalPlanned");
+          continue;
+        }
+        assertPositive(row, "ms", "deviceMs", "bytes", "operations", "kept");
+        // A full cache has taken the steps that warm up as well.
+        assertEquals(row.kept, row.budget ?? row.depth + 4);
+      }
+      for (const name of parts) {
+        const svg = await Deno.readTextFile(`${folder}/${name}.svg`);
+        assert(svg.startsWith("<svg") && !svg.includes("NaN"), name);
+      }
+    } finally {
+      await Deno.remove(folder, { recursive: true });
+    }
+  });
+
+  it("counts weights and steps as a model of random weights has them", async () => {
+    for (const dtype of ["BF16", "Q8_0"] as const) {
+      const backend = await Backend.open({ device: "cpu" });
+      using model = await randomModel(backend, "tiny", dtype);
+      assertEquals(plannedShape("tiny", dtype).weights, model.weightBytes);
+      using cache = model.createCache({ budget: 32, sequences: 3 });
+      const { bytes, operations } = stepCost(
+        model.config,
+        model.network.stepBytes,
+        "f16",
+        32,
+        3,
+      );
+      // 2 KV heads of 2 layers, 16 bytes of state a token.
+      const states = 3 * 2 * 2 * 32 * 16;
+      assertEquals(
+        bytes,
+        model.network.stepBytes + 3 * cache.fullBytes(32) + states,
+      );
+      // Every matrix number once for each of three rows, and 4 heads of 16.
+      const numbers = 2 * (8 * 16 + 64 + 3 * 96) * 64 + 256 * 64;
+      assertEquals(operations, 6 * numbers + 3 * 2 * 32 * 4 * 16 * 4);
+    }
+  });
+
+  it("wrote the tables and charts of docs/scale.md", async () => {
+    const folder = await Deno.makeTempDir();
+    try {
+      const text = await Deno.readTextFile(`${ROOT}/docs/scale.md`);
+      const path = /bench\/results\/[\w.-]+\.json/.exec(text)![0];
+      const copy = new URL(`file://${folder}/scale.md`);
+      const empty = text.replace(
+        /(<!-- (\w+) -->).*?(?=<!-- end of \2)/gs,
+        "$1",
+      );
+      assert(empty.length < text.length / 2);
+      await Deno.writeTextFile(copy, empty);
+      const result = JSON.parse(await Deno.readTextFile(`${ROOT}/${path}`));
+      await writeDocs(copy, path, result);
+      assertEquals(await Deno.readTextFile(copy), text);
+      for await (const { name } of Deno.readDir(`${folder}/scale`)) {
+        assertEquals(
+          await Deno.readTextFile(`${folder}/scale/${name}`),
+          await Deno.readTextFile(`${ROOT}/docs/scale/${name}`),
+          `deno task bench:scale --only docs --out ${path}`,
+        );
+      }
+    } finally {
+      await Deno.remove(folder, { recursive: true });
+    }
+  });
+
+  it("tells what fits without a device", async () => {
+    const text = await scale("--only", "fits");
+    assert(text.includes("| llama-3-8b | BF16, 16.06 GB |"), text);
+    assertEquals(
+      text.split("\n").filter((line) => line.startsWith("|")).length,
+      49,
+    );
   });
 });
 
@@ -380,5 +511,11 @@ describe("measureMemory", () => {
   it("gives figures, or says why not", async () => {
     const { bytesPerSecond, note } = await measureMemory("cpu");
     assert(note !== undefined || (bytesPerSecond ?? 0) > 1e9);
+    const gpu = await measureMemory("cuda");
+    const { loads, bulk, copy } = gpu;
+    const read = Math.max(loads ?? 0, bulk ?? 0);
+    assertEquals(gpu.kind, read > 0 ? "read" : "copy");
+    assertEquals(gpu.bytesPerSecond, read || copy);
+    if (gpu.bytesPerSecond === null) assertMatch(gpu.note!, /; no read/);
   });
 });

@@ -256,6 +256,8 @@ describe("permissions", () => {
       ["pull"],
       ["doctor"],
       ["completions", "bash"],
+      ["bench", "kernels", "--shapes", "tiny", "--op", "norm", "--quick"]
+        .concat("--device", "cpu", "--record", `${temporary}/bench.json`),
     ];
     for (const args of runs) {
       const allowed = await flags(args);

@@ -21,6 +21,7 @@ import { UsageError } from "../cli/option.ts";
 import { perplexityCommand } from "../cli/perplexity.ts";
 import { toFlags } from "../cli/permissions.ts";
 import { Bar, ProgressView } from "../cli/progress.ts";
+import type { Progress } from "../src/hub/progress.ts";
 import type { Terminal } from "../cli/terminal.ts";
 import { formatBytes, formatTable, formatTime } from "../cli/units.ts";
 import { LibraryError, WkvError } from "../src/backend/error.ts";
@@ -133,6 +134,16 @@ describe("readArguments", () => {
     assertThrows(() => read("--model="), UsageError, "needs a value");
     assertThrows(() => read("--stop", "--json"), UsageError, "needs a value");
     assertThrows(() => read("--model", "--"), UsageError, "needs a value");
+  });
+
+  it("reads layer budgets as a word or a number a layer", () => {
+    const of = (typed: string) =>
+      read("--layer-budgets", typed).values["layer-budgets"];
+    assertEquals(of("inverse"), "inverse");
+    assertEquals(of("512,64,192"), [512, 64, 192]);
+    for (const typed of ["512", "1,,2", "1,2,", "1, 2", "-1,2", "1.5,2", "x"]) {
+      assertThrows(() => of(typed), UsageError, "a whole number a layer");
+    }
   });
 
   it("suggests the nearest option", () => {
@@ -294,6 +305,37 @@ function fakeTerminal(
   return terminal;
 }
 
+/** What a terminal shows of a text with returns, line ends, and the sequences that bars take. */
+class Screen {
+  lines = [""];
+  #row = 0;
+  #column = 0;
+
+  write(text: string): void {
+    // deno-lint-ignore no-control-regex -- they are what is written
+    for (const part of text.match(/\x1b\[\d*[AJK]|\r|\n|[^\x1b\r\n]+/g) ?? []) {
+      const line = this.lines[this.#row]!;
+      if (part === "\r") this.#column = 0;
+      else if (part === "\n") {
+        this.#row++;
+        this.#column = 0;
+        if (this.#row === this.lines.length) this.lines.push("");
+      } else if (part.endsWith("A") && part.startsWith("\x1b")) {
+        this.#row -= Number(part.slice(2, -1));
+      } else if (part === "\x1b[K") {
+        this.lines[this.#row] = line.slice(0, this.#column);
+      } else if (part === "\x1b[J") {
+        this.lines[this.#row] = line.slice(0, this.#column);
+        this.lines.length = this.#row + 1;
+      } else {
+        this.lines[this.#row] = line.slice(0, this.#column) + part +
+          line.slice(this.#column + part.length);
+        this.#column += part.length;
+      }
+    }
+  }
+}
+
 describe("ProgressView", () => {
   const download = { stage: "download", label: "m.gguf", total: 4096 } as const;
 
@@ -328,6 +370,100 @@ describe("ProgressView", () => {
     }
     view.close();
     assert(terminal.text.endsWith("\r\x1b[K"));
+  });
+
+  /** Reports of a pull of two files, the first of which is here. */
+  function* pull(): Generator<Progress> {
+    const report = (
+      stage: Progress["stage"],
+      index: number,
+      loaded: number,
+      all: number,
+    ): Progress => ({
+      stage,
+      label: "hf:o/r",
+      loaded: all,
+      total: 3 * 4096,
+      file: {
+        ...{ name: `q/part${index}.gguf`, index, count: 3 },
+        ...{ loaded, total: 4096 },
+      },
+    });
+    yield report("verify", 1, 2048, 2048);
+    yield { ...report("verify", 1, 4096, 4096), note: "part1 is here" };
+    for (const index of [2, 3]) {
+      const before = 4096 * (index - 1);
+      yield report("download", index, 0, before);
+      yield report("download", index, 2048, before + 2048);
+      yield report("download", index, 4096, before + 4096);
+      yield report("verify", index, 4096, before + 4096);
+    }
+  }
+
+  it("has a line a file of several without a terminal", () => {
+    const terminal = fakeTerminal(false);
+    const view = new ProgressView(terminal, false);
+    for (const report of pull()) view.report(report);
+    view.report({ stage: "load", label: "m", loaded: 1, total: 2 });
+    view.close();
+    assertMatch(
+      terminal.text,
+      /^part1 is here\nDownloading hf:o\/r \(3 files, 12\.0 KiB\)\nq\/part2\.gguf \(2 of 3\): 4\.0 KiB in \d+ ms\nq\/part3\.gguf \(3 of 3\): 4\.0 KiB in \d+ ms\nDownloaded hf:o\/r in \d+ ms\n$/,
+    );
+    const quiet = fakeTerminal(true);
+    const silent = new ProgressView(quiet, true);
+    for (const report of pull()) silent.report(report);
+    silent.close();
+    assertEquals(quiet.text, "");
+  });
+
+  it("draws a bar a file and one of all on a terminal, and leaves a line a file", async () => {
+    const terminal = fakeTerminal(true, 90);
+    const view = new ProgressView(terminal, false);
+    for (const report of pull()) {
+      view.report(report);
+      // Longer than two drawings are apart.
+      await new Promise((resolve) => setTimeout(resolve, 90));
+    }
+    const screen = new Screen();
+    screen.write(terminal.text);
+    const bar = (full: number) => `[${"#".repeat(full).padEnd(24, "-")}]`;
+    assertEquals(screen.lines, [
+      "part1 is here",
+      screen.lines[1]!,
+      `Verifying part3.gguf ${bar(24)} 100% 4.0 KiB of 4.0 KiB`,
+      `3 of 3 files ${bar(24)} 100% 12.0 KiB of 12.0 KiB`,
+    ]);
+    const done = /^part2\.gguf \[#{24}\] 100% 4\.0 KiB in \d+ ms$/;
+    assertMatch(screen.lines[1]!, done);
+    // In between: half of the second file, half of all.
+    assertStringIncludes(
+      terminal.text,
+      `Downloading part2.gguf ${
+        bar(12)
+      }  50% 2.0 KiB of 4.0 KiB\n\r\x1b[K2 of 3 files ${
+        bar(12)
+      }  50% 6.0 KiB of 12.0 KiB, `,
+    );
+    view.close();
+    const end = new Screen();
+    end.write(terminal.text);
+    assertEquals(end.lines.length, 5);
+    assertMatch(end.lines[1]!, done);
+    assertMatch(end.lines[2]!, /^part3\.gguf \[#{24}\] 100% /);
+    assertMatch(end.lines[3]!, /^Downloaded hf:o\/r in /);
+    assertEquals(end.lines[4], "");
+  });
+
+  it("takes both bars away when a pull fails", () => {
+    const terminal = fakeTerminal(true, 70);
+    {
+      using view = new ProgressView(terminal, false);
+      for (const report of [...pull()].slice(2, 4)) view.report(report);
+    }
+    const screen = new Screen();
+    screen.write(terminal.text);
+    assertEquals(screen.lines, [""]);
   });
 
   it("says notes, and after a failure not that it is done", () => {

@@ -57,6 +57,33 @@ async function generateJson(args: string[], setting?: Setting): Promise<Json> {
 }
 
 describe("wkv generate", () => {
+  it("says what each layer keeps where they differ", async () => {
+    const args = [PROMPT, "--max-tokens", "40", "--budget", "200"];
+    const uneven = ["--layer-budgets", "inverse", "--recent", "2"];
+    const plain = await ok(["generate", ...here, ...args, ...uneven]);
+    assertMatch(plain.stderr, /; 10 to 43 of 43 tokens kept a layer\n$/);
+    const { cache } = await generateJson([...args, ...uneven]);
+    assertEquals(
+      cache.layerKept,
+      cache.layerSlots.map((n: number) => Math.min(43, n)),
+    );
+  });
+
+  it("says what has no meaning for full, and leaves it aside", async () => {
+    const args = ["generate", ...here, PROMPT, "--max-tokens", "3"];
+    const aside = ["--sinks", "2", "--recent", "300"];
+    const full = ["--policy", "full"];
+    const { stdout } = await ok([...args, ...full]);
+    const said = await ok([...args, ...full, ...aside]);
+    assertEquals(said.stdout, stdout);
+    assertMatch(
+      said.stderr,
+      /^full keeps every token: --sinks, --recent left aside\n3 tokens/,
+    );
+    const quiet = await ok([...args, ...full, ...aside, "--quiet"]);
+    assertEquals([quiet.stdout, quiet.stderr], [stdout, ""]);
+  });
+
   it("prints text, and a line on speed and memory", async () => {
     const args = [PROMPT, "--max-tokens", "40", "--budget", "16"];
     const plain = await ok(["generate", ...here, ...args]);
@@ -104,6 +131,7 @@ describe("wkv generate", () => {
       kept: 16,
       merged: 27,
       evicted: 0,
+      layerKept: null,
     });
     assertEquals(fullBytes, 43 * 23040);
     assertLess(bytes, fullBytes);

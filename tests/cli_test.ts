@@ -14,10 +14,13 @@ import {
   expectErrors,
   ok,
   pattern,
+  ROOT,
   wkv,
   writeScript,
 } from "./cli_process.ts";
 import { testModel } from "./model.ts";
+import type { TensorInput } from "./gguf_writer.ts";
+import { tinyModel, type TinyOptions } from "./tiny_model.ts";
 
 let model = "";
 let temporary = "";
@@ -180,6 +183,80 @@ describe("models", () => {
     assertStringIncludes(text.stdout, "22.5 KiB a token");
   });
 
+  it("info says from headers alone whether and why a model does not run", async () => {
+    const drop = (name: string) => (tensors: Map<string, TensorInput>) =>
+      void tensors.delete(name);
+    const cases: Record<string, [TinyOptions, string | null]> = {
+      whole: [{}, null],
+      tokenizer: [
+        { metadata: { "tokenizer.ggml.model": "rwkv" } },
+        'Unknown tokenizer "rwkv"',
+      ],
+      words: [
+        { metadata: { "tokenizer.ggml.pre": "none such" } },
+        'Unknown pre-tokenizer "none such"',
+      ],
+      missing: [
+        { change: drop("blk.1.ffn_down.weight") },
+        'tensor "blk.1.ffn_down.weight": Missing',
+      ],
+      shape: [
+        {
+          change: (tensors) => {
+            tensors.get("blk.1.ffn_up.weight")!.shape = [48, 32];
+          },
+        },
+        "Shape is [48, 32], expected shape [32, 48]",
+      ],
+      type: [
+        {
+          width: 256,
+          hidden: 256,
+          change: (tensors) => {
+            const name = "blk.0.attn_q.weight";
+            tensors.set(name, { name, type: "IQ4_XS", shape: [256, 256] });
+          },
+        },
+        "type IQ4_XS has no kernel yet",
+      ],
+      vector: [
+        {
+          change: (tensors) => {
+            const name = "blk.0.attn_norm.weight";
+            tensors.set(name, { name, type: "Q8_0", shape: [32] });
+          },
+        },
+        "attn_norm.weight: the type is Q8_0, expected F32, F16 or BF16",
+      ],
+    };
+    for (const [name, [options, why]] of Object.entries(cases)) {
+      const path = `${temporary}/${name}.gguf`;
+      await Deno.writeFile(path, tinyModel(options).bytes);
+      const { stdout } = await ok(["info", path, "--json"]);
+      const { runs, reason } = JSON.parse(stdout);
+      assertEquals(runs, why === null, name);
+      if (why === null) assertEquals(reason, null);
+      else assertStringIncludes(reason, why);
+      const run = await wkv(
+        ["generate", "a", "--model", path, "--max-tokens", "1"]
+          .concat("--device", "cpu", "--quiet"),
+      );
+      // What loading says is what info said.
+      assertEquals(run.code, why === null ? 0 : 2, run.stderr);
+      if (why !== null) assertEquals(run.stderr, `wkv: ${reason}\n`);
+    }
+    const text = await ok(["info", `${temporary}/missing.gguf`]);
+    assertMatch(text.stdout, /\nruns +no: .*ffn_down/);
+    // Every architecture's tiny folder runs, by token ids.
+    const models = `${ROOT}/tests/golden/models`;
+    for await (const { name, isDirectory } of Deno.readDir(models)) {
+      if (!isDirectory) continue;
+      const { stdout } = await ok(["info", `${models}/${name}`, "--json"]);
+      const { runs, reason, tokenizer } = JSON.parse(stdout);
+      assertEquals([runs, reason, tokenizer], [true, null, false], name);
+    }
+  });
+
   it("info counts a sliding window once it is full", async () => {
     const folder = new URL("golden/models/gemma2", import.meta.url).pathname;
     const { stdout } = await ok(["info", folder, "--json", "--budget", "100"]);
@@ -188,6 +265,40 @@ describe("models", () => {
     // Of three layers two keep 7 tokens; 2 KV heads of 32 dimensions in f16.
     assertEquals(cache.budgetBytes, (100 + 7 + 7) * 2 * 2 * 32 * 2);
     assertEquals(cache.contextBytes, (64 + 7 + 7) * 2 * 2 * 32 * 2);
+  });
+
+  it("info, plan and generate take a model in several files by its first", async () => {
+    const paths = tinyModel({ layers: 2 }).split(3).map((bytes, i) => {
+      const path = `${temporary}/tiny-0000${i + 1}-of-00003.gguf`;
+      Deno.writeFileSync(path, bytes);
+      return path;
+    });
+    const [first] = paths as [string];
+    const size = paths.reduce((sum, path) => sum + Deno.statSync(path).size, 0);
+    const { stdout } = await ok(["info", first, "--json"]);
+    const { bytes, files, runs, types } = JSON.parse(stdout);
+    assertEquals([bytes, files, runs], [size, 3, true]);
+    assertEquals(types.F32.tensors, 20);
+    assertStringIncludes((await ok(["info", first])).stdout, " in 3 files\n");
+    const args = ["plan", first, "--memory", "5MB", "--batch", "1"];
+    assertStringIncludes((await ok(args)).stdout, "64");
+    const run = ["generate", "a", "--model", first, "--max-tokens", "3"]
+      .concat("--budget", "16", "--device", "cpu");
+    const help = await ok([...run, "--help"]);
+    const flags = help.stdout.match(/(?<=^ *)--allow-.*/gm)!;
+    assertMatch(flags.join(), /tiny-00003-of-00003/);
+    await ok(run, { flags });
+    await expectErrors([
+      {
+        args: ["info", paths[1]!],
+        code: 2,
+        says: [paths[1]!, "expected the first", first],
+      },
+    ]);
+    await Deno.remove(paths[2]!);
+    await expectErrors([
+      { args: ["info", first], code: 2, says: [paths[2]!, "missing"] },
+    ]);
   });
 
   it("plan says what fits, and refuses what is no size", async () => {

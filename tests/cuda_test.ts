@@ -23,8 +23,9 @@ import {
   findCudaLibrary,
 } from "../src/backend/library.ts";
 import { ABI_VERSION, symbols, wkv_status } from "../src/backend/symbols.ts";
-import { execute } from "./cli_process.ts";
+import { execute, ROOT } from "./cli_process.ts";
 import { LibraryCopy, runScript } from "./isolated.ts";
+import { writeLargeModel } from "./large_model.ts";
 
 const functions = Object.keys(symbols);
 const compiler = Deno.env.get("NVCC") || "nvcc";
@@ -487,6 +488,58 @@ give({ failed, handles: [before, during], sum: after.floats().reduce((a, b) => a
       }
       assertEquals(found.handles[0], found.handles[1]);
       assertEquals(found.sum, 6);
+    },
+  );
+
+  withGpu(
+    "a model and caches that have no room leave nothing behind, and a small one runs",
+    async () => {
+      const folder = `${temporary}/large`;
+      await Deno.mkdir(folder);
+      // 400 MB where 200 to 256 are free.
+      const large = await writeLargeModel(folder, "safetensors", 12);
+      const small = `${ROOT}/tests/golden/models/llama`;
+      const ended = await execute(Deno.execPath(), [
+        ...["run", "-A", "--no-prompt", "tests/out_of_memory.ts"],
+        ...[library!, small, large],
+      ]);
+      assertEquals(ended.code, 0, ended.stderr);
+      const found: {
+        start: number[];
+        asked: number;
+        filled: number[];
+        loading: Attempt;
+        loaded: number[];
+        caches: { said: Attempt; held: number[] }[];
+        end: number[];
+        tokens: Record<string, number[]>;
+        weights: number;
+      } = JSON.parse(ended.stdout);
+      assertEquals(found.filled[0], found.start[0]! + found.asked);
+      const refusals = [
+        { said: found.loading, held: found.loaded },
+        ...found.caches,
+      ];
+      assertEquals(refusals.length, 4);
+      for (const { said, held } of refusals) {
+        assertEquals([said.name, said.status], [
+          "WkvError",
+          wkv_status.WKV_MEMORY,
+        ], said.message);
+        const [, asked, free, all] =
+          /Allocating (\d+) bytes on the device: .*, (\d+) of (\d+) bytes are free/
+            .exec(said.message!)!.map(Number);
+        assertGreater(asked!, 1 << 20);
+        assertLess(free!, 320 << 20);
+        assertLess(free!, all!);
+        // All that the refused had taken is given back, to the byte.
+        assertEquals(held, found.filled, said.message);
+      }
+      assertEquals(found.end, found.start);
+      const { before, crowded, afterwards } = found.tokens;
+      assertEquals(before!.length, 24);
+      assertEquals([crowded, afterwards], [before, before]);
+      assertGreater(found.weights, 384 << 20);
     },
   );
 

@@ -683,7 +683,7 @@ describe("good GGUF files", () => {
     const norm = file.tensor("norm", [7]);
     assertEquals([norm.type, norm.bytes, norm.offset % 64], ["F32", 28, 0]);
     const data = new Uint8Array(norm.bytes);
-    await file.read(norm.offset, data);
+    await norm.file.read(norm.offset, data);
     assertEquals(
       new Float32Array(data.buffer),
       Float32Array.of(1, 2, 3, 4, 5, 6, 7),
@@ -817,7 +817,7 @@ describe("getters", () => {
       tensors: [{ name: "t", shape: [64, 3] }, { name: "v", shape: [64] }],
     });
   });
-  afterAll(() => file.close());
+  afterAll(() => file?.close());
 
   /** Asserts a FormatError of a key. */
   function refuses(get: () => unknown, field: string, message: string): void {
@@ -910,51 +910,264 @@ describe("getters", () => {
   });
 });
 
-describe("G36 a split model", () => {
-  const part = (no: number, count: FieldValue) =>
-    ggufBytes({ metadata: [["split.no", u16(no)], ["split.count", count]] });
+describe("G36 a model in several files", () => {
+  /** What a part says of itself, and what it holds. */
+  interface Part {
+    no?: FieldValue | number | undefined;
+    count?: FieldValue | number | undefined;
+    tensors?: FieldValue | number | undefined;
+    holds?: string[];
+    metadata?: [string, FieldValue][];
+    alignment?: number;
+  }
+
+  const number = (value: FieldValue | number, as: (n: number) => FieldValue) =>
+    typeof value === "number" ? as(value) : value;
+
+  function part(
+    { no, count, tensors, holds = [], metadata = [], alignment = 32 }: Part,
+  ) {
+    const fields: [string, FieldValue][] = [...metadata];
+    if (alignment !== 32) fields.push(["general.alignment", u32(alignment)]);
+    if (no !== undefined) fields.push(["split.no", number(no, u16)]);
+    if (count !== undefined) fields.push(["split.count", number(count, u16)]);
+    if (tensors !== undefined) {
+      fields.push(["split.tensors.count", number(tensors, i32)]);
+    }
+    return ggufBytes({
+      metadata: fields,
+      alignment,
+      tensors: holds.map((name) => ({
+        name,
+        shape: [4],
+        data: Float32Array.from(name.padEnd(4), (c) => c.charCodeAt(0)),
+      })),
+    });
+  }
+
+  let models = 0;
+  const nameOf = (stem: string, part: number, of: number) =>
+    `${stem}-0000${part}-of-0000${of}.gguf`;
+
+  /** Writes a model in three parts, these changed; gives the paths. */
+  async function model(
+    changes: Record<number, Part | null> = {},
+  ): Promise<string[]> {
+    const stem = `split${models++}`;
+    const own: Part[] = [
+      {
+        holds: ["a", "b"],
+        metadata: [["general.architecture", "llama"], ["n", u32(7)]],
+      },
+      { holds: ["c"] },
+      { holds: ["d", "e"], metadata: [["n", u32(7)]] },
+    ];
+    const paths: string[] = [];
+    for (const [no, content] of own.entries()) {
+      const name = nameOf(stem, no + 1, 3);
+      paths.push(`${folder}/${name}`);
+      const change = changes[no];
+      if (change === null) continue;
+      await write(
+        part({ no, count: 3, tensors: 5, ...content, ...change }),
+        name,
+      );
+    }
+    return paths;
+  }
+
+  async function refused(
+    path: string,
+    file: string,
+    field: string,
+    says: string,
+  ): Promise<void> {
+    const error = await assertRejects(() => GgufFile.open(path), FormatError);
+    assertStringIncludes(error.message, says);
+    assertEquals([error.file, error.field], [file, field]);
+  }
+
+  it("G36 is read as one", async () => {
+    const paths = await model();
+    using file = await GgufFile.open(paths[0]!);
+    assertEquals(file.path, paths[0]);
+    assertEquals(file.parts, 3);
+    const sizes = paths.map((path) => Deno.statSync(path).size);
+    assertEquals(file.size, sizes.reduce((a, b) => a + b));
+    assertEquals(file.string("general.architecture"), "llama");
+    assertEquals([...file.tensors.keys()], ["a", "b", "c", "d", "e"]);
+    const held = { a: 0, b: 0, c: 1, d: 2, e: 2 };
+    for (const [name, no] of Object.entries(held)) {
+      const tensor = file.tensor(name, [4]);
+      assertEquals(tensor.file.path, paths[no]);
+      const data = new Float32Array(4);
+      await tensor.file.read(tensor.offset, new Uint8Array(data.buffer));
+      assertEquals(data[0], name.charCodeAt(0));
+    }
+    file.close();
+    const closed = file.tensor("e").file;
+    await assertRejects(
+      () => closed.read(0, new Uint8Array(1)),
+      Deno.errors.BadResource,
+    );
+  });
+
+  it("G36 may have no tensor in its first file, and its own alignments", async () => {
+    const [path] = await model({
+      0: { holds: [], alignment: 64 },
+      2: { holds: ["a", "b", "d", "e"], alignment: 128 },
+    });
+    using file = await GgufFile.open(path!);
+    assertEquals([...file.tensors.keys()].join(""), "cabde");
+    const { offset, bytes, file: data } = file.tensor("e");
+    assertEquals(offset % 128, 0);
+    const into = new Uint8Array(bytes);
+    await data.read(offset, into);
+    assertEquals(new Float32Array(into.buffer)[0], "e".charCodeAt(0));
+  });
 
   it("G36 names the missing part", async () => {
-    const path = await write(part(0, u16(3)), "m-00001-of-00003.gguf");
-    await write(part(2, u16(3)), "m-00003-of-00003.gguf");
-    const error = await assertRejects(() => GgufFile.open(path), FormatError);
-    assertEquals(error.field, "split.count");
-    assertMatch(error.message, /expected ".*m-00002-of-00003.gguf", which is/);
-  });
-
-  it("G36 says that splits are not supported when all are there", async () => {
-    await write(part(1, u16(2)), "n-00002-of-00002.gguf");
-    const path = await write(part(0, u16(2)), "n-00001-of-00002.gguf");
-    await assertRejects(
-      () => GgufFile.open(path),
-      FormatError,
-      "split into 2 files, which is not supported yet",
-    );
-  });
-
-  it("G36 asks for the name that parts have", async () => {
-    const path = await write(part(0, u16(3)));
-    await assertRejects(
-      () => GgufFile.open(path),
-      FormatError,
-      'name to end in "-00001-of-00003.gguf"',
-    );
-  });
-
-  it("G36 refuses a count that is none", async () => {
-    for (const count of [i16(-1), f32(2.5), text("2"), u64(2n ** 63n)]) {
-      const path = await write(part(0, count));
-      await assertRejects(
-        () => GgufFile.open(path),
-        FormatError,
-        "expected a count of files",
+    for (const no of [1, 2]) {
+      const paths = await model({ [no]: null });
+      await refused(
+        paths[0]!,
+        paths[0]!,
+        "split.count",
+        `split into 3 files, expected ${
+          JSON.stringify(paths[no])
+        }, which is missing`,
       );
     }
   });
 
-  it("G36 reads a model that says it is one file", async () => {
-    const path = await write(part(0, u16(1)));
-    (await GgufFile.open(path)).close();
+  it("G36 begins with its first part", async () => {
+    const paths = await model();
+    for (const no of [1, 2]) {
+      await refused(
+        paths[no]!,
+        paths[no]!,
+        "split.no",
+        `part ${no + 1} of 3 of a model, expected the first, ${
+          JSON.stringify(paths[0])
+        }`,
+      );
+    }
+  });
+
+  it("G36 refuses parts that are in another's place", async () => {
+    let paths = await model({ 1: { no: 2 }, 2: { no: 1 } });
+    await refused(
+      paths[0]!,
+      paths[1]!,
+      "split.no",
+      'This is part 3 of 3 of a model, expected its name to end in "-00003-of-00003.gguf"',
+    );
+    paths = await model({ 0: { no: 1 } });
+    await refused(paths[0]!, paths[0]!, "split.no", "This is part 2 of 3");
+    // Under no part's name.
+    const path = await write(part({ no: 0, count: 3, tensors: 5 }));
+    await refused(
+      path,
+      path,
+      "split.no",
+      'expected its name to end in "-00001-of-00003.gguf"',
+    );
+  });
+
+  it("G36 refuses counts that do not match", async () => {
+    let paths = await model({ 2: { count: 4 } });
+    await refused(paths[0]!, paths[2]!, "split.no", "part 3 of 4");
+    paths = await model({ 1: { count: undefined } });
+    await refused(paths[0]!, paths[1]!, "split.count", "a model in one file");
+    paths = await model({ 1: { tensors: 6 } });
+    await refused(
+      paths[0]!,
+      paths[1]!,
+      "split.tensors.count",
+      "Found 6, expected 5 as in the first part",
+    );
+    for (const holds of [[], ["c", "x"]]) {
+      paths = await model({ 1: { holds } });
+      await refused(
+        paths[0]!,
+        paths[0]!,
+        "split.tensors.count",
+        `The 3 files hold ${4 + holds.length} tensors, expected 5`,
+      );
+    }
+  });
+
+  it("G36 refuses a tensor that two parts hold", async () => {
+    const paths = await model({ 2: { holds: ["d", "b"] } });
+    await refused(
+      paths[0]!,
+      paths[2]!,
+      'tensor "b"',
+      `Lies in ${JSON.stringify(paths[0])} as well, expected it once`,
+    );
+  });
+
+  it("G36 refuses parts of another model, by whatever both say", async () => {
+    const paths = await model({ 2: { metadata: [["n", u32(8)]] } });
+    await refused(
+      paths[0]!,
+      paths[2]!,
+      "n",
+      "Found uint32 8, which differs from the first part's",
+    );
+    const lists = await model({
+      0: { metadata: [["n", u32s([1, 2])]] },
+      2: { metadata: [["n", u32s([1, 3])]] },
+    });
+    await refused(lists[0]!, lists[2]!, "n", "expected parts of one model");
+    const same = await model({
+      0: { metadata: [["n", strings(["x"])]] },
+      2: { metadata: [["n", strings(["x"])]] },
+    });
+    (await GgufFile.open(same[0]!)).close();
+  });
+
+  it("G36 refuses numbers that are none", async () => {
+    const wrong: [Part, string][] = [
+      ...[i16(-1), f32(2.5), text("2"), u64(2n ** 63n), u16(1000)].map((
+        count,
+      ): [Part, string] => [{ count }, "split.count"]),
+      ...[undefined, i16(-1), u16(3), f32(0)].map((no): [Part, string] => [
+        { no },
+        "split.no",
+      ]),
+      ...[undefined, i32(-1), u32(65_537), f32(5)].map((
+        tensors,
+      ): [Part, string] => [{ tensors }, "split.tensors.count"]),
+    ];
+    for (const [change, field] of wrong) {
+      const [path] = await model({ 0: change });
+      await refused(path!, path!, field, "expected a whole number from 0 to");
+    }
+  });
+
+  it("G36 names the part that is malformed", async () => {
+    const paths = await model();
+    await Deno.truncate(paths[1]!, 40);
+    const error = await assertRejects(
+      () => GgufFile.open(paths[0]!),
+      FormatError,
+      "Data cut short",
+    );
+    assertEquals(error.file, paths[1]);
+    await Deno.remove(paths[1]!);
+    await Deno.mkdir(paths[1]!);
+    await assertRejects(
+      () => GgufFile.open(paths[0]!),
+      Deno.errors.IsADirectory,
+      "-00002-of-00003.gguf",
+    );
+  });
+
+  it("G36 says that it is one file, or has a part's name only", async () => {
+    (await GgufFile.open(await write(part({ no: 0, count: 1 })))).close();
+    const name = nameOf("alone", 1, 2);
+    (await GgufFile.open(await write(part({ holds: ["a"] }), name))).close();
   });
 });
 
@@ -1055,9 +1268,9 @@ describe("reading data", () => {
     const path = await write(tensor({ shape: [256, 1024] }));
     using file = await GgufFile.open(path);
     await Deno.truncate(path, 100_000);
-    const { offset, bytes } = file.tensor("t");
+    const { offset, bytes, file: data } = file.tensor("t");
     const error = await assertRejects(
-      () => file.read(offset, new Uint8Array(bytes)),
+      () => data.read(offset, new Uint8Array(bytes)),
       FormatError,
       "Data cut short: the file ends at byte 100000",
     );
@@ -1108,10 +1321,10 @@ describe("reading data", () => {
     const data = Uint8Array.from({ length: 100_000 }, (_, i) => i % 251);
     const path = await write(tensor({ type: "I8", shape: [100_000], data }));
     using file = await GgufFile.open(path);
-    const { offset } = file.tensor("t");
+    const { offset, file: from } = file.tensor("t");
     await Promise.all(Array.from({ length: 50 }, async (_, i) => {
       const into = new Uint8Array(1000);
-      await file.read(offset + i * 1999, into);
+      await from.read(offset + i * 1999, into);
       assertEquals(into, data.subarray(i * 1999, i * 1999 + 1000));
     }));
   });
@@ -1134,9 +1347,10 @@ describe("reading data", () => {
 
   it("refuses offsets that are none, and a closed file", async () => {
     const file = await open({ tensors: [{ name: "t", shape: [1] }] });
+    const { file: data } = file.tensor("t");
     for (const offset of [-1, 0.5, NaN, 2 ** 53]) {
       await assertRejects(
-        () => file.read(offset, new Uint8Array(1)),
+        () => data.read(offset, new Uint8Array(1)),
         RangeError,
         `offset is ${offset}`,
       );
@@ -1144,7 +1358,7 @@ describe("reading data", () => {
     file.close();
     file.close();
     await assertRejects(
-      () => file.read(0, new Uint8Array(1)),
+      () => data.read(0, new Uint8Array(1)),
       Deno.errors.BadResource,
       "the file is closed",
     );

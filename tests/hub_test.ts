@@ -14,10 +14,12 @@ import { crc32, deflateRawSync } from "node:zlib";
 import { cacheDir } from "../src/user_cache.ts";
 import {
   DEFAULT_MODEL,
+  describeModel,
   listModels,
   type Progress,
   pullEntry,
   pullModel,
+  removeModel,
   resolveEntry,
   resolveModel,
 } from "../src/hub/models.ts";
@@ -784,5 +786,34 @@ describe("listModels()", () => {
     assertEquals(await names(), [entry.file, "mine.gguf"]);
     await Deno.truncate(`${models}/${entry.file}`, entry.bytes);
     assertEquals(await names(), ["mine.gguf", DEFAULT_MODEL]);
+  });
+
+  it("lists a model in several files once, and removes all of them", async () => {
+    const options = { cacheDir: fresh("cache"), hubCache: fresh("hub") };
+    const models = `${options.cacheDir}/models`;
+    await Deno.mkdir(models, { recursive: true });
+    const names = [1, 2, 3].map((i) => `m-0000${i}-of-00003.gguf`);
+    for (const name of names) {
+      await Deno.writeTextFile(`${models}/${name}`, name);
+    }
+    const first = { name: names[0]!, path: `${models}/${names[0]}` };
+    const bytes = 3 * names[0]!.length;
+    assertEquals(await listModels(options), [
+      { ...first, bytes, revision: null },
+    ]);
+    assertEquals(
+      (await describeModel(names[0]!, options)).files.map(({ path }) => path),
+      names.map((name) => `${models}/${name}`),
+    );
+    assertEquals(await removeModel(names[0]!, options), bytes);
+    assertEquals([...Deno.readDirSync(models)], []);
+    // Of parts that are no whole model each is listed for itself.
+    for (const name of names.slice(0, 2)) {
+      await Deno.writeTextFile(`${models}/${name}`, name);
+    }
+    assertEquals(
+      (await listModels(options)).map(({ name }) => name),
+      names.slice(0, 2),
+    );
   });
 });

@@ -26,6 +26,8 @@ import {
   removeModel,
   resolveModel,
 } from "../src/hub/models.ts";
+import { ok } from "./cli_process.ts";
+import { tinyModel } from "./tiny_model.ts";
 
 let root = "";
 let count = 0;
@@ -280,7 +282,56 @@ describe("hf: names", () => {
       [":Q4", ggufs, "has no Q4, but m-Q4_K_M.gguf"],
       [":x.gguf", ggufs, "has no x.gguf, but"],
       ["", ["config.json"], "neither a .gguf file nor config.json with"],
-      [":Q4_0", ["m-Q4_0-00001-of-00002.gguf"], "split into several files"],
+    ];
+    for (const [name, listed, text] of refused) {
+      assertThrows(() => choose(name, listed), RangeError, text);
+    }
+  });
+});
+
+describe("hf: names of models in several files", () => {
+  const part = (stem: string, part: number, of = 3) =>
+    `${stem}-0000${part}-of-0000${of}.gguf`;
+  const parts = (stem: string) => [1, 2, 3].map((i) => part(stem, i));
+  const choose = (name: string, files: string[]) =>
+    chooseFiles(parseHubName(`hf:o/r${name}`), files);
+
+  it("mean all of them, and open the first", () => {
+    const listed = [
+      ...parts("q/m-Q8_0").toReversed(),
+      ...["m-Q4_K_M.gguf", "README.md"],
+    ];
+    const all = {
+      open: "q/m-Q8_0-00001-of-00003.gguf",
+      files: parts("q/m-Q8_0"),
+    };
+    assertEquals(choose(":q8_0", listed), all);
+    assertEquals(choose(`:${all.open}`, listed), all);
+    assertEquals(choose("", parts("q/m-Q8_0")), all);
+    assert(isWhole(all, listed));
+  });
+
+  it("are refused where they mean a later part, or one is missing", () => {
+    const refused: [string, string[], string][] = [
+      [
+        `:${part("m", 2)}`,
+        parts("m"),
+        "part 2 of a model in 3 files, name the first: m-00001-of-00003.gguf",
+      ],
+      [":Q8_0", parts("m-Q8_0").slice(0, 2), "has no m-Q8_0-00003-of-00003"],
+      [":Q8_0", parts("m-Q8_0").slice(1), "has no m-Q8_0-00001-of-00003"],
+      [
+        "",
+        [...parts("a"), "b.gguf"],
+        "2 such .gguf files, name one of them: a-00001-of-00003.gguf, b.gguf",
+      ],
+      [
+        "",
+        [...parts("a"), part("a", 1, 2), part("a", 2, 2)],
+        "name one of them: a-00001-of-00002.gguf, a-00001-of-00003.gguf",
+      ],
+      ["", [part("a", 1, 0), "b.gguf"], "2 such .gguf files"],
+      ["", ["a-00001-of-99999.gguf"], "split into 99999 files"],
     ];
     for (const [name, listed, text] of refused) {
       assertThrows(() => choose(name, listed), RangeError, text);
@@ -289,6 +340,59 @@ describe("hf: names", () => {
 });
 
 describe("pull from the Hub", () => {
+  it("gets a model in several files, which loads, is listed once and removed whole", async () => {
+    await using hub = new FakeHub();
+    const tiny = tinyModel({ layers: 3 });
+    const files = tiny.split(3).map((data, i) => {
+      const file = `q/m-F32-0000${i + 1}-of-00003.gguf`;
+      hub.files[file] = { data };
+      return file;
+    });
+    hub.files["q/other-Q4_0.gguf"] = { data: CONTENT };
+    const options = optionsOf(hub);
+    const folder = `${options.hubCache}/models--org--repo`;
+    const path = await resolveModel("hf:org/repo:F32", options);
+    assertEquals(path, `${folder}/snapshots/${COMMIT}/${files[0]}`);
+    const asked = hub.requests.map(({ path }) => path).filter((path) =>
+      path.includes("/resolve/")
+    );
+    assertEquals(asked.length, 3);
+    using model = await loadModel("hf:org/repo:F32", {
+      ...options,
+      cacheDir: undefined,
+      offline: true,
+    });
+    assertEquals(model.config.layers, 3);
+    const bytes = tiny.split(3).reduce((sum, { length }) => sum + length, 0);
+    const name = `hf:org/repo:${files[0]}`;
+    assertEquals(await listModels(options), [
+      { name, path, bytes, revision: COMMIT },
+    ]);
+    const details = await describeModel(name, options);
+    assertEquals(
+      details.files.map(({ path }) => path),
+      files.map((file) => `${folder}/snapshots/${COMMIT}/${file}`),
+    );
+    // A part that is gone is pulled again, and nothing else.
+    await Deno.remove(details.files[1]!.path);
+    await Deno.remove(`${folder}/blobs/${details.files[1]!.hash}`);
+    assertEquals(await listModels(options), []);
+    await assertRejects(
+      () => resolveModel("hf:org/repo:F32", { ...options, offline: true }),
+      Deno.errors.NotFound,
+    );
+    hub.requests.length = 0;
+    assertEquals(await resolveModel("hf:org/repo:F32", options), path);
+    assertEquals(
+      hub.requests.filter(({ path }) => path.includes("/resolve/")).map((
+        { path },
+      ) => path),
+      [`/org/repo/resolve/${COMMIT}/${files[1]}`],
+    );
+    assertEquals(await removeModel("hf:org/repo:F32", options), bytes);
+    assertEquals(await tree(options.hubCache), []);
+  });
+
   it("fills the Hub's cache as its own clients do", async () => {
     await using hub = new FakeHub();
     const config = new TextEncoder().encode("{}");
@@ -371,15 +475,29 @@ describe("pull from the Hub", () => {
     }
     hub.files["README.md"] = { data: CONTENT, small: true };
     const options = optionsOf(hub);
-    const labels = new Set<string>();
+    const reports: Progress[] = [];
     const path = await pullModel("hf:org/repo", {
       ...options,
-      onProgress: ({ label }) => labels.add(label),
+      onProgress: (report) => reports.push(report),
     });
-    assert(
-      labels.has("hf:org/repo: model.safetensors (2 of 2)"),
-      [...labels].join(),
+    // Each report is of one file and of all; both end where they should.
+    const sizes = ["config.json", "model.safetensors"].map((file) =>
+      hub.files[file]!.data.length
     );
+    const all = sizes[0]! + sizes[1]!;
+    const seen = [0, 0];
+    let before = 0;
+    for (const { stage, label, loaded, total, file } of reports) {
+      assertEquals([label, total], ["hf:org/repo", all]);
+      assert(loaded >= before, `${loaded} after ${before}`);
+      before = loaded;
+      const { index, count, name } = file!;
+      assertEquals([count, file!.total], [2, sizes[index - 1]]);
+      assertEquals(name, ["config.json", "model.safetensors"][index - 1]);
+      if (stage === "download") seen[index - 1] = file!.loaded;
+      else assertEquals(loaded, index === 1 ? sizes[0] : all);
+    }
+    assertEquals([seen, before], [sizes, all]);
     assertEquals(path.split("/").at(-1), COMMIT);
     const files = (await describeModel("hf:org/repo", options)).files;
     assertEquals(files.map(({ path: file }) => file.slice(path.length + 1)), [
@@ -394,6 +512,47 @@ describe("pull from the Hub", () => {
       offline: true,
     });
     assertEquals(loaded.config.architecture, "llama");
+  });
+
+  it("says each file's end on a pipe, and nothing when quiet", async () => {
+    await using hub = new FakeHub();
+    hub.files = {
+      "config.json": { data: new TextEncoder().encode("{}"), small: true },
+      "model-00001-of-00002.safetensors": { data: CONTENT },
+      "model-00002-of-00002.safetensors": { data: CONTENT.slice(9) },
+      "model.safetensors.index.json": { data: CONTENT.slice(99), small: true },
+    };
+    const hubCache = fresh("hub");
+    const env = { HF_ENDPOINT: hub.url, HF_HUB_CACHE: hubCache, HF_TOKEN: "" };
+    const pull = await ok(["pull", "hf:org/repo"], { env });
+    assertMatch(
+      pull.stderr.replace(/ in [\d.]+ m?s/g, ""),
+      new RegExp(`^Downloading hf:org/repo \\(4 files, 879 KiB\\)
+config.json \\(1 of 4\\): 2 B
+model-00001-of-00002.safetensors \\(2 of 4\\): 293 KiB
+model-00002-of-00002.safetensors \\(3 of 4\\): 293 KiB
+model.safetensors.index.json \\(4 of 4\\): 293 KiB
+Downloaded hf:org/repo
+$`),
+    );
+    const path = `${hubCache}/models--org--repo/snapshots/${COMMIT}`;
+    assertEquals(pull.stdout, `${path}\n`);
+    // Of what is here one line a file, and no download.
+    const again = await ok(["pull", "hf:org/repo"], { env });
+    assertEquals(again.stdout, pull.stdout);
+    assertMatch(
+      again.stderr,
+      /^(hf:org\/repo: \S+ \(\d of 4\): already there, hash verified\n){4}$/,
+    );
+    await Deno.remove(`${path}/../../blobs/${sha256(CONTENT)}`);
+    const one = await ok(["pull", "hf:org/repo"], { env });
+    assertMatch(
+      one.stderr,
+      /\nDownloading hf:org\/repo \(4 files, 879 KiB\)\nmodel-00001-of-00002.safetensors \(2 of 4\): 293 KiB in [\d.]+ m?s\nhf:org/,
+    );
+    await Deno.remove(hubCache, { recursive: true });
+    const quiet = await ok(["pull", "hf:org/repo", "--quiet"], { env });
+    assertEquals([quiet.stdout, quiet.stderr], [pull.stdout, ""]);
   });
 
   it("goes on where a download broke off", async () => {

@@ -37,7 +37,7 @@ const leaves: Readonly<Record<string, readonly string[]>> = {
   "src/backend/": ["src/formats/ggml_types.ts", "src/user_cache.ts"],
   "src/tokenizer/": ["src/formats/"],
   "src/chat/": ["src/formats/"],
-  "src/hub/": ["src/user_cache.ts"],
+  "src/hub/": ["src/formats/part_names.ts", "src/user_cache.ts"],
 };
 
 /** Files with what they import; true where one of the imports is static. */
@@ -229,6 +229,7 @@ describe("a registry's mod.ts", () => {
         folder: "src/models/",
         helpers: [
           "architecture.ts",
+          "check.ts",
           "decoder.ts",
           "file.ts",
           "gguf_config.ts",

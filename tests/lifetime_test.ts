@@ -13,7 +13,10 @@ import {
 import { Backend } from "../src/backend/backend.ts";
 import { WkvError } from "../src/backend/error.ts";
 import { embed, linear } from "../src/backend/ops.ts";
+import { wkv_status } from "../src/backend/symbols.ts";
 import { Tensor } from "../src/backend/tensor.ts";
+import { generate } from "../src/generate.ts";
+import { loadModel } from "../src/model.ts";
 import { type Layer, openCache, qkvWidth } from "../src/selftest/layer.ts";
 import { afterAll, beforeAll, describe, it } from "./device.ts";
 import { LibraryCopy, runScript } from "./isolated.ts";
@@ -25,7 +28,7 @@ let copy: LibraryCopy;
 beforeAll(async () => {
   copy = await LibraryCopy.make();
 });
-afterAll(() => copy[Symbol.asyncDispose]());
+afterAll(() => copy?.[Symbol.asyncDispose]());
 
 const open = (threads = 1) => Backend.open({ library: copy.path, threads });
 
@@ -200,11 +203,12 @@ describe("a graph", () => {
 
   it("runs to its end when it or the backend is closed meanwhile", async () => {
     const before = await live();
-    for (const threads of [1, 2]) {
+    // On a GPU, one run is looked after, several are waited for by a thread.
+    for (const [threads, times] of [[1, 3], [2, 3], [2, 1]] as const) {
       for (const what of ["graph", "tensors", "backend"] as const) {
         const backend = await open(threads);
         const { graph, x, w, out } = slowGraph(backend);
-        const run = graph.run(3);
+        const run = graph.run(times);
         if (what === "backend") backend.close();
         else if (what === "graph") graph.close();
         else for (const tensor of [x, w, out]) tensor.close();
@@ -217,7 +221,11 @@ describe("a graph", () => {
           assertStringIncludes(error.message, "closed");
         }
         backend.close();
-        assertEquals(await live(), before, `${what}, ${threads} threads`);
+        assertEquals(
+          await live(),
+          before,
+          `${what}, ${threads} threads, ${times}`,
+        );
       }
     }
   });
@@ -371,5 +379,99 @@ describe("what cannot be opened", () => {
     const many: Layer = { ...layer, layers: 2000 };
     assertThrows(() => openCache(backend, many, { budget: 8 }), WkvError);
     assertEquals(backend.liveHandles, before);
+  });
+});
+
+describe("memory that cannot be had", () => {
+  const folder = new URL("golden/models/", import.meta.url).pathname;
+  const real = Backend.prototype.call;
+  /** What takes memory of the device or, of a copy, of the host. */
+  const openers = [
+    ...["wkv_tensor_open", "wkv_rope_open", "wkv_cache_open"],
+    "wkv_tensor_write",
+  ];
+
+  /** Runs `body` with the n-th opening refused; whether there was one. */
+  async function refusing(
+    n: number,
+    body: () => Promise<void>,
+  ): Promise<boolean> {
+    let opened = 0;
+    Backend.prototype.call = function (...all) {
+      const [name] = all;
+      if (openers.includes(name) && ++opened === n) {
+        throw new WkvError(name, wkv_status.WKV_MEMORY, "No memory");
+      }
+      return Reflect.apply(real, this, all);
+    };
+    try {
+      await body();
+      assertLess(opened, n);
+      return false;
+    } catch (error) {
+      assertInstanceOf(error, WkvError);
+      assertEquals(error.status, wkv_status.WKV_MEMORY);
+      return true;
+    } finally {
+      Backend.prototype.call = real;
+    }
+  }
+
+  it("while a model is loaded leaves nothing open", async () => {
+    const before = await live();
+    let failed = 0;
+    const load = async () => {
+      using _ = await loadModel(`${folder}llama`, { library: copy.path });
+    };
+    while (await refusing(failed + 1, load)) {
+      failed++;
+      assertEquals(await live(), before, `opening ${failed}`);
+    }
+    // Embedding, head, norms, and the matrices of two layers.
+    assertGreater(failed, 12);
+    assertEquals(await live(), before);
+  });
+
+  it("while a text is continued leaves what there was, and the next one goes on", async () => {
+    // Layers with and without a window, so caches of two kinds.
+    const options = { library: copy.path, threads: 1 };
+    const path = `${folder}gemma2`;
+    const continued = async (model: Awaited<ReturnType<typeof loadModel>>) => {
+      let tokens: number[] = [];
+      const cache = {
+        layerBudgets: "pyramid",
+        budget: 20,
+        sinks: 0,
+        recent: 1,
+      } as const;
+      const pieces = generate(model, [3, 4, 5], { cache, maxTokens: 30 });
+      for (;;) {
+        const { done, value } = await pieces.next();
+        if (done) {
+          tokens = value.tokens;
+          break;
+        }
+      }
+      return tokens;
+    };
+    using untouched = await loadModel(path, options);
+    const from = untouched.backend.liveHandles;
+    const held = untouched.backend.memory;
+    const tokens = await continued(untouched);
+    const handles = untouched.backend.liveHandles - from;
+    const bytes = untouched.backend.memory - held;
+    for (let n = 1;; n++) {
+      using model = await loadModel(path, options);
+      const { backend } = model;
+      const [from, held] = [backend.liveHandles, backend.memory];
+      const failed = await refusing(n, async () => void await continued(model));
+      assertEquals(await continued(model), tokens);
+      assertEquals(backend.liveHandles - from, handles, `opening ${n}`);
+      assertEquals(backend.memory - held, bytes, `opening ${n}`);
+      if (!failed) {
+        assertGreater(n, 15);
+        break;
+      }
+    }
   });
 });

@@ -119,6 +119,12 @@ describe("mostBudget() and mostSequences()", () => {
         );
       }
     }
+    // What full has room for is planned as a budget is.
+    const full = { policy: "full", capacity: 17 };
+    const room = planMemory(file, full).total;
+    assertEquals(mostBudget(file, room, { policy: "full" }), 17);
+    assertEquals(mostBudget(file, room - 1, { policy: "full" }), 16);
+    assertEquals(mostSequences(file, room, full), 1);
     // Five are protected by default.
     const { total } = planMemory(file, { budget: 5 });
     assertEquals(mostBudget(file, total), 5);

@@ -10,9 +10,11 @@ import {
   f32,
   type FieldValue,
   ggufBytes,
+  i32,
   i32s,
   strings,
   type TensorInput,
+  u16,
   u32,
 } from "./gguf_writer.ts";
 
@@ -67,6 +69,8 @@ export interface TinyOptions {
 export interface TinyModel {
   /** Its file. */
   bytes: Uint8Array<ArrayBuffer>;
+  /** The same as so many files, as llama.cpp's gguf-split would write them. */
+  split(count: number): Uint8Array<ArrayBuffer>[];
   /** The logits after each token of a text, in f64. */
   logits(ids: readonly number[]): Float64Array[];
 }
@@ -164,11 +168,23 @@ export function tinyModel(options: TinyOptions = {}): TinyModel {
     });
   }
   of.change?.(tensors);
-  const bytes = ggufBytes({
-    metadata: metadata(of),
-    tensors: [...tensors.values()],
-  });
-  return { bytes, logits: (ids) => forward(of, weights, ids) };
+  const all = [...tensors.values()];
+  const bytes = ggufBytes({ metadata: metadata(of), tensors: all });
+  const split = (count: number) =>
+    Array.from({ length: count }, (_, no) =>
+      ggufBytes({
+        metadata: [
+          ...no === 0 ? metadata(of) : [],
+          ["split.no", u16(no)],
+          ["split.count", u16(count)],
+          ["split.tensors.count", i32(all.length)],
+        ],
+        tensors: all.slice(
+          Math.floor(all.length * no / count),
+          Math.floor(all.length * (no + 1) / count),
+        ),
+      }));
+  return { bytes, split, logits: (ids) => forward(of, weights, ids) };
 }
 
 /** Loads a model from a file that is gone when this returns. */

@@ -1,13 +1,14 @@
 """Times decode attention of torch, the peer of wkv_attend; run by gpu.ts, or by hand.
 
-    python3 bench/peers/attention.py [--cache 512,1024,2048,8192] [--batch 1,16] [--shape 32,8,128] [--quick]
+    python3 bench/peers/attention.py [--cache 512,1024,2048,8192] [--batch 1,16] [--shape 32,8,128] [--prompt 4096,32768] [--quick]
 
 One query token a sequence, bf16, every call on other data, together more than any L2 holds, all calls in one CUDA graph. Prints one
 JSON line a size, microseconds a call:
   flash, cudnn     scaled_dot_product_attention; they give no scores
   eager_scores     written out, the scores added up as WeightedKV needs them
   compiled_scores  the same under torch.compile (not with --quick)
-None selects or merges. The first line is the speed of a copy of 1 GiB, read and write counted.
+--prompt times causal attention of that many tokens over themselves, the peer of wkv_prefill: flash, cudnn, and eager_scores up to 8192
+tokens; --batch 0 that alone. None selects or merges. The first line is the speed of copy_, timed on a stream.
 """
 
 import argparse
@@ -31,6 +32,7 @@ def parse():
     parser.add_argument("--cache", type=numbers, default=[512, 1024, 2048, 8192])
     parser.add_argument("--batch", type=numbers, default=[1, 16])
     parser.add_argument("--shape", type=numbers, default=[32, 8, 128], help="query heads, KV heads, head dimension")
+    parser.add_argument("--prompt", type=numbers, default=[])
     parser.add_argument("--quick", action="store_true")
     return parser.parse_args()
 
@@ -60,6 +62,22 @@ def timed(calls, repeats):
     return round(statistics.median(samples), 3)
 
 
+def copy_speed(repeats):
+    """Bytes a second of copy_ of 1 GiB, read and write counted: median of copies one behind another, on a GPU that is awake."""
+    source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    for _ in range(20):
+        target.copy_(source)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        target.copy_(source)
+        event.record()
+    torch.cuda.synchronize()
+    milliseconds = [start.elapsed_time(end) for start, end in zip(events, events[1:])]
+    return round(2 * source.numel() / statistics.median(milliseconds) * 1e3)
+
+
 def attempt(measure):
     """A figure, or None where torch has no kernel for it."""
     try:
@@ -81,14 +99,34 @@ def main():
         scores += p.view(p.shape[0], kv_heads, heads // kv_heads, -1).sum(2)
         return p.to(q.dtype) @ v
 
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / timed([lambda: target.copy_(source)], repeats) * 1e6
     common = {"peer": "torch", "version": torch.__version__, "device": torch.cuda.get_device_name()}
-    print(json.dumps({**common, "test": "copy", "bytesPerSecond": round(copy)}), flush=True)
-    del source, target
+    print(json.dumps({**common, "test": "copy", "bytesPerSecond": copy_speed(20)}), flush=True)
 
-    for batch in args.batch:
+    for rows in args.prompt:
+        options = {"device": "cuda", "dtype": torch.bfloat16}
+        q = torch.randn(1, heads, rows, dim, **options)
+        k, v = (torch.randn(1, kv_heads, rows, dim, **options) for _ in range(2))
+        scores = torch.zeros(1, kv_heads, rows, device="cuda")
+
+        def prompt(backend):
+            with sdpa_kernel(backend):
+                return timed([lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)], 5)
+
+        def prompt_scored():
+            wide = [t.repeat_interleave(heads // kv_heads, 1) for t in (k, v)]
+            s = q @ wide[0].transpose(-1, -2) * dim**-0.5
+            s.masked_fill_(torch.ones(rows, rows, dtype=torch.bool, device="cuda").triu_(1), -torch.inf)
+            p = s.float().softmax(-1)
+            scores.add_(p.view(1, kv_heads, heads // kv_heads, rows, rows).mean(2).sum(2))
+            return p.to(q.dtype) @ wide[1]
+
+        row = {**common, "test": "prompt", "rows": rows}
+        row["flash"] = attempt(lambda: prompt(SDPBackend.FLASH_ATTENTION))
+        row["cudnn"] = attempt(lambda: prompt(SDPBackend.CUDNN_ATTENTION))
+        row["eager_scores"] = attempt(lambda: timed([prompt_scored], 5)) if rows <= 8192 else None
+        print(json.dumps(row), flush=True)
+
+    for batch in args.batch if args.batch != [0] else []:
         for cache in args.cache:
             size = 2 * batch * kv_heads * cache * dim * 2
             copies = max(2, min(300, int(WORKING_SET // size) + 1))

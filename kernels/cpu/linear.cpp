@@ -20,7 +20,7 @@ struct Input {
       : x_row(x_row), rows(rows), precision(quantised ? precision : static_cast<int32_t>(WKV_PRECISION_F32)), epsilon(epsilon) {
     require(rows >= 1 && x_row >= 0, "rows must be at least 1 and x_row at least 0: " + std::to_string(rows) + ", " + std::to_string(x_row));
     require(x_row <= INT32_MAX - rows, "x_row is too large");
-    require(precision == WKV_PRECISION_F32 || precision == WKV_PRECISION_INT8, "precision " + std::to_string(precision) + " is unknown");
+    require(precision >= WKV_PRECISION_F32 && precision <= WKV_PRECISION_HALF, "precision " + std::to_string(precision) + " is unknown");
     x = find_tensor(context, x_handle, "x", WKV_F32, x_row + rows, columns);
     if (norm_handle) norm = find_tensor(context, norm_handle, "norm", WKV_F32, 1, columns);
     const size_t count = static_cast<size_t>(rows) * columns;

@@ -238,3 +238,13 @@ int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
     }
   });
 }
+
+int32_t wkv_graph_start(int32_t context, int32_t handle) { return wkv_graph_run(context, handle, 1); }
+
+int32_t wkv_graph_poll(int32_t context, int32_t* out, int32_t out_bytes) {
+  return entry(context, [&](Context& ctx) {
+    ctx.running = true;
+    require_buffer(out, out_bytes, 4, "out");
+    *out = 1;  // wkv_graph_start has run it
+  });
+}

@@ -113,6 +113,7 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
     require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
     cache->layers = layers;
+    cache->touched.assign(layers, 0);
     cache->sequences = sequences;
     cache->heads = heads;
     cache->kv_heads = kv_heads;

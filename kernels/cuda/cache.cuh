@@ -113,6 +113,7 @@ struct Cache : Object {
   int32_t layers, sequences, heads, kv_heads, head_dim, slots, sinks, recent, interval, select, merge, seed, positions, dtype;
   DeviceRef memory;
   size_t keys_at, values_at, scores_at, births_at, ranks_at, words_at, counts_at, scratch_at;
+  std::vector<uint64_t> touched;  // a layer's last writer, as the context counts launches
   Cache() : Object(Kind::Cache) {}
   size_t bytes() const override { return memory->bytes(); }
   int32_t width() const { return wkv_words(select, merge); }
@@ -121,6 +122,10 @@ struct Cache : Object {
   int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
   int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
   void check_layer(int32_t layer) const;
+  /** Says that the kernel just launched writes a layer. */
+  void touch(const Context& ctx, int32_t layer) { touched[layer] = ctx.launches; }
+  /** Whether it does not: the next kernel may then read the layer before this one has ended. */
+  bool untouched(const Context& ctx, int32_t layer) const { return touched[layer] != ctx.launches; }
   CacheView view(int32_t layer) const;
 };
 using CacheRef = std::shared_ptr<Cache>;
@@ -139,9 +144,9 @@ void by_cache_type(int32_t dtype, Body body) {
 /** Whether a softmax's sum is a number: it is none when a query or key was none. */
 __device__ inline bool is_sum(float sum) { return sum > 0.0f && sum <= 3.4e38f; }
 
-/** |a - b|^2 of two stored rows, by one warp. */
+/** |a - b|^2 of two stored rows, by one warp; a call, as few policies need it. */
 template <typename T>
-__device__ inline float warp_gap(const T* a, const T* b, int32_t dim) {
+static __device__ __noinline__ float warp_gap(const T* a, const T* b, int32_t dim) {
   float total = 0.0f;
   for (int32_t d = threadIdx.x & 31; d < dim; d += 32) {
     const float x = to_float(a[d]) - to_float(b[d]);

@@ -48,6 +48,20 @@ class DeviceMemory {
 };
 using DeviceRef = std::shared_ptr<DeviceMemory>;
 
+/** Host memory that kernels reach, given back with its last owner. */
+class HostMemory {
+ public:
+  explicit HostMemory(size_t bytes) { check(cudaHostAlloc(&data_, bytes, cudaHostAllocMapped), "Allocating host memory"); }
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+  ~HostMemory() { cudaFreeHost(data_); }
+  template <typename T>
+  T* as(size_t byte = 0) const { return reinterpret_cast<T*>(static_cast<uint8_t*>(data_) + byte); }
+
+ private:
+  void* data_ = nullptr;
+};
+
 // ---- data errors: found on the device, read after a run ----
 
 enum class Fault : int32_t { None, Token, Target, NanLogit, NanAttention, NanScore, Full, Rank, OneStep };
@@ -121,6 +135,7 @@ struct Tensor : Object {
   int32_t dtype, rows, columns;
   size_t scales_at = 0, high_at = 0, subs_at = 0;  // where the other planes begin
   DeviceRef memory;
+  std::shared_ptr<HostMemory> mirror;  // the same numbers, of what wkv_sample writes: they are read without a copy
   Tensor(int32_t dtype, int32_t rows, int32_t columns);
   size_t bytes() const override { return memory->bytes(); }
   float* f32() const { return memory->as<float>(); }
@@ -149,7 +164,7 @@ struct Graph : Object {
 };
 
 /** One GPU. Ops go to `stream`, which may be recording; graphs and copies to `side`, as they may run meanwhile. Between two entries
- *  nothing runs, so the two need no order. */
+ *  nothing runs but what wkv_graph_start started, which an op that is not recorded waits for, so the two need no order. */
 struct Context : ContextBase {
   int32_t device = 0, processors = 0;
   int32_t shared_limit = 0;  // bytes a block; WKV_CUDA_SHARED_KB lowers it, to test what smaller GPUs take
@@ -159,7 +174,10 @@ struct Context : ContextBase {
   DeviceRef taken;
   FaultWord* word = nullptr;
   std::shared_ptr<Graph> recording;
+  std::shared_ptr<Graph> going;     // what wkv_graph_start started, until it is known to have ended
+  std::unique_ptr<Failure> failed;  // what that run failed with, until wkv_graph_poll tells it
   DeviceRef scratch;  // an op's intermediate results; a graph holds the one it was recorded with
+  uint64_t launches = 0;
   Context();
   ~Context() override;
 
@@ -175,6 +193,8 @@ struct Context : ContextBase {
   void submitted();
   /** Waits for a stream, and fails with the fault that kernels left. */
   void finish(cudaStream_t ran);
+  /** Waits for what wkv_graph_start started, and keeps its failure. */
+  void settle();
   void copy(void* to, const void* from, size_t bytes);
   void zero(void* to, size_t bytes);
 
@@ -182,11 +202,21 @@ struct Context : ContextBase {
   void release();
 };
 
+/** An entry that may find a graph running. */
 template <typename Body>
-int32_t entry(int32_t handle, Body body) {
+int32_t entry_meanwhile(int32_t handle, Body body) {
   return entry_of<Context>(handle, [&](Context& context) {
     require_device();
     check(cudaSetDevice(context.device), "Choosing the device");
+    body(context);
+  });
+}
+
+/** An entry that finds nothing running, unless it only records. */
+template <typename Body>
+int32_t entry(int32_t handle, Body body) {
+  return entry_meanwhile(handle, [&](Context& context) {
+    if (!context.recording) context.settle();
     body(context);
   });
 }
@@ -209,6 +239,7 @@ struct Shape {
 template <typename... Parameters, typename... Arguments>
 void launch(Context& ctx, void (*kernel)(Parameters...), const Shape& shape, Arguments&&... arguments) {
   allow_shared(kernel, shape.shared);
+  ctx.launches++;
   cudaLaunchAttribute attributes[2];
   uint32_t count = 0;
   if (ctx.capability >= 90) {

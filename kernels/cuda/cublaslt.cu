@@ -2,8 +2,10 @@
  * cublaslt.cu: products of many rows by cuBLASLt, loaded at run time.
  *
  * Products go to scratch, a run of x's rows at a time, and a kernel takes them on to `out` with factor, bias, sum or gate. Tensor cores cut
- * sums off instead of rounding them, so a product covers at most 2048 columns; the next is added to it. Declared here is the part of the
- * interface that is used, the same in versions 12 and 13. Kernels are chosen once a shape; sums over blocks are made in a fixed order.
+ * sums off instead of rounding them, so a product covers at most 2048 columns; the next is added to it. Where x was rounded once to 16
+ * bits a product covers all columns, as what is cut off is less than that, and goes to `out` itself where nothing but a sum is asked for.
+ * Declared here is the part of the interface that is used, the same in versions 12 and 13. Kernels are chosen once a shape; sums over
+ * blocks are made in a fixed order.
  */
 #include "cublaslt.cuh"
 
@@ -28,7 +30,7 @@ struct Choice {
   float waves;
   int32_t reserved[4];
 };
-enum : int32_t { kCompute32F = 68, kTransA = 3, kOpTranspose = 1, kWorkspaceBytes = 1, kReductions = 3, kReductionInOrder = 2, kAlignA = 5, kAlignB = 6, kReal32F = 0, kReal16F = 2, kRealBF16 = 14 };
+enum : int32_t { kCompute32F = 68, kTransA = 3, kOpTranspose = 1, kWorkspaceBytes = 1, kReductions = 3, kReductionInOrder = 2, kAlignA = 5, kAlignB = 6, kAlignC = 7, kAlignD = 8, kReal32F = 0, kReal16F = 2, kRealBF16 = 14 };
 
 constexpr size_t kWorkspace = size_t{32} << 20, kMostResults = size_t{64} << 20;  // bytes, numbers
 constexpr int32_t kMostColumns = 2048;
@@ -37,7 +39,7 @@ struct Library {
   std::string name;
   Opaque handle = nullptr;
   std::mutex lock;
-  std::map<std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>, Choice> chosen;  // by type, rows of w and x, columns, row length; status -1: none
+  std::map<std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t, int64_t>, Choice> chosen;  // by Product's numbers; status -1: none
   int32_t (*create)(Opaque*) = nullptr;
   int32_t (*desc_create)(Opaque*, int32_t, int32_t) = nullptr;
   int32_t (*desc_set)(Opaque, int32_t, const void*, size_t) = nullptr;
@@ -77,20 +79,21 @@ Library& library() {
   return *opened;
 }
 
-/** What describes a product of `rows` rows of x, `columns` columns wide: in cuBLASLt's column order, out [J, rows] = w [C, J]^T . x [C, rows]. */
+/** What describes a product of `rows` rows of x, `columns` columns wide: in cuBLASLt's column order, out [J, rows] = w [C, J]^T . x [C, rows];
+ *  rows of w and x are row_length numbers apart, those of out `stride`. */
 struct Product {
   Library& lib;
   Opaque desc = nullptr, w = nullptr, x = nullptr, out = nullptr;
   Choice choice{};
   bool good = false;
 
-  Product(Library& lib, int32_t type, int32_t w_rows, int32_t rows, int32_t columns, int32_t row_length) : lib(lib) {
+  Product(Library& lib, int32_t type, int32_t w_rows, int32_t rows, int32_t columns, int32_t row_length, int64_t stride) : lib(lib) {
     const int32_t transpose = kOpTranspose;
     if (lib.desc_create(&desc, kCompute32F, kReal32F) || lib.desc_set(desc, kTransA, &transpose, sizeof transpose)) return;
     if (lib.layout_create(&w, type, columns, w_rows, row_length) || lib.layout_create(&x, type, columns, rows, row_length)) return;
-    if (lib.layout_create(&out, kReal32F, w_rows, rows, w_rows)) return;
+    if (lib.layout_create(&out, kReal32F, w_rows, rows, stride)) return;
     const std::lock_guard<std::mutex> hold(lib.lock);
-    const auto key = std::make_tuple(type, w_rows, rows, columns, row_length);
+    const auto key = std::make_tuple(type, w_rows, rows, columns, row_length, stride);
     auto found = lib.chosen.find(key);
     if (found == lib.chosen.end()) found = lib.chosen.emplace(key, choose(int64_t{row_length} * (type == kReal32F ? 4 : 2))).first;
     choice = found->second;
@@ -108,11 +111,12 @@ struct Product {
     first.status = -1;
     Opaque preference = nullptr;
     const size_t workspace = kWorkspace;
-    const uint32_t reductions = kReductionInOrder, alignment = row_bytes % 16 ? 4 : 16;
+    const uint32_t reductions = kReductionInOrder, alignment = row_bytes % 16 ? 4 : 16, aligned = 16;
     int32_t count = 0;
     if (lib.preference_create(&preference) == 0 && lib.preference_set(preference, kWorkspaceBytes, &workspace, sizeof workspace) == 0 &&
         lib.preference_set(preference, kReductions, &reductions, sizeof reductions) == 0 && lib.preference_set(preference, kAlignA, &alignment, sizeof alignment) == 0 &&
-        lib.preference_set(preference, kAlignB, &alignment, sizeof alignment) == 0) {
+        lib.preference_set(preference, kAlignB, &alignment, sizeof alignment) == 0 && lib.preference_set(preference, kAlignC, &aligned, sizeof aligned) == 0 &&
+        lib.preference_set(preference, kAlignD, &aligned, sizeof aligned) == 0) {
       Choice best{};
       if (lib.choose(lib.handle, desc, w, x, out, out, preference, 1, &best, &count) == 0 && count == 1) first = best;
     }
@@ -126,10 +130,11 @@ struct Product {
   }
 };
 
-/** Rows of x that are done at a time. */
+/** Rows of x that are done at a time, in runs of about one length. */
 int32_t rows_at_once(int32_t rows, const WeightView& w, bool gated) {
-  const int64_t fit = int64_t{kMostResults} / w.rows / (gated ? 2 : 1) / 64 * 64;
-  return static_cast<int32_t>(std::min<int64_t>(rows, std::max<int64_t>(64, fit)));
+  const int64_t fit = std::max<int64_t>(64, int64_t{kMostResults} / w.rows / (gated ? 2 : 1) / 64 * 64);
+  const int64_t runs = (rows + fit - 1) / fit;
+  return static_cast<int32_t>(std::min<int64_t>(rows, (rows + runs * 64 - 1) / (runs * 64) * 64));
 }
 
 __global__ void __launch_bounds__(256) finish_kernel(const float* product, const float* second, const float* factors, int32_t t0, int32_t columns, OutputView to) {
@@ -159,12 +164,17 @@ size_t cublaslt_bytes(int32_t rows, const WeightView& w, bool gated) {
 bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* factors, int32_t rows, const WeightView& w, const WeightView& up, const OutputView& to, uint8_t* scratch) {
   Library& lib = library();
   if (!lib.handle) return false;
-  const bool gated = up.data != nullptr;
+  const bool gated = up.data != nullptr, once = parts == 1 && w.dtype != WKV_F32;
   const int32_t type = w.dtype == WKV_F32 ? kReal32F : w.dtype == WKV_F16 ? kReal16F : kRealBF16, size = w.dtype == WKV_F32 ? 4 : 2, columns = w.columns;
-  const int32_t step = rows_at_once(rows, w, gated), last = (rows - 1) % step + 1, wide = std::min(columns, kMostColumns), rest = columns % wide;
+  // Rows of bf16 have no factors but 1.
+  if (once && w.dtype == WKV_BF16 && !gated && !to.bias && reinterpret_cast<uintptr_t>(to.out) % 16 == 0 && to.stride % 4 == 0) {
+    const Product direct(lib, type, w.rows, rows, columns, columns, to.stride);
+    if (direct.good) return direct.run(w.data, x, to.out, to.add, scratch, ctx.stream), true;
+  }
+  const int32_t step = rows_at_once(rows, w, gated), last = (rows - 1) % step + 1, wide = once ? columns : std::min(columns, kMostColumns), rest = columns % wide;
   // With full and last runs of rows, and full and last runs of columns.
-  const Product whole(lib, type, w.rows, step, wide, columns), end(lib, type, w.rows, last, wide, columns);
-  const Product whole_rest(lib, type, w.rows, step, rest ? rest : wide, columns), end_rest(lib, type, w.rows, last, rest ? rest : wide, columns);
+  const Product whole(lib, type, w.rows, step, wide, columns, w.rows), end(lib, type, w.rows, last, wide, columns, w.rows);
+  const Product whole_rest(lib, type, w.rows, step, rest ? rest : wide, columns, w.rows), end_rest(lib, type, w.rows, last, rest ? rest : wide, columns, w.rows);
   if (!whole.good || !end.good || !whole_rest.good || !end_rest.good) return false;
   float* results[2] = {reinterpret_cast<float*>(scratch + kWorkspace), nullptr};
   if (gated) results[1] = reinterpret_cast<float*>(scratch + kWorkspace + round_up(size_t(step) * w.rows * 4));

@@ -58,7 +58,13 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
   uint8_t* products = scratch + prepared_bytes(in);
   if (way == Way::Int8) return matmul_int8(ctx, round_rows(ctx, in, scratch), w, up, to);
   if (way == Way::Half) {
-    const SplitView x = split_rows(ctx, in, w.dtype == WKV_BF16, scratch);
+    if (in.half && in.rows >= kLibraryRows) {
+      const SplitView x = split_rows(ctx, in, w.dtype == WKV_BF16, scratch);
+      if (cublaslt_matmul(ctx, x.parts, 1, x.factors, in.rows, w, up, to, products)) return;
+    }
+    InputView both = in;
+    both.half = false;
+    const SplitView x = split_rows(ctx, both, w.dtype == WKV_BF16, scratch);
     if (in.rows >= kLibraryRows && cublaslt_matmul(ctx, x.parts, 2, x.factors, in.rows, w, up, to, products)) return;
     return matmul_half(ctx, x, w, up, to);
   }
@@ -111,12 +117,12 @@ TensorRef find_weight(int32_t context, int32_t handle, const char* what) {
 InputView find_input(Context& ctx, int32_t context, int32_t x, int32_t x_row, int32_t rows, int32_t norm, float epsilon, int32_t columns, int32_t precision, TensorRef* found) {
   require(rows >= 1 && x_row >= 0, "rows must be at least 1 and x_row at least 0: " + std::to_string(rows) + ", " + std::to_string(x_row));
   require(x_row <= INT32_MAX - rows, "x_row is too large");
-  require(precision == WKV_PRECISION_F32 || precision == WKV_PRECISION_INT8, "precision " + std::to_string(precision) + " is unknown");
+  require(precision >= WKV_PRECISION_F32 && precision <= WKV_PRECISION_HALF, "precision " + std::to_string(precision) + " is unknown");
   *found = find_tensor(context, x, "x", WKV_F32, x_row + rows, columns);
   TensorRef weight;
   if (norm) weight = find_tensor(context, norm, "norm", WKV_F32, 1, columns);
   ctx.hold(*found, weight);
-  return {(*found)->row(x_row), rows, columns, weight ? weight->f32() : nullptr, epsilon};
+  return {(*found)->row(x_row), rows, columns, weight ? weight->f32() : nullptr, epsilon, precision == WKV_PRECISION_HALF};
 }
 
 }  // namespace

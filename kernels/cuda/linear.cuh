@@ -12,6 +12,7 @@ struct InputView {
   int32_t rows, columns;
   const float* norm;
   float epsilon;
+  bool half;  // may be rounded once to the type of 16-bit weights
 };
 
 /** activation(gate) * up, a wkv_activation; (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). */
@@ -50,7 +51,8 @@ struct RoundedView {
   int32_t rows, stride;
 };
 
-/** Rows of x as sums of two f16 or bf16, [high, low][rows][C]; true values are factors[t] times as large. */
+/** Rows of x as sums of two f16 or bf16, [high, low][rows][C], low ones left out of a half input; true values are factors[t] times as
+ *  large. */
 struct SplitView {
   const uint8_t* parts;
   const float* factors;

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts
   for (int32_t c = threadIdx.x; c < columns; c += 256) {
     const float v = value(c) / factor;
     high[c] = from_float<T>(v);
-    low[c] = from_float<T>(v - to_float(high[c]));
+    if (!in.half) low[c] = from_float<T>(v - to_float(high[c]));
   }
   if (threadIdx.x == 0) factors[blockIdx.x] = factor;
 }

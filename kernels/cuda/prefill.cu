@@ -8,7 +8,7 @@
  * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
  * tokens (softmax and sums do not mind the order).
  * 1. arrive: rounds the new k and v to what will be stored, and leaves q, scaled, and all k, both rotated, and all v in scratch, as rows
- *    of one width, so that whatever follows loads plain tiles. A warp owns a row.
+ *    of one width, so that whatever follows loads plain tiles, or as tiles, with zeros behind the last row. A warp owns a row.
  * 2. forward: a block owns 64 or 128 rows of one query head and walks over the entries with a running maximum; it leaves out and each
  *    row's logarithm of its sum, `lse`. Bytes moved: K and V once a block, mostly from the second-level cache.
  * 3. columns: a block owns 64 or 128 entries for one query head and walks over the rows that see them: p = 2^(score - lse). Bytes moved:
@@ -16,61 +16,20 @@
  * 4. settle: a block owns one KV head, adds its query heads' columns to the scores, and brings it back to its budget.
  * Scores are in units of ln 2: q is scaled by scale / ln 2.
  *
- * 2 and 3 come twice. With a 16-bit cache: on tensor cores, q, rotated k, v and p rounded to f16 (bf16 values are exact in it unless
- * tiny), sums in f32. With an f32 cache, or heads wider than 256: in f32 throughout.
+ * 2 and 3 come thrice. With a 16-bit cache: on tensor cores, q, rotated k, v and p rounded to f16 (bf16 values are exact in it unless
+ * tiny), sums in f32; many rows of heads of up to 128 dimensions on sm_90a by prefill_wgmma.cu, others here. With an f32 cache, or heads
+ * wider than 256: in f32 throughout.
  */
 #include <algorithm>
 #include <type_traits>
 
+#include "prefill.cuh"
 #include "settle.cuh"
 
 namespace wkv {
 namespace {
 
 constexpr float kPerLn2 = 1.44269504f;
-
-struct PrefillView {
-  CacheView cache;
-  int32_t layer, sequence, rows;
-  int32_t width;  // of a scratch row: D and zeros
-  const float* qkv;
-  float* out;
-  float scale, softcap;  // in units of ln 2; softcap 0: none
-  int32_t window;        // 0: none
-  // Scratch.
-  void* q;                          // [H, rows, width], rotated, in the library's order, scaled
-  void *keys, *values;              // [N, entries, width], keys rotated
-  uint8_t *new_keys, *new_values;   // [N, rows, D], as stored
-  float* lse;                       // [H, rows]
-  float* columns;                   // [H, entries]
-  int64_t entries;                  // slots + rows
-  float *score, *by_rank, *measure; // [N, entries]
-  uint32_t* words;                  // [N, words a token, entries]
-  int32_t *birth, *rank, *freed;
-
-  /** Whether scores are more than products. */
-  __host__ __device__ bool bent() const { return softcap > 0.0f || window > 0; }
-  /** The score of entry i for row t, a finite low number outside the window: what a row adds up before the first entry that it sees
-   *  is then shrunk to nothing. */
-  __device__ float bend(float s, int32_t n, int32_t kept, int32_t i, int32_t t) const {
-    if (window > 0) {
-      const int32_t rank = i < kept ? cache.ranks[head(n) * (cache.slots + 1) + i] : i;
-      if (rank <= kept + t - window) return -1.0e30f;
-    }
-    return softcap > 0.0f ? softcap * tanhf(s / softcap) : s;
-  }
-  __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
-  template <typename T>
-  __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }
-  template <typename T>
-  __device__ T* new_values_of(int32_t n) const { return reinterpret_cast<T*>(new_values) + int64_t{n} * rows * cache.head_dim; }
-  template <typename S>
-  __device__ S* queries_of(int32_t h) const { return static_cast<S*>(q) + int64_t{h} * rows * width; }
-  template <typename S>
-  __device__ S* keys_of(int32_t n) const { return static_cast<S*>(keys) + n * entries * width; }
-  template <typename S>
-  __device__ S* values_of(int32_t n) const { return static_cast<S*>(values) + n * entries * width; }
-};
 
 // ---- arrive ----
 
@@ -88,16 +47,26 @@ __device__ inline float2 turned(float2 x, float2 turn) { return make_float2(x.x 
 template <typename T>
 __device__ float2 rounded(float2 x) { return make_float2(to_float(from_float<T>(x.x)), to_float(from_float<T>(x.y))); }
 
+/** A row of scratch. */
+template <typename S>
+struct ScratchRow {
+  S* rows;
+  int64_t row;
+  int32_t width;
+  bool tiled;
+  __device__ void put(int32_t d, float x) const { rows[tiled ? tiled_at(row, d, width) : row * width + d] = narrowed<S>(x); }
+};
+
 /** One row by a warp: pair(i) gives the dimensions i and i + pairs, single(d) those that are not rotated; then zeros. */
 template <typename S, typename Pair, typename Single>
-__device__ void write_row(const PrefillView& p, S* to, Pair pair, Single single) {
-  const int32_t lane = threadIdx.x & 31, pairs = p.cache.rope.pairs, dim = p.cache.head_dim;
+__device__ void write_row(const CacheView& c, const ScratchRow<S>& to, Pair pair, Single single) {
+  const int32_t lane = threadIdx.x & 31, pairs = c.rope.pairs;
   for (int32_t i = lane; i < pairs; i += 32) {
     const float2 x = pair(i);
-    to[i] = narrowed<S>(x.x), to[i + pairs] = narrowed<S>(x.y);
+    to.put(i, x.x), to.put(i + pairs, x.y);
   }
-  for (int32_t d = 2 * pairs + lane; d < dim; d += 32) to[d] = narrowed<S>(single(d));
-  for (int32_t d = dim + lane; d < p.width; d += 32) to[d] = narrowed<S>(0.0f);
+  for (int32_t d = 2 * pairs + lane; d < c.head_dim; d += 32) to.put(d, single(d));
+  for (int32_t d = c.head_dim + lane; d < to.width; d += 32) to.put(d, 0.0f);
 }
 
 /** T: the cache's type, S: that of the scratch rows. */
@@ -113,30 +82,44 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
   const Counts& counts = c.counts[p.head(n)];
   const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim;
   const int64_t place = c.text ? counts.steps : kept;
+  const auto row_of = [&](S* rows, int32_t row) { return ScratchRow<S>{rows, row, p.width, p.tiled}; };
+  const auto clear_row = [&](const ScratchRow<S>& to) {
+    for (int32_t d = lane; d < p.width; d += 32) to.put(d, 0.0f);
+  };
   const auto source = [&](const float* from, int32_t i) { return make_float2(from[rope.source(i)], from[rope.source(i + pairs)]); };
   if (which < c.heads) {
-    for (int32_t t = first; t < p.rows; t += step) {
+    for (int32_t t = first; t < p.lines; t += step) {
+      const auto to = row_of(p.queries_of<S>(which), t);
+      if (t >= p.rows) {
+        clear_row(to);
+        continue;
+      }
       const float* from = p.qkv + int64_t{t} * columns + which * dim;
       const auto pair = [&](int32_t i) {
         const float2 x = turned(source(from, i), rope.at(place + t, i));
         return make_float2(x.x * p.scale, x.y * p.scale);
       };
-      write_row(p, p.queries_of<S>(which) + int64_t{t} * p.width, pair, [&](int32_t d) { return from[d] * p.scale; });
+      write_row(c, to, pair, [&](int32_t d) { return from[d] * p.scale; });
     }
     return;
   }
   const T *stored_keys = c.keys_of<T>(p.head(n)), *stored_values = c.values_of<T>(p.head(n));
   const int32_t* ranks = c.ranks + p.head(n) * (c.slots + 1);
-  for (int32_t i = first; i < kept + p.rows; i += step) {
-    S *key = p.keys_of<S>(n) + int64_t{i} * p.width, *value = p.values_of<S>(n) + int64_t{i} * p.width;
+  const int32_t length = kept + p.rows, end = p.tiled ? tiles_of(length) * kTile : length;
+  for (int32_t i = first; i < end; i += step) {
+    const auto key = row_of(p.keys_of<S>(n), i), value = row_of(p.values_of<S>(n), i);
+    if (i >= length) {
+      clear_row(key), clear_row(value);
+      continue;
+    }
     if (i < kept) {
       const T *from_key = stored_keys + int64_t{i} * dim, *from_value = stored_values + int64_t{i} * dim;
       const auto pair = [&](int32_t j) {
         const float2 x = make_float2(to_float(from_key[j]), to_float(from_key[j + pairs]));
         return c.text ? x : turned(x, rope.at(ranks[i], j));
       };
-      write_row(p, key, pair, [&](int32_t d) { return to_float(from_key[d]); });
-      for (int32_t d = lane; d < p.width; d += 32) value[d] = narrowed<S>(d < dim ? to_float(from_value[d]) : 0.0f);
+      write_row(c, key, pair, [&](int32_t d) { return to_float(from_key[d]); });
+      for (int32_t d = lane; d < p.width; d += 32) value.put(d, d < dim ? to_float(from_value[d]) : 0.0f);
       continue;
     }
     const int32_t t = i - kept;
@@ -147,11 +130,11 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
       new_key[j] = from_float<T>(kept_as.x), new_key[j + pairs] = from_float<T>(kept_as.y);
       return c.text ? kept_as : turned(kept_as, turn);
     };
-    write_row(p, key, pair, [&](int32_t d) { return to_float(new_key[d] = from_float<T>(from_key[d])); });
+    write_row(c, key, pair, [&](int32_t d) { return to_float(new_key[d] = from_float<T>(from_key[d])); });
     for (int32_t d = lane; d < p.width; d += 32) {
       float x = 0.0f;
       if (d < dim) x = to_float(new_value[d] = from_float<T>(from_value[d]));
-      value[d] = narrowed<S>(x);
+      value.put(d, x);
     }
   }
 }
@@ -210,24 +193,6 @@ __device__ uint32_t right_address(const __half* tile) {
 }
 template <int kDim>
 __device__ constexpr uint32_t offset_of(int row, int column) { return (row * kStride<kDim> + column) * 2; }
-
-__device__ inline float power_of_2(float x) {
-  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-__device__ inline uint32_t packed(float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-/** Over the four lanes that share a row of c. */
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
 
 /** A warp owns kTiles times 16 rows; kKeys entries at a time. */
 template <int kDim, int kTiles, int kKeys>
@@ -354,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
       const float total = quad_sum(sum[m][r]), inverse = 1.0f / total;
       if (t >= p.rows) continue;
       if (lane % 4 == 0) {
-        p.lse[int64_t{h} * p.rows + t] = most[m][r] + log2f(total);
+        p.lse[int64_t{h} * p.lines + t] = most[m][r] + log2f(total);
         if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
       }
       float* out = p.out + (int64_t{t} * c.heads + h) * c.head_dim;
@@ -385,7 +350,7 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
   __half* tiles = reinterpret_cast<__half*>(shared16);  // [2, kQueries]
   float* lse = reinterpret_cast<float*>(tiles + 2 * kQueries * kStride<kDim>);
   const __half* queries = p.queries_of<__half>(h);
-  const auto lse_of = [&](int32_t t) { return t < p.rows ? p.lse[int64_t{h} * p.rows + t] : INFINITY; };  // a row past the end weighs nothing
+  const auto lse_of = [&](int32_t t) { return t < p.rows ? p.lse[int64_t{h} * p.lines + t] : INFINITY; };  // a row past the end weighs nothing
 
   for (int32_t first = blockIdx.y * kEntries; first < length; first += gridDim.y * kEntries) {
     const int32_t own = first + warp * kTiles * 16 + lane / 4;
@@ -600,7 +565,7 @@ __global__ void __launch_bounds__(256) exact_forward_kernel(PrefillView p, Fault
     const int32_t t = t0 + 4 * y + i;
     if (t >= p.rows) continue;
     if (x == 0) {
-      p.lse[int64_t{h} * p.rows + t] = most[i] + log2f(total);
+      p.lse[int64_t{h} * p.lines + t] = most[i] + log2f(total);
       if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
     }
 #pragma unroll
@@ -630,7 +595,7 @@ __global__ void __launch_bounds__(256) exact_columns_kernel(PrefillView p) {
       for (int i = 0; i < 4; i++) {
         const int32_t t = t0 + 4 * y + i;
         if (t >= p.rows) continue;
-        const float lse = p.lse[int64_t{h} * p.rows + t];
+        const float lse = p.lse[int64_t{h} * p.lines + t];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const int32_t entry = first + x + 16 * j;
@@ -680,7 +645,7 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   __syncthreads();
   if (threadIdx.x == 0) counts.steps = steps + p.rows;
   __syncthreads();
-  settle<T>(c, head, e, kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area);
+  settle<T>(c, head, e, kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area, p.order + n * Leaving<T>::kScratch * p.entries);
 }
 
 // ---- launches ----
@@ -738,7 +703,8 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
     else attend_exactly<8>(ctx, p);
   } else if constexpr (!std::is_same_v<T, float>) {
     arrive<T, __half>(ctx, p);
-    if (p.width == 64) attend<64>(ctx, p);
+    if (p.tiled) attend_wgmma(ctx, p);
+    else if (p.width == 64) attend<64>(ctx, p);
     else if (p.width == 128) attend<128>(ctx, p);
     else attend<256>(ctx, p);
   }
@@ -772,7 +738,10 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     p.scale = scale * kPerLn2;
     p.softcap = softcap * kPerLn2;
     p.window = window;
+    p.tiled = !is_exact(*cache) && wgmma_takes(ctx, p);
     p.entries = int64_t{cache->slots} + rows;
+    p.lines = rows;
+    if (p.tiled) p.entries = int64_t{tiles_of(p.entries)} * kTile, p.lines = int64_t{tiles_of(rows)} * kTile;
     // Cut the scratch memory: once to know its size, once to have it.
     uint8_t* scratch = nullptr;
     for (int pass = 0; pass < 2; pass++) {
@@ -786,12 +755,12 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count, 4)); };
       const int64_t states = cache->kv_heads * p.entries;
       const int64_t wide = int64_t{p.width} * (is_exact(*cache) ? 4 : 2);
-      p.q = take(int64_t{cache->heads} * rows, wide);
+      p.q = take(cache->heads * p.lines, wide);
       p.keys = take(states, wide);
       p.values = take(states, wide);
       p.new_keys = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
       p.new_values = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
-      p.lse = floats(int64_t{cache->heads} * rows);
+      p.lse = floats(cache->heads * p.lines);
       p.columns = floats(cache->heads * p.entries);
       p.score = floats(states);
       p.by_rank = floats(states);
@@ -800,9 +769,11 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       p.birth = ints(states);
       p.rank = ints(states);
       p.freed = ints(states);
+      p.order = ints(states * Leaving<float>::kScratch);
       if (pass == 0) scratch = ctx.reserve(bytes);
     }
     by_cache_type(cache->dtype, [&](auto type) { run<decltype(type)>(ctx, *cache, p); });
+    cache->touch(ctx, layer);
     ctx.submitted();
   });
 }

@@ -130,6 +130,7 @@ Context::Context() {
 Context::~Context() { release(); }
 
 void Context::release() {
+  if (going) cudaStreamSynchronize(side);
   if (word) cudaFreeHost(word);
   if (side) cudaStreamDestroy(side);
   if (stream) cudaStreamDestroy(stream);
@@ -154,6 +155,17 @@ void Context::finish(cudaStream_t ran) {
   *word = FaultWord{};
   zero(taken->as<void>(), sizeof(int32_t));
   fail(status, text);
+}
+
+void Context::settle() {
+  if (!going) return;
+  const std::shared_ptr<Graph> ended = std::move(going);
+  going.reset();
+  try {
+    finish(side);
+  } catch (const Failure& failure) {
+    failed = std::make_unique<Failure>(failure);
+  }
 }
 
 void Context::copy(void* to, const void* from, size_t bytes) {
@@ -288,6 +300,7 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
     check_rows(*tensor, row, rows);
     const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
+    if (tensor->mirror) std::memcpy(tensor->mirror->as<void>(row * bytes), data, size_t(rows * bytes));
     if (!is_quantised(tensor->dtype)) {
       ctx.copy(tensor->memory->as<uint8_t>(row * bytes), data, size_t(rows * bytes));
       return;
@@ -310,6 +323,11 @@ int32_t wkv_tensor_read(int32_t context, int32_t handle, int32_t row, int32_t ro
     const bool as_floats = is_quantised(tensor->dtype);
     const int64_t bytes = as_floats ? int64_t{tensor->columns} * 4 : wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(out, out_bytes, rows * bytes, "out");
+    if (tensor->mirror) {
+      ctx.settle();
+      std::memcpy(out, tensor->mirror->as<void>(row * bytes), size_t(rows * bytes));
+      return;
+    }
     if (!as_floats) {
       ctx.copy(out, tensor->memory->as<uint8_t>(row * bytes), size_t(rows * bytes));
       return;
@@ -369,11 +387,40 @@ int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
 }
 
 int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
-  return entry(context, [&](Context& ctx) {
+  return entry_meanwhile(context, [&](Context& ctx) {
     ctx.running = true;  // perhaps while another thread records a graph, which this leaves alone
     require(times >= 0, "times must not be negative: " + std::to_string(times));
     const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
+    ctx.settle();
     for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
     ctx.finish(ctx.side);
+  });
+}
+
+int32_t wkv_graph_start(int32_t context, int32_t handle) {
+  return entry_meanwhile(context, [&](Context& ctx) {
+    ctx.running = true;
+    const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
+    ctx.settle();
+    ctx.failed.reset();
+    check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
+    ctx.going = graph;
+  });
+}
+
+int32_t wkv_graph_poll(int32_t context, int32_t* out, int32_t out_bytes) {
+  return entry_meanwhile(context, [&](Context& ctx) {
+    ctx.running = true;
+    require_buffer(out, out_bytes, 4, "out");
+    if (ctx.going && cudaStreamQuery(ctx.side) == cudaErrorNotReady) {
+      cudaGetLastError();
+      *out = 0;
+      return;
+    }
+    ctx.settle();
+    *out = 1;
+    if (!ctx.failed) return;
+    const std::unique_ptr<Failure> failure = std::move(ctx.failed);
+    throw *failure;
   });
 }

@@ -329,7 +329,7 @@ __device__ uint64_t reach(Board& board, const Slice& slice, const Measure& measu
 
 // ---- kernels ----
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(int32_t* tokens, const float* logits, int32_t count, const float* settings, int32_t* rng, Faults faults) {
+__global__ void __launch_bounds__(kThreads) sample_kernel(int32_t* tokens, int32_t* mirror, const float* logits, int32_t count, const float* settings, int32_t* rng, Faults faults) {
   __shared__ Board board;
   if (threadIdx.x == 0) board.listed = 0;
   wait_for_previous();
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(int32_t* tokens, const
   const Top top = highest(board, slice);
   if (top.bad != INT_MAX || !(temperature > 0.0f)) {
     if (writes && top.bad != INT_MAX) faults.report(Fault::NanLogit, top.bad);
-    else if (writes) tokens[b] = top.token;
+    else if (writes) tokens[b] = mirror[b] = top.token;
     row_sync();  // no block may end while another reads its memory
     return;
   }
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(int32_t* tokens, const
     last = reach(board, slice, measure, min(static_cast<uint64_t>(fmax(goal, 1.0)), all.weight), most, last, all.tokens);
   }
   if (!writes) return;
-  tokens[b] = static_cast<int32_t>(last);
+  tokens[b] = mirror[b] = static_cast<int32_t>(last);
   rng[2] = static_cast<int32_t>(static_cast<uint32_t>(rng[2]) + 1);
 }
 
@@ -455,8 +455,14 @@ int32_t wkv_sample(int32_t context, int32_t tokens, int32_t logits, int32_t sett
     const TensorRef state = find_tensor(context, rng, "rng", WKV_I32, from->rows, 4);
     const TensorRef to = find_tensor(context, tokens, "tokens", WKV_I32, 1, -1);
     require(to->columns >= from->rows, "tokens has fewer columns than logits has rows");
+    if (!to->mirror) {
+      const size_t bytes = to->memory->bytes();
+      const auto mirror = std::make_shared<HostMemory>(bytes);
+      ctx.copy(mirror->as<void>(), to->i32(), bytes);
+      to->mirror = mirror;
+    }
     ctx.hold(from, rules, state, to);
-    launch(ctx, sample_kernel, shape_of(ctx, from->rows, from->columns), to->i32(), from->f32(), from->columns, rules->f32(), state->i32(), ctx.faults());
+    launch(ctx, sample_kernel, shape_of(ctx, from->rows, from->columns), to->i32(), to->mirror->as<int32_t>(), from->f32(), from->columns, rules->f32(), state->i32(), ctx.faults());
     ctx.submitted();
   });
 }

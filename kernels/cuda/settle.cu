@@ -91,6 +91,7 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
     const TensorRef forced = find_victims(context, victims, *cache);
     ctx.hold(cache, rows, given, forced);
     settle_step(ctx, *cache, cache->view(layer), rows->f32(), rows->columns, given->f32(), forced ? forced->i32() : nullptr);
+    cache->touch(ctx, layer);
     ctx.submitted();
   });
 }

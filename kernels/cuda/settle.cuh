@@ -4,6 +4,8 @@
 
 namespace wkv {
 
+constexpr int32_t kMany = 8;  // tokens that leave together rather than one by one
+
 /** Shared memory of settle. */
 struct SettleArea {
   float value[32];
@@ -436,12 +438,466 @@ struct Settling {
 };
 
 /**
- * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
- * policy's victim (rank `forced` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
- * then goes into free slots. `e` is the head's own state or a copy, which is written back.
+ * Tokens that leave in numbers. Of most rules a token's value does not change while others leave, and which tokens may leave does not
+ * either: then the victims are the first of the evictable ones in the order of (value, rank), and with T(r) = the turn at which rank r
+ * leaves (ranks as they are before the first leaves; a token that stays: never), a victim's right neighbour in its turn is the next rank
+ * to the right with a later T. So each token takes in, one after the other, x - 1, then p(x - 1), p(p(x - 1)), ... as long as they leave
+ * before x, p being the next rank to the left with a later T. Runs of ranks with rising T are walked by a warp each, the value of the
+ * moment in registers, from left to right, waiting for the ends of runs further left: the same sums in the same order as one by one.
+ * Where a merge changes the costs of two neighbours a warp keeps the lowest cost of each 32 and each 1024 ranks and the ranks' order as a
+ * list. Where the oldest leaves and gives to ranks behind it, the block does that turn by turn.
  */
 template <typename T>
-__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area) {
+struct Leaving {
+  const Settling<T>& s;
+  const Entries& e;
+  SettleArea& area;
+  const int64_t stride;
+  int32_t* const scratch;  // [kScratch, stride]
+  const int32_t tid = s.tid, warp = s.warp, lane = s.lane, threads = s.threads, warps = s.warps, total = s.total;
+  static constexpr int kScratch = 6, kNever = INT_MAX;
+  static constexpr int kSlab = 128, kPer = kSlab / 32, kAhead = 8;  // dimensions of a row that a warp holds; rows on their way
+
+  __device__ int32_t* array(int i) const { return scratch + i * stride; }
+  __device__ int32_t* turns() const { return array(4); }     // T, by rank
+  __device__ int32_t* entries() const { return array(5); }   // by rank
+
+  /** Whether a rule's values stay while tokens leave. */
+  static __device__ bool takes(const CacheView& c) {
+    const bool stays = c.select == WKV_SELECT_OLDEST || c.select == WKV_SELECT_LOWEST_AVERAGE || c.select == WKV_SELECT_LITERAL_AVERAGE || c.select == WKV_SELECT_LOWEST_SUM ||
+                       c.select == WKV_SELECT_LEAST_OFTEN || c.select == WKV_SELECT_KEY_NORM || c.select == WKV_SELECT_SUM_VALUE_NORM;
+    if (c.merge == WKV_MERGE_SPREAD) return c.select == WKV_SELECT_OLDEST;
+    return c.merge == WKV_MERGE_RIGHT ? stays || c.gapped() : stays && c.merge == WKV_MERGE_NONE;
+  }
+
+  /** The sum over the threads before this one, and over all in area.into; exact, as all are whole numbers. */
+  __device__ int32_t sum_before(int32_t x) const {
+    int32_t sum = x;
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+      const int32_t y = __shfl_up_sync(0xffffffffu, sum, o);
+      if (lane >= o) sum += y;
+    }
+    __syncthreads();
+    if (lane == 31) area.rank[warp] = sum;
+    __syncthreads();
+    int32_t before = 0, all = 0;
+    for (int w = 0; w < warps; w++) {
+      if (w == warp) before = all;
+      all += area.rank[w];
+    }
+    __syncthreads();
+    if (tid == 0) area.into = all;
+    __syncthreads();
+    return before + sum - x;
+  }
+
+  /** Sorts `count` pairs of arrays 0 (keys) and 1 (ranks) by key, equals as they are; gives the array of ranks. */
+  __device__ int32_t* sort(int32_t count) const {
+    constexpr int kBits = 7, kDigits = 1 << kBits;
+    uint32_t* const counts = reinterpret_cast<uint32_t*>(area.part);  // [warps, kDigits]
+    static_assert(sizeof area.part >= 16 * kDigits * 4, "a count a warp and digit");
+    const int32_t own = (count + warps * 32 - 1) / (warps * 32) * 32, first = min(warp * own, count), end = min(first + own, count);
+    int from = 0;
+    for (int shift = 0; shift < 32; shift += kBits, from ^= 2) {
+      const uint32_t* keys = reinterpret_cast<const uint32_t*>(array(from));
+      const int32_t* ranks = array(from + 1);
+      uint32_t* to_keys = reinterpret_cast<uint32_t*>(array(from ^ 2));
+      int32_t* to_ranks = array((from ^ 2) + 1);
+      const auto digit_of = [&](uint32_t key) { return key >> shift & (kDigits - 1); };
+      for (int32_t i = lane; i < kDigits; i += 32) counts[warp * kDigits + i] = 0;
+      __syncwarp();
+      for (int32_t i = first + lane; i < end; i += 32) atomicAdd(&counts[warp * kDigits + digit_of(keys[i])], 1u);
+      __syncthreads();
+      // Where each warp's numbers of each digit begin.
+      uint32_t sum = 0;
+      if (tid < kDigits) {
+        for (int w = 0; w < warps; w++) {
+          const uint32_t x = counts[w * kDigits + tid];
+          counts[w * kDigits + tid] = sum;
+          sum += x;
+        }
+      }
+      const uint32_t before = sum_before(tid < kDigits ? static_cast<int32_t>(sum) : 0);
+      if (tid < kDigits) {
+        for (int w = 0; w < warps; w++) counts[w * kDigits + tid] += before;
+      }
+      __syncthreads();
+      for (int32_t base = first; base < end; base += 32) {
+        const bool inside = base + lane < end;
+        const uint32_t key = inside ? keys[base + lane] : 0, digit = inside ? digit_of(key) : kDigits;
+        const uint32_t same = __match_any_sync(0xffffffffu, digit);
+        const int32_t at = __popc(same & ((1u << lane) - 1));
+        uint32_t place = 0;
+        if (inside) place = counts[warp * kDigits + digit] + at;
+        __syncwarp();
+        if (inside && at == 0) counts[warp * kDigits + digit] += __popc(same);
+        __syncwarp();
+        if (inside) to_keys[place] = key, to_ranks[place] = ranks[base + lane];
+      }
+      __syncthreads();
+    }
+    return array(from + 1);
+  }
+
+  /** Of a float, so that lower ones come first; both zeros are equal. */
+  static __device__ uint32_t key_of(float x) {
+    const uint32_t bits = __float_as_uint(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  }
+
+  /** The next rank to the left of r with a later turn than r's; -1: none. highs: the latest turns of 32 and of 1024 ranks. */
+  __device__ int32_t later_left(int32_t r, const int32_t* highs, const int32_t* highest) const {
+    const int32_t own = turns()[r];
+    int32_t i = r - 1;
+    while (i >= 0) {
+      if ((i & 1023) == 1023 && highest[i >> 10] <= own) i -= 1024;
+      else if ((i & 31) == 31 && highs[i >> 5] <= own) i -= 32;
+      else if (turns()[i] > own) return i;
+      else i--;
+    }
+    return -1;
+  }
+
+  /** Merges all victims to the right; lefts: p of each, done: flags, how many slabs of a rank's row took in all that they ever will. */
+  __device__ void merge(const int32_t* lefts, volatile int32_t* done) const {
+    const int32_t* const at = turns();
+    const float* const weights = e.by_rank;
+    for (int32_t slab = 0; slab * kSlab < s.dim; slab++) {
+      const int32_t d0 = slab * kSlab + lane;
+      const auto read = [&](int32_t rank, float (&x)[kPer]) {
+        const T* row = s.value_of(entries()[rank]);
+#pragma unroll
+        for (int k = 0; k < kPer; k++) x[k] = d0 + k * 32 < s.dim ? to_float(row[d0 + k * 32]) : 0.0f;
+      };
+      __syncthreads();
+      if (tid == 0) area.holes = 0;
+      __syncthreads();
+      for (;;) {
+        int32_t base = 0;
+        if (lane == 0) base = atomicAdd(&area.holes, 32);
+        base = __shfl_sync(0xffffffffu, base, 0);
+        if (base >= total) break;
+        // Runs of two and more begin where the turn before is later and that behind is too.
+        const int32_t r = base + lane;
+        const bool begins = r + 1 < total && at[r] < at[r + 1] && !(r > 0 && at[r - 1] < at[r]);
+        uint32_t starts = __ballot_sync(0xffffffffu, begins);
+        for (; starts; starts &= starts - 1) {
+          int32_t x = base + __ffs(starts) - 1;
+          float value[kPer];
+          read(x, value);
+          // x holds its last value; its right neighbour takes it in, and what else leaves before that.
+          while (x + 1 < total && at[x] < at[x + 1]) {
+            float own[kPer];
+            read(x + 1, own);
+            const int32_t turn = at[x + 1];
+            const float weight = weights[x + 1];
+            const auto take = [&](float w, const float (&from)[kPer]) {
+              if (!(w + weight > 0.0f)) return;
+#pragma unroll
+              for (int k = 0; k < kPer; k++) own[k] = to_float(from_float<T>(wkv_merged(w, from[k], weight, own[k])));
+            };
+            take(weights[x], value);
+            int32_t next = lefts[x], count = 0;
+            float rows[kAhead][kPer], factors[kAhead];
+            do {
+              count = 0;
+#pragma unroll
+              for (int u = 0; u < kAhead; u++) {
+                if (next < 0 || at[next] >= turn) continue;
+                while (done[next] <= slab) {}
+                __threadfence_block();
+                factors[u] = weights[next];
+                read(next, rows[u]);
+                next = lefts[next], count = u + 1;
+              }
+#pragma unroll
+              for (int u = 0; u < kAhead; u++) {
+                if (u < count) take(factors[u], rows[u]);
+              }
+            } while (count == kAhead);
+            x++;
+#pragma unroll
+            for (int k = 0; k < kPer; k++) value[k] = own[k];
+          }
+          T* row = s.value_of(entries()[x]);
+#pragma unroll
+          for (int k = 0; k < kPer; k++) {
+            if (d0 + k * 32 < s.dim) row[d0 + k * 32] = from_float<T>(value[k]);
+          }
+          __threadfence_block();
+          __syncwarp();
+          if (lane == 0) done[x] = slab + 1;
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  /** What the first token of a rule with costs would cost; ranks as they were. */
+  __device__ float cost(int32_t rank, int32_t right, float gap) const {
+    const int32_t entry = entries()[rank];
+    return wkv_select_value(s.c.select, {rank, e.score[entry], e.by_rank[rank], e.by_rank[right], 0.0f, gap});
+  }
+
+  /** The rank whose value is none, or INT_MAX; `values` of evictable ranks go to array 0 as keys, the ranks to array 1. */
+  __device__ int32_t value_all(int32_t first, int32_t evictable) const {
+    const CacheView& c = s.c;
+    if (tid == 0) area.bad[0] = INT_MAX;
+    __syncthreads();
+    for (int32_t i = tid; i < evictable; i += threads) {
+      const int32_t rank = first + i, entry = entries()[rank];
+      float value;
+      if (c.gapped()) value = rank + 1 < total ? cost(rank, rank + 1, e.gap[entry]) : INFINITY;
+      else value = wkv_select_value(c.select, {rank, e.score[entry], e.by_rank[rank], 0.0f, e.now ? e.now[entry] : 0.0f, c.later ? e.measure[entry] : 0.0f});
+      if (isnan(value)) atomicMin(&area.bad[0], rank);
+      array(0)[i] = static_cast<int32_t>(key_of(value)), array(1)[i] = rank;
+    }
+    __syncthreads();
+    return area.bad[0];
+  }
+
+  /** Merges the cheapest, `leaving` times over, by the first warp; gives the last to leave, or -1 with the rank that has no cost in
+   *  area.bad[0]. Array 0 has the costs of `evictable` ranks from `first` on; what had no right neighbour to go to is counted in
+   *  area.holes. */
+  __device__ int32_t merge_cheapest(int32_t first, int32_t evictable, int32_t leaving) const {
+    constexpr uint32_t kGone = 0xffffffffu;
+    const int32_t groups = (evictable + 31) / 32, tops = (groups + 31) / 32;
+    uint32_t* const keys = reinterpret_cast<uint32_t*>(array(0));
+    uint32_t* const lows = groups + tops <= 2048 ? reinterpret_cast<uint32_t*>(area.part) : reinterpret_cast<uint32_t*>(array(1));
+    uint32_t* const lowest = lows + groups;
+    int32_t *const before = array(2), *const behind = array(3);  // by rank; -1, total: none
+    const auto low_of = [&](const uint32_t* of, int32_t count, int32_t group) {
+      const int32_t i = group * 32 + lane;
+      return __reduce_min_sync(0xffffffffu, i < count ? of[i] : kGone);
+    };
+    for (int32_t r = tid; r < total; r += threads) before[r] = r - 1, behind[r] = r + 1;
+    for (int32_t g = warp; g < groups; g += warps) {
+      const uint32_t low = low_of(keys, evictable, g);
+      if (lane == 0) lows[g] = low;
+    }
+    __syncthreads();
+    for (int32_t g = warp; g < tops; g += warps) {
+      const uint32_t low = low_of(lows, groups, g);
+      if (lane == 0) lowest[g] = low;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      int32_t freed = 0, dropped = 0, victim = -1;
+      for (int32_t turn = 0; turn < leaving; turn++) {
+        // The lowest key, the lowest rank of equals.
+        uint32_t low = kGone;
+        int32_t top = 0;
+        for (int32_t base = 0; base < tops; base += 32) {
+          const uint32_t key = base + lane < tops ? lowest[base + lane] : kGone, least = __reduce_min_sync(0xffffffffu, key);
+          if (least < low) low = least, top = base + __ffs(__ballot_sync(0xffffffffu, key == least)) - 1;
+        }
+        const auto find = [&](const uint32_t* of, int32_t count, int32_t group) {
+          const int32_t i = group * 32 + lane;
+          return group * 32 + __ffs(__ballot_sync(0xffffffffu, i < count && of[i] == low)) - 1;
+        };
+        victim = first + find(keys, evictable, find(lows, groups, top));
+        const int32_t left = before[victim], right = behind[victim], entry = entries()[victim];
+        if (lane == 0) {
+          turns()[victim] = turn;
+          keys[victim - first] = kGone;
+          if (entry < s.kept) e.freed[freed] = entry;
+        }
+        freed += entry < s.kept, dropped += right == total;
+        float costs[2] = {INFINITY, INFINITY};  // of the left and of the right neighbour
+        if (right < total) {
+          const int32_t far = behind[right], into = entries()[right];
+          const float w_v = e.by_rank[victim], w_r = e.by_rank[right];
+          const T *from = s.value_of(entry), *row_left = left >= 0 ? s.value_of(entries()[left]) : from, *row_far = far < total ? s.value_of(entries()[far]) : from;
+          T* const to = s.value_of(into);
+          const bool merges = w_v + w_r > 0.0f;
+          float gaps[2] = {};
+#pragma unroll 4
+          for (int32_t d = lane; d < s.dim; d += 32) {
+            T merged = to[d];
+            if (merges) to[d] = merged = from_float<T>(wkv_merged(w_v, to_float(from[d]), w_r, to_float(merged)));
+            const float x = to_float(row_left[d]) - to_float(merged), y = to_float(merged) - to_float(row_far[d]);
+            gaps[0] += x * x, gaps[1] += y * y;
+          }
+          gaps[0] = warp_sum(gaps[0]), gaps[1] = warp_sum(gaps[1]);
+          if (left >= 0) costs[0] = cost(left, right, gaps[0]);
+          if (far < total) costs[1] = cost(right, far, gaps[1]);
+          if (lane == 0) {
+            before[right] = left;
+            if (left >= 0) e.gap[entries()[left]] = gaps[0];
+            if (far < total) e.gap[into] = gaps[1];
+          }
+        }
+        if (lane == 0 && left >= 0) behind[left] = right;
+        const auto may = [&](int32_t rank) { return rank >= first && rank < first + evictable; };
+        if (lane == 0) {
+          if (may(left)) keys[left - first] = key_of(costs[0]);
+          if (may(right)) keys[right - first] = key_of(costs[1]);
+        }
+        const bool bad[2] = {may(left) && isnan(costs[0]), may(right) && isnan(costs[1])};
+        if ((bad[0] || bad[1]) && turn + 1 < leaving) {
+          if (lane == 0) area.bad[0] = bad[0] ? left : right;
+          victim = -1;
+          break;
+        }
+        __syncwarp();
+        const int32_t ranks[3] = {victim, may(left) ? left : victim, may(right) ? right : victim};
+        uint32_t least[3];
+#pragma unroll
+        for (int k = 0; k < 3; k++) least[k] = low_of(keys, evictable, (ranks[k] - first) / 32);
+        if (lane == 0) {
+#pragma unroll
+          for (int k = 0; k < 3; k++) lows[(ranks[k] - first) / 32] = least[k];
+        }
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 3; k++) least[k] = low_of(lows, groups, (ranks[k] - first) / 1024);
+        if (lane == 0) {
+#pragma unroll
+          for (int k = 0; k < 3; k++) lowest[(ranks[k] - first) / 1024] = least[k];
+        }
+        __syncwarp();
+      }
+      if (lane == 0) area.into = victim, area.freed = freed, area.holes = dropped;
+    }
+    __syncthreads();
+    return area.into;
+  }
+
+  /** Has the oldest leave, `leaving` times over, each giving its value to ranks behind it or not; counts them and says what the last did. */
+  __device__ void spread_oldest(int32_t first, int32_t leaving) const {
+    for (int32_t turn = 0; turn < leaving; turn++) {
+      const int32_t rank = first + turn, victim = entries()[rank];
+      if (tid < WKV_SPREAD_RANKS) area.targets[tid] = rank + 1 + tid < total ? entries()[rank + 1 + tid] : -1;
+      __syncthreads();
+      const int32_t into = s.spread(victim, turn);
+      if (tid == 0) tell(victim, area.targets[0], into), into >= 0 ? s.c.counts[s.head].merged++ : s.c.counts[s.head].evicted++;
+      __syncthreads();
+    }
+  }
+
+  /** What the last token to leave did. */
+  __device__ void tell(int32_t victim, int32_t right, int32_t into) const {
+    Counts& counts = s.c.counts[s.head];
+    counts.event[0] = static_cast<float>(e.birth[victim] - 1);
+    counts.event[1] = into >= 0 ? static_cast<float>(e.birth[into] - 1) : -1.0f;
+    counts.event[2] = s.weight(victim);
+    counts.event[3] = into >= 0 ? s.weight(into) : right >= 0 ? s.weight(right) : 0.0f;
+  }
+
+  /** Has `leaving` tokens leave; false, and a fault is reported, when one has no value. */
+  __device__ bool run(int32_t leaving, int32_t arrived, const Faults& faults) const {
+    const CacheView& c = s.c;
+    const int32_t first = c.sinks, evictable = total - c.recent - first;
+    for (int32_t i = tid; i < total; i += threads) {
+      const int32_t rank = e.rank[i];
+      entries()[rank] = i, turns()[rank] = kNever;
+      e.by_rank[rank] = s.weight(i);
+    }
+    __syncthreads();
+    int32_t bad = value_all(first, evictable), last = -1;
+    if (bad == INT_MAX && c.gapped()) {
+      last = merge_cheapest(first, evictable, leaving);
+      if (last < 0) {
+        // Its rank among those that are left.
+        bad = 0;
+        for (int32_t base = 0; base < area.bad[0]; base += threads) {
+          sum_before(base + tid < area.bad[0] && turns()[base + tid] == kNever);
+          bad += area.into;
+        }
+      }
+    }
+    if (bad != INT_MAX) {
+      if (tid == 0) faults.report(Fault::NanScore, bad);
+      return false;
+    }
+    int32_t dropped = 0;
+    if (!c.gapped()) {
+      const int32_t* order = c.select == WKV_SELECT_OLDEST ? array(1) : sort(evictable);
+      // The victims' slots in the order of leaving.
+      int32_t freed = 0;
+      for (int32_t base = 0; base < leaving; base += threads) {
+        const int32_t i = base + tid;
+        int32_t entry = INT_MAX;
+        if (i < leaving) turns()[order[i]] = i, entry = entries()[order[i]];
+        const int32_t at = freed + sum_before(entry < s.kept);
+        if (entry < s.kept) e.freed[at] = entry;
+        freed += area.into;
+      }
+      last = order[leaving - 1];
+      if (tid == 0) area.freed = freed;
+      __syncthreads();
+      if (c.merge == WKV_MERGE_NONE) dropped = leaving;
+      if (c.merge == WKV_MERGE_SPREAD) spread_oldest(first, leaving);
+      if (c.merge == WKV_MERGE_RIGHT) {
+        // The sort's arrays are free again.
+        int32_t *highs = array(0), *lefts = array(2), *done = array(3), *highest = highs + (total + 31) / 32;
+        for (int32_t k = warp; k * 32 < total; k += warps) {
+          const int32_t r = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, r < total ? turns()[r] : 0);
+          if (lane == 0) highs[k] = high;
+        }
+        __syncthreads();
+        for (int32_t k = warp; k * 1024 < total; k += warps) {
+          const int32_t i = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, i * 32 < total ? highs[i] : 0);
+          if (lane == 0) highest[k] = high;
+        }
+        __syncthreads();
+        for (int32_t r = tid; r < total; r += threads) {
+          const int32_t turn = turns()[r];
+          if (turn == kNever) continue;
+          lefts[r] = later_left(r, highs, highest);
+          // What takes nothing in is ready.
+          done[r] = r > 0 && turns()[r - 1] < turn ? 0 : INT_MAX;
+        }
+        __syncthreads();
+        merge(lefts, done);
+        // Those behind whom nobody stays or leaves later have nobody to go to.
+        if (tid == 0) {
+          for (int32_t r = total - 1; r >= 0 && turns()[r] != kNever; r = lefts[r]) dropped++;
+          area.into = dropped;
+        }
+        __syncthreads();
+        dropped = area.into;
+      }
+    } else {
+      dropped = area.holes;
+    }
+    // The right neighbour of the last one: all others have left.
+    if (tid == 0) area.around[0] = INT_MAX, area.arrived_left = arrived - (leaving - area.freed), area.first_freed = area.freed > 0 ? e.freed[0] : 0;
+    __syncthreads();
+    for (int32_t r = last + 1 + tid; r < total; r += threads) {
+      if (turns()[r] != kNever) continue;
+      atomicMin(&area.around[0], r);
+      break;
+    }
+    __syncthreads();
+    if (tid == 0 && c.merge != WKV_MERGE_SPREAD) {
+      const int32_t right = area.around[0] == INT_MAX ? -1 : entries()[area.around[0]];
+      tell(entries()[last], right, c.merge == WKV_MERGE_RIGHT ? right : -1);
+      c.counts[s.head].merged += leaving - dropped, c.counts[s.head].evicted += dropped;
+    }
+    // Ranks close up.
+    int32_t left = 0;
+    for (int32_t base = 0; base < total; base += threads) {
+      const int32_t r = base + tid;
+      const bool stays = r < total && turns()[r] == kNever;
+      const int32_t rank = left + sum_before(stays);
+      if (r < total) e.rank[entries()[r]] = stays ? rank : -1;
+      left += area.into;
+    }
+    __syncthreads();
+    return true;
+  }
+};
+
+/**
+ * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
+ * policy's victim (rank `forced` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
+ * then goes into free slots. `e` is the head's own state or a copy, which is written back. `order`: scratch of Leaving, of e's stride; null:
+ * there is none, and tokens leave one by one.
+ */
+template <typename T>
+__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area, int32_t* order = nullptr) {
   const int32_t tid = threadIdx.x, total = kept + arrived, target = wkv_target(total, c.slots, c.interval);
   const Settling<T> s{c, head, e, kept, total, in_keys, in_values, area};
   if (tid == 0) area.freed = 0, area.arrived_left = arrived;
@@ -460,6 +916,11 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
     __syncthreads();
   }
   if (total > target && c.later) s.measure_all();
+  if (order && total - target >= kMany && Leaving<T>::takes(c)) {
+    __syncthreads();
+    if (Leaving<T>{s, e, area, e.stride, order}.run(total - target, arrived, faults)) s.place(arrived);
+    return;
+  }
   for (int32_t count = total, turn = 0; count > target; count--, turn++, forced = -1) {
     __syncthreads();
     if (tid < 4) area.around[tid] = -1;

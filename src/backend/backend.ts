@@ -65,7 +65,12 @@ export class Backend implements Disposable {
   readonly device: "cpu" | "cuda";
   readonly #library: Library;
   readonly #context: number;
+  /** Runs that were asked for and have not ended. */
   #running = 0;
+  /** Those that another thread waits for. */
+  #waited = 0;
+  /** The one that this thread looks after. */
+  #watched: Promise<number> | undefined;
   #closed = false;
 
   private constructor(path: string, library: Library, context: number) {
@@ -280,20 +285,54 @@ export class Backend implements Disposable {
     throw failure;
   }
 
-  /** Runs a graph off the main thread. Used by {@linkcode Graph.run}. */
+  /**
+   * Runs a graph beside the main thread. Used by {@linkcode Graph.run}.
+   *
+   * One run on a GPU is started from here and looked after once a turn of the
+   * event loop: until a thread that waits for it has woken, and has woken this
+   * one, takes as long as many a kernel of it.
+   */
   async runGraph(graph: number, times: number): Promise<void> {
     this.#check();
     this.#running++;
     try {
-      const status = await this.#library.symbols.wkv_graph_run(
-        this.#context,
-        graph,
-        times,
-      );
+      // Runs follow each other, and to look after one must not wait for the next.
+      while (this.#watched !== undefined) await this.#watched;
+      const status = this.device === "cuda" && times === 1 && this.#waited === 0
+        ? await this.#watch(graph)
+        : await this.#wait(graph, times);
       if (status !== 0) throw this.#error("wkv_graph_run", status);
     } finally {
       this.#running--;
       if (this.#closed && this.#running === 0) this.#unload();
+    }
+  }
+
+  /** Starts a run and looks after it; gives its status. */
+  #watch(graph: number): Promise<number> | number {
+    const { wkv_graph_start, wkv_graph_poll } = this.#library.symbols;
+    const started = wkv_graph_start(this.#context, graph);
+    if (started !== 0) return started;
+    const ended = new Int32Array(1);
+    return this.#watched = new Promise((resolve) => {
+      const look = () => {
+        const status = wkv_graph_poll(this.#context, ended, 4);
+        if (status === 0 && ended[0] === 0) return void setImmediate(look);
+        this.#watched = undefined;
+        resolve(status);
+      };
+      setImmediate(look);
+    });
+  }
+
+  /** Has another thread run a graph; gives its status. */
+  async #wait(graph: number, times: number): Promise<number> {
+    this.#waited++;
+    try {
+      const { wkv_graph_run } = this.#library.symbols;
+      return await wkv_graph_run(this.#context, graph, times);
+    } finally {
+      this.#waited--;
     }
   }
 
@@ -348,7 +387,7 @@ export class Graph implements Disposable {
   }
 
   /**
-   * Runs all its ops in order, `times` times over, off the main thread.
+   * Runs all its ops in order, `times` times over, beside the main thread.
    *
    * @throws {WkvError} An op failed; the caches it wrote are undefined then.
    */

@@ -180,11 +180,14 @@ export async function buildCudaLibrary(
     "-fPIC,-fvisibility=hidden",
     "-Xptxas",
     "-v",
-    ...targets.flatMap((target) => ["-gencode", generation(target)]),
   ];
+  const codes = (targets: readonly string[]) =>
+    targets.flatMap((target) => ["-gencode", generation(target)]);
   const version = await run(compiler, ["--version"], options.signal);
   const hash = await sourceHash("cuda");
-  const key = await sha256(JSON.stringify([version, flags, exportMap]));
+  const key = await sha256(
+    JSON.stringify([version, [...flags, ...codes(targets)], exportMap]),
+  );
   const path = `${options.folder}/${await libraryPrefix("cuda")}${
     key.slice(0, 8)
   }.so`;
@@ -198,7 +201,8 @@ export async function buildCudaLibrary(
       [];
     if (stem === undefined) return [];
     const own = extension === "cpp" ? [hashFlag(hash)] : [];
-    return [{ source, object: stem, flags: [...flags, ...own] }];
+    const code = codes(targetsOf(source, targets));
+    return [{ source, object: stem, flags: [...flags, ...code, ...own] }];
   });
   const said = await make({
     ...options,
@@ -223,6 +227,20 @@ function versionScript(kind: LibraryKind, file: string): string[] {
   return kind === "cpu"
     ? [`-Wl,--version-script=${file}`]
     : ["-Xlinker", `--version-script=${file}`];
+}
+
+/**
+ * A file named for wgmma is for GPUs of 9.0 alone, whose `sm_90a` has it; built
+ * for others its kernels are empty, and the library asks before it takes them.
+ */
+function targetsOf(
+  source: string,
+  targets: readonly string[],
+): readonly string[] {
+  return source.endsWith("_wgmma.cu") &&
+      targets.some((target) => /_90a?$/.test(target))
+    ? ["sm_90a"]
+    : targets;
 }
 
 /** The `-gencode` of a target. */

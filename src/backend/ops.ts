@@ -8,7 +8,10 @@ import { wkv_activation, wkv_precision } from "./symbols.ts";
 import type { Tensor } from "./tensor.ts";
 
 /** How linear ops hold their input; see wkv.h. */
-export type Precision = "f32" | "int8";
+export type Precision = "f32" | "int8" | "half";
+
+/** Their list, the default first. */
+export const PRECISIONS: readonly Precision[] = ["int8", "f32", "half"];
 
 /** What the gate of a feed-forward part goes through; see wkv.h. */
 export type Activation = "silu" | "gelu-tanh";
@@ -35,7 +38,7 @@ export interface LinearOptions {
   xRow?: number;
   /** The first column of `out` that is written. @default `0` */
   outColumn?: number;
-  /** How `x` is held where `w` is quantised. */
+  /** How `x` is held. */
   precision: Precision;
 }
 
@@ -47,6 +50,7 @@ const activations: Record<Activation, number> = {
 const precisions: Record<Precision, number> = {
   f32: wkv_precision.WKV_PRECISION_F32,
   int8: wkv_precision.WKV_PRECISION_INT8,
+  half: wkv_precision.WKV_PRECISION_HALF,
 };
 
 /** `out[i] = scale * table[tokens[i]]` for the first `rows` tokens. */

@@ -1,6 +1,6 @@
 /** The C ABI as Deno.dlopen wants it, and its constants. Made from kernels/wkv.h by `deno task bind`. */
 
-export const ABI_VERSION = 3;
+export const ABI_VERSION = 4;
 
 export const wkv_status = {
   WKV_OK: 0,
@@ -84,6 +84,7 @@ export const wkv_activation = {
 export const wkv_precision = {
   WKV_PRECISION_F32: 0,
   WKV_PRECISION_INT8: 1,
+  WKV_PRECISION_HALF: 2,
 } as const;
 
 export const symbols = {
@@ -102,6 +103,8 @@ export const symbols = {
   wkv_graph_begin: { parameters: ["i32"], result: "i32" },
   wkv_graph_end: { parameters: ["i32","buffer","i32"], result: "i32" },
   wkv_graph_run: { parameters: ["i32","i32","i32"], result: "i32", nonblocking: true },
+  wkv_graph_start: { parameters: ["i32","i32"], result: "i32" },
+  wkv_graph_poll: { parameters: ["i32","buffer","i32"], result: "i32" },
   wkv_embed: { parameters: ["i32","i32","i32","i32","i32","f32"], result: "i32" },
   wkv_rmsnorm: { parameters: ["i32","i32","i32","i32","i32","f32","i32"], result: "i32" },
   wkv_qk_norm: { parameters: ["i32","i32","i32","i32","i32","i32","i32","i32","f32"], result: "i32" },

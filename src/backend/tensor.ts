@@ -78,8 +78,12 @@ export class Tensor implements Disposable {
     rows = 1,
   ): Tensor {
     const dtype = values instanceof Int32Array ? "I32" : "F32";
-    const tensor = new Tensor(backend, dtype, rows, values.length / rows);
+    using opened = new DisposableStack();
+    const tensor = opened.use(
+      new Tensor(backend, dtype, rows, values.length / rows),
+    );
     tensor.write(values);
+    opened.move();
     return tensor;
   }
 

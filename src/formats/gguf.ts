@@ -1,20 +1,25 @@
-/** An open GGUF model file, its metadata and tensors checked; used by model loading and by the tokenizer. */
+/** An open GGUF model, in one file or several, its metadata and tensors checked; used by model loading and by the tokenizer. */
 
 import { DataFile } from "./data_file.ts";
 import { FormatError, quote } from "./error.ts";
-import { MAX_HEADER, readGgufHeader } from "./gguf_header.ts";
+import { type GgufHeader, MAX_HEADER, readGgufHeader } from "./gguf_header.ts";
 import {
   describeGguf,
   type GgufValue,
   type GgufValueType,
 } from "./gguf_metadata.ts";
-import { refuseSplit } from "./gguf_split.ts";
+import {
+  missingPart,
+  readSplit,
+  requireFirst,
+  requireSameModel,
+} from "./gguf_split.ts";
 import type { GgufTensor } from "./gguf_tensors.ts";
 import { HeaderReader } from "./header_reader.ts";
+import { partNames } from "./part_names.ts";
 
 export type { GgmlType } from "./ggml_types.ts";
 export type { GgufNumbers, GgufValue } from "./gguf_metadata.ts";
-export type { GgufTensor } from "./gguf_tensors.ts";
 
 /** Bounds of a number in the metadata, both included. */
 export interface GgufRange {
@@ -26,9 +31,15 @@ export interface GgufRange {
   fallback?: number;
 }
 
+/** One tensor, with the file that holds it. */
+export interface GgufFileTensor extends GgufTensor {
+  /** The file. */
+  readonly file: DataFile;
+}
+
 /**
- * A GGUF file: header, metadata and tensor table are read and checked by
- * {@linkcode GgufFile.open}; tensor data is read on demand.
+ * A GGUF model: headers, metadata and tensor tables of all its files are read
+ * and checked by {@linkcode GgufFile.open}; tensor data is read on demand.
  *
  * @example
  * ```ts ignore
@@ -36,63 +47,83 @@ export interface GgufRange {
  * const layers = file.integer("llama.block_count", { min: 1, max: 1024 });
  * const tensor = file.tensor("token_embd.weight");
  * const bytes = new Uint8Array(tensor.bytes);
- * await file.read(tensor.offset, bytes);
+ * await tensor.file.read(tensor.offset, bytes);
  * ```
  */
 export class GgufFile implements Disposable {
-  /** Path of the file, as given to `open`. */
+  /** Path of the file, of several the first, as given to `open`. */
   readonly path: string;
+  /** Number of its files. */
+  readonly parts: number;
   /** Version of the format, 2 or 3. */
   readonly version: number;
-  /** Bytes in the file when it was opened. */
+  /** Bytes of all files when they were opened. */
   readonly size: number;
-  /** Metadata in file order. */
+  /** Metadata in file order, of the first file. */
   readonly metadata: ReadonlyMap<string, GgufValue>;
   /** Tensors in file order, by name. */
-  readonly tensors: ReadonlyMap<string, GgufTensor>;
+  readonly tensors: ReadonlyMap<string, GgufFileTensor>;
 
   #types: ReadonlyMap<string, GgufValueType>;
-  #file: DataFile;
+  #files: readonly DataFile[];
 
   private constructor(
-    file: DataFile,
-    fields:
-      & Pick<GgufFile, "path" | "version" | "size" | "metadata" | "tensors">
-      & { types: ReadonlyMap<string, GgufValueType> },
+    files: readonly DataFile[],
+    { version, metadata, types }: GgufHeader,
+    tensors: ReadonlyMap<string, GgufFileTensor>,
   ) {
-    this.path = fields.path;
-    this.version = fields.version;
-    this.size = fields.size;
-    this.metadata = fields.metadata;
-    this.tensors = fields.tensors;
-    this.#types = fields.types;
-    this.#file = file;
+    this.path = files[0]!.path;
+    this.parts = files.length;
+    this.version = version;
+    this.size = files.reduce((sum, { size }) => sum + size, 0);
+    this.metadata = metadata;
+    this.tensors = tensors;
+    this.#types = types;
+    this.#files = files;
   }
 
   /**
-   * Opens a file and checks everything but the tensors' data.
+   * Opens a model and checks everything but the tensors' data.
    *
-   * @param path Path of the file.
-   * @returns The open file, to be closed by its owner.
-   * @throws {FormatError} When the file is not a whole GGUF file.
+   * @param path Path of the file, or of the first of several that llama.cpp's
+   * gguf-split made; the others lie beside it.
+   * @returns The open model, to be closed by its owner.
+   * @throws {FormatError} When a file is not a whole GGUF file, or the files
+   * are not those of one model.
    * @throws {Deno.errors.NotFound} When there is none; likewise `IsADirectory`,
    * `PermissionDenied` and the rest, naming the path.
    */
   static async open(path: string): Promise<GgufFile> {
-    const file = await DataFile.open(path, "GGUF file");
+    const files: DataFile[] = [];
     try {
-      const { size } = file;
-      const reader = new HeaderReader(
-        { read: (into) => file.next(into) },
-        { path, size, limit: MAX_HEADER },
-      );
-      const header = await readGgufHeader(
-        reader,
-        (metadata) => refuseSplit(path, metadata),
-      );
-      return new GgufFile(file, { path, size, ...header });
+      const header = await openPart(path, files);
+      const tensors = new Map<string, GgufFileTensor>();
+      addTensors(tensors, header, files[0]!);
+      const first = readSplit(path, header);
+      if (first === null) return new GgufFile(files, header, tensors);
+      requireFirst(path, first);
+      for (const name of partNames(path).slice(1)) {
+        let other: GgufHeader;
+        try {
+          other = await openPart(name, files);
+        } catch (cause) {
+          if (!(cause instanceof Deno.errors.NotFound)) throw cause;
+          throw missingPart(path, first, name, cause);
+        }
+        const split = readSplit(name, other);
+        requireSameModel(name, split, other, first, header);
+        addTensors(tensors, other, files.at(-1)!);
+      }
+      if (tensors.size !== first.tensors) {
+        throw new FormatError(
+          path,
+          "split.tensors.count",
+          `The ${first.count} files hold ${tensors.size} tensors, expected ${first.tensors}`,
+        );
+      }
+      return new GgufFile(files, header, tensors);
     } catch (error) {
-      file.close();
+      for (const file of files) file.close();
       throw error;
     }
   }
@@ -207,7 +238,7 @@ export class GgufFile implements Disposable {
    * @returns The row.
    * @throws {FormatError} When it is absent or of another shape.
    */
-  tensor(name: string, shape?: readonly number[]): GgufTensor {
+  tensor(name: string, shape?: readonly number[]): GgufFileTensor {
     const field = `tensor ${quote(name)}`;
     const expected = shape ? `shape [${shape.join(", ")}]` : "it";
     const tensor = this.tensors.get(name);
@@ -222,31 +253,18 @@ export class GgufFile implements Disposable {
       [0, 1, 2, 3].every((i) => (shape[i] ?? 1) === (tensor.shape[i] ?? 1));
     if (same) return tensor;
     throw new FormatError(
-      this.path,
+      tensor.file.path,
       field,
       `Shape is [${tensor.shape.join(", ")}], expected ${expected}`,
     );
   }
 
-  /**
-   * Reads bytes of the file, such as a tensor's data.
-   *
-   * @param offset Where to begin, in bytes from the file's start.
-   * @param into Filled whole.
-   * @throws {FormatError} When the file ends before.
-   * @throws {RangeError} When the offset is not a whole number, 0 or more.
-   * @throws {Deno.errors.BadResource} When the file is closed.
-   */
-  read(offset: number, into: Uint8Array): Promise<void> {
-    return this.#file.read(offset, into);
-  }
-
-  /** Closes the file; a second call does nothing. */
+  /** Closes all files; a second call does nothing. */
   close(): void {
-    this.#file.close();
+    for (const file of this.#files) file.close();
   }
 
-  /** Closes the file at the end of a `using` block. */
+  /** Closes all files at the end of a `using` block. */
   [Symbol.dispose](): void {
     this.close();
   }
@@ -266,5 +284,40 @@ export class GgufFile implements Disposable {
       key,
       `Found ${found}, expected ${expected}`,
     );
+  }
+}
+
+/** Opens one file into `files`, and reads its header. */
+async function openPart(
+  path: string,
+  files: DataFile[],
+): Promise<GgufHeader> {
+  const file = await DataFile.open(path, "GGUF file");
+  files.push(file);
+  const { size } = file;
+  return await readGgufHeader(
+    new HeaderReader(
+      { read: (into) => file.next(into) },
+      { path, size, limit: MAX_HEADER },
+    ),
+  );
+}
+
+/** Adds the tensors of one file to those of the others. */
+function addTensors(
+  all: Map<string, GgufFileTensor>,
+  { tensors }: GgufHeader,
+  file: DataFile,
+): void {
+  for (const [name, tensor] of tensors) {
+    const other = all.get(name);
+    if (other !== undefined) {
+      throw new FormatError(
+        file.path,
+        `tensor ${quote(name)}`,
+        `Lies in ${quote(other.file.path)} as well, expected it once`,
+      );
+    }
+    all.set(name, { ...tensor, file });
   }
 }

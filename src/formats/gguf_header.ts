@@ -30,14 +30,11 @@ const MIN_TENSOR = 8 + 1 + 4 + 8 + 4 + 8;
  * Reads a header from the file's first byte.
  *
  * @param reader At byte 0.
- * @param onMetadata Called with the metadata before the tensor table is read;
- * what it throws ends the reading.
  * @returns The header, with every tensor's data inside the file.
  * @throws {FormatError} When anything in it is wrong.
  */
 export async function readGgufHeader(
   reader: HeaderReader,
-  onMetadata: (metadata: GgufMetadata) => Promise<void>,
 ): Promise<GgufHeader> {
   const version = await readVersion(reader);
   reader.field = "tensor count";
@@ -47,8 +44,6 @@ export async function readGgufHeader(
 
   const { metadata, types } = await readMetadata(reader, metadataCount);
   const alignment = readAlignment(reader, { metadata, types });
-  await onMetadata({ metadata, types });
-
   const tensors = await readTensors(reader, tensorCount, alignment);
   return { version, metadata, types, tensors };
 }

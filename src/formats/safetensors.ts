@@ -31,6 +31,8 @@ export interface SafetensorsTensor extends StoredTensor {
 export class SafetensorsFile implements Disposable {
   /** Path of the file or of the index, as given to `open`. */
   readonly path: string;
+  /** Number of its files. */
+  readonly parts: number;
   /** Bytes of all files when they were opened. */
   readonly size: number;
   /** Tensors by name. */
@@ -45,6 +47,7 @@ export class SafetensorsFile implements Disposable {
   ) {
     this.path = path;
     this.#files = files;
+    this.parts = files.length;
     this.size = files.reduce((sum, { size }) => sum + size, 0);
     this.tensors = tensors;
   }

@@ -11,6 +11,7 @@ import {
   repoFolder,
   writeRef,
 } from "./hub_cache.ts";
+import { firstPart, partNames, partOfName } from "../formats/part_names.ts";
 import { Meter, type Progress } from "./progress.ts";
 import {
   checkSpace,
@@ -71,7 +72,6 @@ const FOLDER_FILES = [
   ...["chat_template.jinja", "model.safetensors.index.json"],
 ];
 const WEIGHTS = /^model(?:-(\d{5})-of-(\d{5}))?\.safetensors$/;
-const SHARD = /-\d{5}-of-\d{5}\.gguf$/;
 /** Tries of one file, each going on where the one before ended. */
 const TRIES = 5;
 const REDIRECTS = 5;
@@ -124,7 +124,8 @@ export interface Choice {
 
 /**
  * Which files a name means: the GGUF file or the quant that it names; else
- * safetensors with their config.json, or the only GGUF file.
+ * safetensors with their config.json, or the only GGUF file. A model that is
+ * split into several GGUF files is named by its first.
  *
  * @param listed Paths of the repository's files.
  * @throws {RangeError} If it means none, or several.
@@ -150,30 +151,41 @@ export function chooseFiles(
         : `${label}: The repository has no .gguf file`,
     );
   }
-  const wanted = file === null
+  const named = file === null
     ? ggufs
     : file.endsWith(".gguf")
     ? ggufs.filter((path) => path === file)
     : ggufs.filter((path) => hasQuant(path, file));
-  if (wanted.some((path) => SHARD.test(path))) {
-    throw new RangeError(
-      `${label}: The model is split into several files, which is not supported yet; take one that is not`,
-    );
-  }
-  const [only] = wanted;
-  if (only === undefined) {
+  if (named.length === 0) {
     throw new RangeError(
       `${label}: The repository has no ${file}, but ${ggufs.join(", ")}`,
     );
   }
-  if (wanted.length > 1) {
+  // A model in several files is named by each of them, and opened by the first.
+  const models = new Set(named.map(firstPart));
+  if (models.size > 1) {
     throw new SeveralFilesError(
-      `${label}: The repository has ${wanted.length} such .gguf files, name one of them: ${
-        wanted.join(", ")
+      `${label}: The repository has ${models.size} such .gguf files, name one of them: ${
+        [...models].join(", ")
       }`,
     );
   }
-  return { open: only, files: [only] };
+  const open = [...models][0]!;
+  const files = partNames(open);
+  const missing = files.find((path) => !listed.includes(path));
+  if (missing !== undefined) {
+    throw new RangeError(
+      `${label}: The model is split into ${files.length} files, and the repository has no ${missing}`,
+    );
+  }
+  if (file !== null && file.endsWith(".gguf") && file !== open) {
+    throw new RangeError(
+      `${label}: This is part ${
+        partOfName(file)!.part
+      } of a model in ${files.length} files, name the first: ${open}`,
+    );
+  }
+  return { open, files };
 }
 
 /** Whether a file's name has the quant as a part of its own. */
@@ -290,45 +302,45 @@ export async function pullFiles(
   const access = await hubAccess(options);
   const total = files.reduce((sum, { bytes }) => sum + (bytes ?? 0), 0);
   const label = formatHubName(name);
-  const meter = new Meter(options.onProgress, "download", label, total);
   await checkSpace(folder, total);
   let before = 0;
   for (const [i, one] of files.entries()) {
     const blob = `${folder}/blobs/${one.hash}`;
-    const own = files.length === 1
+    const bytes = one.bytes ?? 0, count = files.length;
+    const alone = count === 1;
+    const own = alone
       ? `${label}${name.file === one.file ? "" : `:${one.file}`}`
-      : `${label}: ${one.file} (${i + 1} of ${files.length})`;
-    if (!await isVerified(blob, one, own, options)) {
-      await download(
-        access,
-        name,
-        commit,
-        one,
-        blob,
-        own,
-        options,
-        (loaded) => {
-          meter.at(before + loaded);
-        },
-      );
+      : `${label}: ${one.file} (${i + 1} of ${count})`;
+    const meterOf = (stage: "download" | "verify", adds: boolean): Meter =>
+      alone
+        ? new Meter(options.onProgress, stage, own, bytes)
+        : new Meter(options.onProgress, stage, label, bytes, {
+          ...{ name: one.file, index: i + 1, count, all: total },
+          before: adds ? before : before + bytes,
+          counts: adds,
+        });
+    if (!await isVerified(blob, one, own, meterOf, options)) {
+      const wanted = { name, commit, file: one, blob, label: own };
+      await download(access, wanted, meterOf, options);
     }
-    before += one.bytes ?? 0;
-    meter.at(before);
+    before += bytes;
     await linkBlob(cache, name.repo, { commit, ...one });
   }
-  meter.done(total);
   await writeRef(cache, name, commit);
 }
+
+/** Makes the meter of a stage of one file; `adds`: what is done counts as pulled. */
+type MeterOf = (stage: "download" | "verify", adds: boolean) => Meter;
 
 /** Whether a blob is there and right; one that is not is removed. */
 async function isVerified(
   blob: string,
   expected: HubFile,
   label: string,
-  options: HubOptions,
+  meterOf: MeterOf,
+  { signal }: HubOptions,
 ): Promise<boolean> {
-  const { onProgress, signal } = options;
-  const meter = new Meter(onProgress, "verify", label, expected.bytes);
+  const meter = meterOf("verify", true);
   try {
     const wrong = await difference(blob, expected, { meter, signal });
     if (wrong === null) {
@@ -343,26 +355,33 @@ async function isVerified(
   return false;
 }
 
+/** One file of a commit, and where it goes. */
+interface Wanted {
+  name: HubName;
+  commit: string;
+  file: HubFile;
+  blob: string;
+  /** What it is called in messages. */
+  label: string;
+}
+
 async function download(
   access: HubAccess,
-  name: HubName,
-  commit: string,
-  expected: HubFile,
-  blob: string,
-  label: string,
+  { name, commit, file: expected, blob, label }: Wanted,
+  meterOf: MeterOf,
   options: HubOptions,
-  onLoaded: (bytes: number) => void,
 ): Promise<void> {
-  const { signal, retryMs = 1000, onProgress } = options;
+  const { signal, retryMs = 1000 } = options;
   const part = `${blob}.incomplete`;
   const path = `${name.repo}/resolve/${commit}/${
     expected.file.split("/").map(encodeURIComponent).join("/")
   }`;
   const bytes = expected.bytes ?? 0;
+  const loading = meterOf("download", true);
   let resumed = (await fileSize(part) ?? 0) > 0;
   for (let tries = 1;; tries++) {
     try {
-      await fetchPart(access, path, part, bytes, options, onLoaded);
+      await fetchPart(access, path, part, bytes, options, loading);
     } catch (cause) {
       signal?.throwIfAborted();
       if (cause instanceof Deno.errors.NotCapable) throw cause;
@@ -381,7 +400,8 @@ async function download(
         { cause },
       );
     }
-    const meter = new Meter(onProgress, "verify", label, bytes);
+    loading.done(bytes);
+    const meter = meterOf("verify", false);
     const wrong = await difference(part, expected, { meter, signal });
     if (wrong === null) break;
     await Deno.remove(part);
@@ -402,12 +422,12 @@ async function fetchPart(
   part: string,
   bytes: number,
   options: HubOptions,
-  onLoaded: (bytes: number) => void,
+  meter: Meter,
 ): Promise<void> {
   const { signal, stallMs = 60_000 } = options;
   let have = await fileSize(part) ?? 0;
   if (have > bytes) await Deno.remove(part), have = 0;
-  if (have === bytes && bytes > 0) return onLoaded(have);
+  if (have === bytes && bytes > 0) return meter.at(have);
   const headers: Record<string, string> = have > 0
     ? { range: `bytes=${have}-` }
     : {};
@@ -437,7 +457,7 @@ async function fetchPart(
       for (let at = 0; at < value.length;) {
         at += await file.write(value.subarray(at));
       }
-      onLoaded(have);
+      meter.at(have);
     }
     await file.sync();
   } finally {

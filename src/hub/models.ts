@@ -1,5 +1,6 @@
 /** Models by name: finds, pulls and lists the files that `loadModel` opens. */
 
+import { firstPart, partNames } from "../formats/part_names.ts";
 import { modelsDir } from "../user_cache.ts";
 import {
   allSnapshots,
@@ -34,7 +35,7 @@ import {
 } from "./staging.ts";
 
 export { DEFAULT_MODEL } from "./registry.ts";
-export type { Progress } from "./progress.ts";
+export type { Progress, ProgressFile } from "./progress.ts";
 
 /** How models are found and pulled. */
 export interface ModelOptions {
@@ -270,7 +271,7 @@ export async function removeModel(
     const cache = options.hubCache ?? hubCacheDir();
     return await removeFiles(cache, snapshot, files);
   }
-  await Deno.remove(details.path);
+  for (const { path } of details.files) await Deno.remove(path);
   return details.bytes;
 }
 
@@ -382,24 +383,35 @@ async function allModels(
   return models.sort((a, b) => a.name < b.name ? -1 : a.name > b.name ? 1 : 0);
 }
 
-/** The models of this project's own folder. */
+/** The models of this project's own folder; one in several files is named by the first. */
 async function ownModels(cacheDir?: string): Promise<ModelDetails[]> {
   const models = modelsDir(cacheDir);
-  return (await filesBelow(models)).map(({ path, bytes }) => {
+  const sizes = new Map(
+    (await filesBelow(models)).map(({ path, bytes }) => [path, bytes]),
+  );
+  const details: ModelDetails[] = [];
+  for (const [path, bytes] of sizes) {
     const place = path.slice(models.length + 1);
     const entry = REGISTRY.find((entry) =>
       entry.file === place && entry.bytes === bytes
     );
-    const name = entry?.name ?? place;
-    const hash = entry?.sha256 ?? null;
-    return {
-      name,
+    const parts = partNames(path);
+    const whole = parts.every((part) => sizes.has(part));
+    if (whole && path !== firstPart(path)) continue;
+    const files = (whole ? parts : [path]).map((path) => ({
       path,
-      bytes,
+      bytes: sizes.get(path)!,
+      hash: entry?.sha256 ?? null,
+    }));
+    details.push({
+      name: entry?.name ?? place,
+      path,
+      bytes: files.reduce((sum, { bytes }) => sum + bytes, 0),
       revision: null,
-      files: [{ path, bytes, hash }],
-    };
-  });
+      files,
+    });
+  }
+  return details;
 }
 
 /**

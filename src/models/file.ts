@@ -1,4 +1,4 @@
-/** A model on disk, whatever its format: a GGUF file, or a Hugging Face folder; opened by Model.load and `wkv info`. */
+/** A model on disk, whatever its format: a GGUF file or the first of several, or a Hugging Face folder; opened by Model.load and `wkv info`. */
 
 import {
   type ChatTemplates,
@@ -11,9 +11,11 @@ import { GgufFile } from "../formats/gguf.ts";
 import { SafetensorsFile } from "../formats/safetensors.ts";
 import { tokenizerFromGguf } from "../tokenizer/gguf.ts";
 import { tokenizerFromFolder } from "../tokenizer/hugging_face.ts";
+import { noEncoder } from "../tokenizer/native_encoder.ts";
 import { noTokenizer } from "../tokenizer/none.ts";
 import type { Tokenizer } from "../tokenizer/tokenizer.ts";
 import type { Architecture, ModelConfig } from "./architecture.ts";
+import { checkWeights } from "./check.ts";
 import * as architectures from "./mod.ts";
 import { ggufWeights, safetensorsWeights, type WeightFile } from "./weights.ts";
 
@@ -21,6 +23,8 @@ import { ggufWeights, safetensorsWeights, type WeightFile } from "./weights.ts";
 export interface ModelFile extends Disposable {
   /** Bytes of its files of weights. */
   readonly size: number;
+  /** Number of those files. */
+  readonly parts: number;
   /** What it is. */
   readonly architecture: Architecture;
   /** Its numbers. */
@@ -33,6 +37,14 @@ export interface ModelFile extends Disposable {
   readonly weights: WeightFile;
   /** Opens its tokenizer. */
   tokenizer(): Promise<Tokenizer>;
+  /**
+   * Checks, from headers and vocabulary alone, what loading would refuse.
+   *
+   * @returns Whether it has a tokenizer.
+   * @throws {FormatError} A weight is missing, of another shape or of a type
+   * that no kernel takes, or the vocabulary is of a kind that is not known.
+   */
+  check(): Promise<{ tokenizer: boolean }>;
   /** Reads its chat templates; the file may be closed by then. */
   readonly chatTemplates: () => Promise<ChatTemplates>;
 }
@@ -40,8 +52,8 @@ export interface ModelFile extends Disposable {
 const known: Architecture[] = Object.values(architectures);
 
 /**
- * Opens a model: a GGUF file, a folder with a config.json and safetensors, or
- * one of these safetensors files or their index.
+ * Opens a model: a GGUF file, the first of several, a folder with a config.json
+ * and safetensors, or one of these safetensors files or their index.
  *
  * @throws {FormatError} A file is malformed, or of an unknown architecture.
  */
@@ -71,13 +83,21 @@ async function openGguf(path: string): Promise<ModelFile> {
     }
     const config = found.gguf.config(file);
     const templates = ggufChatTemplates(file);
+    const weights = ggufWeights(file);
+    const rows = config.vocabulary;
     return {
       size: file.size,
+      parts: file.parts,
       architecture: found,
       config,
       tensors: file.tensors.values(),
-      weights: ggufWeights(file),
-      tokenizer: () => tokenizerFromGguf(file, { rows: config.vocabulary }),
+      weights,
+      tokenizer: () => tokenizerFromGguf(file, { rows }),
+      async check() {
+        await checkWeights(found, config, weights);
+        (await tokenizerFromGguf(file, { rows, native: noEncoder })).close();
+        return { tokenizer: true };
+      },
       chatTemplates: () => Promise.resolve(templates),
       [Symbol.dispose]: () => file.close(),
     };
@@ -116,20 +136,26 @@ async function openFolder(folder: string, path: string): Promise<ModelFile> {
   }
   const config = architecture.huggingFace.config(values);
   const file = await SafetensorsFile.open(path);
+  const weights = safetensorsWeights(file, architecture.huggingFace.tensors);
+  const ofTokens = { rows: config.vocabulary, endTokens: config.endTokens };
   return {
     size: file.size,
+    parts: file.parts,
     architecture,
     config,
     tensors: file.tensors.values(),
-    weights: safetensorsWeights(file, architecture.huggingFace.tensors),
+    weights,
     tokenizer: async () =>
-      await tokenizerFromFolder(folder, {
-        rows: config.vocabulary,
-        endTokens: config.endTokens,
-      }) ?? noTokenizer(
+      await tokenizerFromFolder(folder, ofTokens) ?? noTokenizer(
         `${folder}: This folder has no tokenizer.json, give token ids instead of text`,
         config.endTokens,
       ),
+    async check() {
+      await checkWeights(architecture, config, weights);
+      const options = { ...ofTokens, native: noEncoder };
+      using tokenizer = await tokenizerFromFolder(folder, options);
+      return { tokenizer: tokenizer !== null };
+    },
     chatTemplates: () => folderChatTemplates(folder),
     [Symbol.dispose]: () => file.close(),
   };

@@ -3,6 +3,7 @@
 import type { Backend } from "../backend/backend.ts";
 import { type Dtype, dtypes, Tensor } from "../backend/tensor.ts";
 import { WkvError } from "../backend/error.ts";
+import { wkv_status } from "../backend/symbols.ts";
 import { FormatError } from "../formats/error.ts";
 import type { GgufFile } from "../formats/gguf.ts";
 import type { SafetensorsFile } from "../formats/safetensors.ts";
@@ -41,10 +42,11 @@ export function ggufWeights(file: GgufFile): WeightFile {
   return {
     has: (name) => file.tensors.has(name),
     find: (name, shape) => {
-      const { type, bytes, offset } = file.tensor(name, shape.toReversed());
+      const found = file.tensor(name, shape.toReversed());
+      const { type, bytes, offset, file: { path } } = found;
       const read = (at: number, into: Uint8Array) =>
-        file.read(offset + at, into);
-      return { path: file.path, name, type, bytes, read };
+        found.file.read(offset + at, into);
+      return { path, name, type, bytes, read };
     },
   };
 }
@@ -148,15 +150,7 @@ export class WeightLoader implements WeightSource {
     parts: readonly Part[],
     columns: number,
   ): Promise<Tensor[]> {
-    const found = parts.map(([name, rows, slice]) => {
-      const tensor = this.#file.find(name, [slice?.of ?? rows, columns]);
-      const from = slice?.from ?? 0;
-      return { tensor, rows, from, dtype: this.#dtype(tensor) };
-    });
-    const first = found[0]!.dtype;
-    const groups = found.every(({ dtype }) => dtype === first)
-      ? [found]
-      : found.map((part) => [part]);
+    const groups = groupsOf(this.#file, parts, columns);
     const tensors: Tensor[] = [];
     for (const group of groups) {
       const rows = group.reduce((sum, part) => sum + part.rows, 0);
@@ -181,13 +175,11 @@ export class WeightLoader implements WeightSource {
     name: string,
     columns: number,
   ): Promise<Float32Array<ArrayBuffer>> {
-    const tensor = this.#file.find(name, [columns]);
+    const tensor = findVector(this.#file, name, columns);
     const bytes = new Uint8Array(tensor.bytes);
     await tensor.read(0, bytes);
     this.#count(tensor.bytes);
     switch (tensor.type) {
-      case "F32":
-        return new Float32Array(bytes.buffer);
       case "F16":
         return Float32Array.from(new Float16Array(bytes.buffer));
       case "BF16":
@@ -196,26 +188,8 @@ export class WeightLoader implements WeightSource {
             .buffer,
         );
       default:
-        throw new FormatError(
-          tensor.path,
-          tensor.name,
-          `the type is ${tensor.type}, expected F32, F16 or BF16`,
-        );
+        return new Float32Array(bytes.buffer);
     }
-  }
-
-  #dtype(tensor: StoredWeight): Dtype {
-    const found = dtypes.find((dtype) =>
-      dtype === tensor.type && dtype !== "I32"
-    );
-    if (found !== undefined) return found;
-    throw new FormatError(
-      tensor.path,
-      tensor.name,
-      `the type ${tensor.type} has no kernel yet, expected one of ${
-        dtypes.filter((dtype) => dtype !== "I32").join(", ")
-      }`,
-    );
   }
 
   /** Copies rows of a tensor to `row` of `out` and on. */
@@ -239,7 +213,10 @@ export class WeightLoader implements WeightSource {
       try {
         out.write(piece, row + done);
       } catch (error) {
-        if (!(error instanceof WkvError)) throw error;
+        // Bad data is the file's fault, a lost device or no memory is not.
+        if (
+          !(error instanceof WkvError) || error.status !== wkv_status.WKV_DATA
+        ) throw error;
         throw new FormatError(tensor.path, tensor.name, error.message, {
           cause: error,
         });
@@ -252,4 +229,65 @@ export class WeightLoader implements WeightSource {
     this.bytes += bytes;
     this.#onBytes(bytes);
   }
+}
+
+/** Some rows of a tensor. */
+export interface StoredRows {
+  tensor: StoredWeight;
+  from: number;
+  rows: number;
+  dtype: Dtype;
+}
+
+/**
+ * Parts as one group where their types are the same, else one a part.
+ *
+ * @throws {FormatError} As {@linkcode WeightLoader.matrices}.
+ */
+export function groupsOf(
+  file: WeightFile,
+  parts: readonly Part[],
+  columns: number,
+): StoredRows[][] {
+  const found = parts.map(([name, rows, slice]): StoredRows => {
+    const tensor = file.find(name, [slice?.of ?? rows, columns]);
+    return { tensor, rows, from: slice?.from ?? 0, dtype: dtypeOf(tensor) };
+  });
+  const first = found[0]!.dtype;
+  return found.every(({ dtype }) => dtype === first)
+    ? [found]
+    : found.map((part) => [part]);
+}
+
+function dtypeOf(tensor: StoredWeight): Dtype {
+  const found = dtypes.find((dtype) =>
+    dtype === tensor.type && dtype !== "I32"
+  );
+  if (found !== undefined) return found;
+  throw new FormatError(
+    tensor.path,
+    tensor.name,
+    `the type ${tensor.type} has no kernel yet, expected one of ${
+      dtypes.filter((dtype) => dtype !== "I32").join(", ")
+    }`,
+  );
+}
+
+/**
+ * A vector of a float type.
+ *
+ * @throws {FormatError} It is missing, of another length or of another type.
+ */
+export function findVector(
+  file: WeightFile,
+  name: string,
+  columns: number,
+): StoredWeight {
+  const tensor = file.find(name, [columns]);
+  if (["F32", "F16", "BF16"].includes(tensor.type)) return tensor;
+  throw new FormatError(
+    tensor.path,
+    tensor.name,
+    `the type is ${tensor.type}, expected F32, F16 or BF16`,
+  );
 }

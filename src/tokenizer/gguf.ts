@@ -64,7 +64,8 @@ const KEEP_BLANKS = ["<unk>", "<s>", "<|endoftext|>"];
  * the native addon is loaded.
  *
  * @param file The open file; it may be closed afterwards.
- * @param options `rows`, the rows of the embedding: every id is below.
+ * @param options `rows`, the rows of the embedding: every id is below; `native`
+ * makes the encoder of what was checked, `NativeEncoder.open` by default.
  * @returns The tokenizer, to be closed by its owner.
  * @throws {FormatError} When the vocabulary does not hold together, or is of a
  * kind that is not known.
@@ -74,16 +75,16 @@ const KEEP_BLANKS = ["<unk>", "<s>", "<|endoftext|>"];
  */
 export async function tokenizerFromGguf(
   file: GgufMetadata,
-  options: { rows: number },
+  options: { rows: number; native?: typeof NativeEncoder.open },
 ): Promise<Tokenizer> {
-  const { rows } = options;
+  const { rows, native = NativeEncoder.open } = options;
   if (!Number.isSafeInteger(rows) || rows < 1) {
     throw new RangeError(
       `Cannot open a tokenizer: rows is ${rows}, expected a whole number of 1 or more`,
     );
   }
   const model = file.string("tokenizer.ggml.model");
-  if (model === "gpt2") return await openGpt2(file, rows);
+  if (model === "gpt2") return await openGpt2(file, rows, native);
   if (model === "llama") return openLlama(file, rows);
   throw new FormatError(
     file.path,
@@ -95,7 +96,11 @@ export async function tokenizerFromGguf(
 }
 
 /** Byte-level BPE. */
-async function openGpt2(file: GgufMetadata, rows: number): Promise<Tokenizer> {
+async function openGpt2(
+  file: GgufMetadata,
+  rows: number,
+  native: typeof NativeEncoder.open,
+): Promise<Tokenizer> {
   const preTokenizer = readPreTokenizer(file);
   const bpe = readBpe(file, rows, "bytes");
   const { expressions, ignoreMerges = false, addBos = false } = preTokenizer;
@@ -105,7 +110,7 @@ async function openGpt2(file: GgufMetadata, rows: number): Promise<Tokenizer> {
     special: readSpecial(file, bpe, { addBos }),
     added: addedTokens(file, bpe),
     ...(preTokenizer.nfc && { normalize: (text) => text.normalize("NFC") }),
-    encoder: await NativeEncoder.open(bpe, {
+    encoder: await native(bpe, {
       preTokenizer: json,
       ignoreMerges,
       slow,

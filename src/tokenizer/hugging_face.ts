@@ -16,6 +16,8 @@ export interface FolderOptions {
   rows: number;
   /** Ids that end generation by config.json. @default `[]` */
   endTokens?: readonly number[] | undefined;
+  /** Makes the encoder of what was checked. @default `NativeEncoder.open` */
+  native?: typeof NativeEncoder.open;
 }
 
 /**
@@ -36,7 +38,7 @@ export async function tokenizerFromFolder(
   folder: string,
   options: FolderOptions,
 ): Promise<Tokenizer | null> {
-  const { rows, endTokens = [] } = options;
+  const { rows, endTokens = [], native: open = NativeEncoder.open } = options;
   const file = await openIfThere(folder, "tokenizer.json");
   if (file === null) return null;
   const { bpe, native, parts, first } = readTokenizerJson(file, rows);
@@ -47,7 +49,7 @@ export async function tokenizerFromFolder(
     rows,
     endTokens,
   });
-  const encoder = await NativeEncoder.open(bpe, native);
+  const encoder = await open(bpe, native);
   return new VocabularyTokenizer({ ...parts, special, encoder });
 }
 

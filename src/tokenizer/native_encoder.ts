@@ -39,6 +39,12 @@ export type NativeModel = Omit<NativeOptions, "cut" | "slow">;
 /** What a slow pattern would take minutes for. */
 const LONG_RUN = /\p{N}{4097}|\p{White_Space}{4097}/u;
 
+/** Stands in for `NativeEncoder.open` where a vocabulary is checked and no text is encoded: the addon is not loaded. */
+export function noEncoder(_: Bpe, { cut }: NativeOptions): Promise<Encoder> {
+  const encode = () => Promise.reject(new Error("No text is encoded here"));
+  return Promise.resolve({ cut, encode });
+}
+
 /** The addon as an encoder. */
 export class NativeEncoder implements Encoder {
   readonly cut: Cut;
@@ -64,9 +70,10 @@ export class NativeEncoder implements Encoder {
    * @throws {Error} When the addon does not load.
    */
   static async open(
+    this: void,
     bpe: Bpe,
     options: NativeOptions,
-  ): Promise<NativeEncoder> {
+  ): Promise<Encoder> {
     const native = await openNative(tokenizerJson(bpe, options));
     return new NativeEncoder(native, bpe.tokens.length, options);
   }
