@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(256) copy_kernel(float* to, const float* from,
 /** Where a product of many rows goes. */
 enum class Way { Int8, Half, Plain };
 Way way_of(const WeightView& w, bool int8) {
-  if (int8 && !wkv_has_pieces(w.dtype)) return Way::Int8;
+  if (int8) return Way::Int8;
   return (w.dtype == WKV_F16 || w.dtype == WKV_BF16) && w.columns % 32 == 0 ? Way::Half : Way::Plain;
 }
 
@@ -68,7 +68,7 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
     if (in.rows >= kLibraryRows && cublaslt_matmul(ctx, x.parts, 2, x.factors, in.rows, w, up, to, products)) return;
     return matmul_half(ctx, x, w, up, to);
   }
-  const float* x = norm_rows(ctx, in, int8, scratch);
+  const float* x = norm_rows(ctx, in, scratch);
   if (in.rows >= kLibraryRows && w.dtype == WKV_F32 && cublaslt_matmul(ctx, x, 1, nullptr, in.rows, w, up, to, products)) return;
   matmul_f32(ctx, x, in.rows, w, to);
   if (!up.data) return;

@@ -63,8 +63,8 @@ struct SplitView {
 inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * (in.columns + 1) * 4); }
 RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch);
 SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch);
-/** norm(x), or x itself where there is no norm; with `rounded` what 8 bits hold of it, as floats. */
-const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch);
+/** norm(x), or x itself where there is no norm. */
+const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch);
 
 /** out = x . w^T, gated where up has data; weights must be of one dtype. */
 void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to);
@@ -99,6 +99,14 @@ auto by_pieces(int32_t dtype, Body body) {
     case WKV_Q6_K: return body(std::integral_constant<int, WKV_Q6_K>());
     default: return body(std::integral_constant<int, WKV_IQ4_NL>());
   }
+}
+
+/** IQ4_NL's values of the four numbers in the bytes of a word. */
+__device__ inline uint32_t iq4_values(uint32_t q) {
+  const uint32_t selector = (q & 0xf) | (q >> 4 & 0xf0) | (q >> 8 & 0xf00) | (q >> 12 & 0xf000);
+  const uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector & 0x7777), high = __byte_perm(0x26190d01u, 0x71594535u, selector & 0x7777);
+  const uint32_t upper = (q >> 3 & 0x01010101u) * 255u;  // numbers from 8 on
+  return (low & ~upper) | (high & upper);
 }
 
 /** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32

@@ -26,29 +26,6 @@ __global__ void __launch_bounds__(256) norm_kernel(InputView in, float* out) {
   for (int32_t c = threadIdx.x; c < in.columns; c += 256) out[int64_t{blockIdx.x} * in.columns + c] = x[c] * scale * in.norm[c];
 }
 
-/** norm(x), each 32 columns rounded to 8 bits and widened again. */
-__global__ void __launch_bounds__(256) norm_rounded_kernel(InputView in, float* out) {
-  wait_for_previous();
-  let_next_start();
-  const int32_t words = in.columns / 4, lane = threadIdx.x % 32;
-  const float* x = in.x + int64_t{blockIdx.x} * in.columns;
-  const float scale = row_scale(in, x);
-  for (int32_t start = threadIdx.x - lane; start < words; start += 256) {
-    const int32_t i = start + lane;
-    float4 v = make_float4(0, 0, 0, 0);
-    if (i < words) {
-      v = reinterpret_cast<const float4*>(x)[i];
-      if (in.norm) {
-        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
-        v = make_float4(v.x * scale * n.x, v.y * scale * n.y, v.z * scale * n.z, v.w * scale * n.w);
-      }
-    }
-    float step, sum;
-    const int32_t word = round_four(v, &step, &sum);
-    if (i < words) reinterpret_cast<float4*>(out + int64_t{blockIdx.x} * in.columns)[i] = make_float4((word << 24 >> 24) * step, (word << 16 >> 24) * step, (word << 8 >> 24) * step, (word >> 24) * step);
-  }
-}
-
 __global__ void __launch_bounds__(256) round_kernel(InputView in, int32_t* q, float2* of, int32_t stride) {
   wait_for_previous();
   let_next_start();
@@ -195,10 +172,10 @@ __global__ void __launch_bounds__(256) matmul_f32_kernel(const float* x, int32_t
 
 }  // namespace
 
-const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch) {
-  if (!in.norm && !rounded) return in.x;
+const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch) {
+  if (!in.norm) return in.x;
   float* out = reinterpret_cast<float*>(scratch);
-  launch(ctx, rounded ? norm_rounded_kernel : norm_kernel, {dim3(in.rows), dim3(256)}, in, out);
+  launch(ctx, norm_kernel, {dim3(in.rows), dim3(256)}, in, out);
   return out;
 }
 

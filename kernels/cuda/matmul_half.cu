@@ -4,7 +4,7 @@
  * x is the sum of two numbers of w's type (split_rows), good to 2^-18 (bf16) or 2^-22 (f16) of it; their products with w are exact and
  * are summed in f32. Tensor cores cut sums off instead of rounding them, so only 32 columns are left to them at a time, and ordinary
  * additions do the rest. A block owns kRows rows of w (gated: half of them of gate, half of up) and kTokens rows of x; stages of both are
- * copied into shared memory while it works. Few rows of x: some warps share the columns out, and their sums meet in a fixed order.
+ * copied into shared memory while it works.
  * Bytes moved: w once a kTokens rows of x, x once a kRows rows of w (from the second level).
  */
 #include "tile.cuh"
@@ -12,9 +12,6 @@
 namespace wkv {
 namespace {
 
-using Few = Plan<1, 1, 2, 1, 8, 3, 2>;
-using Some = Plan<1, 2, 2, 2, 4, 3, 2>;
-using More = Plan<1, 2, 2, 4, 4, 2, 2>;
 using Many = Plan<2, 4, 4, 4, 1, 3, 1>;
 
 /** A stage's rows of w, then of x, in shared memory; an odd multiple of 64 bytes long, so that a warp's reads touch every bank once. */
@@ -22,14 +19,13 @@ template <typename P>
 struct Stage {
   static constexpr int kRowW = P::kBlocks % 2 ? P::kBlocks * 64 : P::kBlocks * 64 + 64, kRowX = P::kBlocks * 128 + 64;
   static constexpr int kAtX = P::kRows * kRowW, kBytes = kAtX + P::kTokens * kRowX;
-  static constexpr int kShared = P::kStages * kBytes > P::kSums ? P::kStages * kBytes : P::kSums;
 };
 
 template <bool kBf16, typename P>
 __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel(SplitView x, WeightView w, WeightView up, int32_t gated, OutputView to) {
   using S = Stage<P>;
   extern __shared__ __align__(16) uint8_t shared[];
-  const Tile<P> tile(w, up, gated, x.rows);
+  const Tile<P> tile(w, up, gated, x.rows, 1);
   const int32_t blocks = w.columns / 32;
   const auto fetch_w = [&](int32_t s) {
     uint8_t* stage = shared + s % P::kStages * S::kBytes;
@@ -37,7 +33,7 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel
 #pragma unroll 1
     for (int u = threadIdx.x; u < P::kRows * P::kBlocks * 4; u += kTileThreads) {
       const int r = u / (P::kBlocks * 4), c = u % (P::kBlocks * 4);
-      if (c < have * 4) copy_async<16>(stage + r * S::kRowW + c * 16, tile.data(r) + (tile.row_in(r) * blocks + first) * 64 + c * 16);
+      if (c < have * 4) copy_async<16>(stage + r * S::kRowW + c * 16, tile.weight(r).data + (tile.row_in(r) * blocks + first) * 64 + c * 16);
     }
   };
   const auto fetch_x = [&](int32_t s) {
@@ -75,7 +71,7 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel
     const uint8_t* stage = shared + s % P::kStages * S::kBytes;
     const int32_t have = min(P::kBlocks, blocks - s * P::kBlocks);
 #pragma unroll
-    for (int b = tile.along_c; b < P::kBlocks; b += P::kAlongC) {
+    for (int b = 0; b < P::kBlocks; b++) {
       if (b >= have) break;
       // A lane takes 8 neighbouring columns of w and of x where the tensor core sees columns 2 i, 8 + 2 i of two products: any order will do.
       int32_t a[P::kW][2][4];
@@ -110,26 +106,18 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel
   tile.finish(total, x.factors, reinterpret_cast<float*>(shared), to);
 }
 
-template <bool kBf16, typename P>
+template <bool kBf16>
 void launch_matmul(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
   const int32_t gated = up.data != nullptr;
-  const dim3 grid(divide_up(x.rows, P::kTokens), divide_up(w.rows, P::kRows >> gated));
-  launch(ctx, matmul_half_kernel<kBf16, P>, {grid, dim3(kTileThreads), Stage<P>::kShared}, x, w, up, gated, to);
-}
-
-template <bool kBf16>
-void matmul_typed(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (x.rows <= Few::kTokens) return launch_matmul<kBf16, Few>(ctx, x, w, up, to);
-  if (x.rows <= Some::kTokens) return launch_matmul<kBf16, Some>(ctx, x, w, up, to);
-  if (x.rows <= More::kTokens) return launch_matmul<kBf16, More>(ctx, x, w, up, to);
-  launch_matmul<kBf16, Many>(ctx, x, w, up, to);
+  const dim3 grid(divide_up(x.rows, Many::kTokens), divide_up(w.rows, Many::kRows >> gated));
+  launch(ctx, matmul_half_kernel<kBf16, Many>, {grid, dim3(kTileThreads), Many::kStages * Stage<Many>::kBytes}, x, w, up, gated, to);
 }
 
 }  // namespace
 
 void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (w.dtype == WKV_BF16) matmul_typed<true>(ctx, x, w, up, to);
-  else matmul_typed<false>(ctx, x, w, up, to);
+  if (w.dtype == WKV_BF16) launch_matmul<true>(ctx, x, w, up, to);
+  else launch_matmul<false>(ctx, x, w, up, to);
 }
 
 }  // namespace wkv

@@ -7,6 +7,8 @@
  * buffers, one stage ahead of its use. The norm's scale, known at the end, multiplies the finished sums. `gridDim.x` blocks share the columns
  * where rows are few; they are a cluster, and add up their sums in a fixed order out of each other's shared memory.
  * Bytes moved: w once, x once a kRows rows of w (from the second level).
+ * Tried and slower (16 rows, Llama-3-8B on an H200: a step of 9.9 ms, not 8.0): one block a multiprocessor that walks over tiles without
+ * emptying its ring, its part of x kept in shared memory and split there.
  */
 #include <algorithm>
 
@@ -16,7 +18,7 @@
 namespace wkv {
 namespace {
 
-constexpr int kThreads = 256, kMostParts = 8;
+constexpr int kThreads = 256;
 
 /** How a block is laid out: warps along w, the rest along the columns; tiles of 16 rows of w and of 8 of x a warp; blocks of 32 columns a
  *  stage; stages; blocks that share a multiprocessor. */
@@ -34,22 +36,6 @@ struct Layout {
 /** Where 16 bytes of a stage's row lie: odd rows have their halves of 128 bytes exchanged, so that a warp's reads touch every bank once. */
 template <int kBlocks>
 __device__ inline int place(int row, int chunk) { return (kBlocks == 1 ? chunk : chunk ^ (row % 2 * 4)) * 16; }
-
-/** A float of shared memory in block `rank` of the cluster. */
-__device__ inline float load_peer(const float* own, int32_t rank) {
-  float value = 0.0f;
-#if __CUDA_ARCH__ >= 900
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-#endif
-  return value;
-}
-__device__ inline void sync_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
 
 /** Two floats as the sum of two pairs of w's type. */
 template <bool kBf16>
@@ -215,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, P::kResident) skinny_kernel(InputVie
       if (own_four == 0) squares[t] = squared[l];
     }
   }
-  if (parts > 1) sync_cluster();
+  if (parts > 1) arrive_cluster(), wait_cluster();
   else __syncthreads();
   if (threadIdx.x < P::kTokens) {
     double all = 0.0;
@@ -248,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, P::kResident) skinny_kernel(InputVie
     const int32_t j = j0 + o % wide;
     if (j < w.rows) to.put(t, j, gated ? activate(to.activation, sum(t, r), sum(t, r + 16)) : sum(t, r));
   }
-  if (parts > 1) sync_cluster();  // the others still read
+  if (parts > 1) arrive_cluster(), wait_cluster();  // the others still read
 }
 
 template <bool kBf16, typename P>

@@ -317,11 +317,11 @@ const passes: (LinearCase | GatedCase)[] = (["F32", "F16", "BF16"] as const)
   });
 
 /**
- * Few rows of 16-bit weights, in whole tiles and not: the CUDA library shares
- * out the columns, too.
+ * Few rows, in whole tiles and not: the CUDA library shares out the columns,
+ * too.
  */
-const skinny: (LinearCase | GatedCase)[] = (["F16", "BF16"] as const)
-  .flatMap((dtype) =>
+const skinny: (LinearCase | GatedCase)[] = [
+  ...(["F16", "BF16"] as const).flatMap((dtype) =>
     [1, 2, 5, 8, 9, 16, 17, 32, 33, 64].flatMap((rows) => {
       const common = {
         dtype,
@@ -336,7 +336,19 @@ const skinny: (LinearCase | GatedCase)[] = (["F16", "BF16"] as const)
         { kernel: "gated" as const, ...common, columns: 544, outputs: 141 },
       ];
     })
-  );
+  ),
+  ...weightTypes.filter(isQuantised).flatMap((dtype) =>
+    [6, 16, 29, 64].flatMap((rows) => {
+      const common = { dtype, precision: "int8" as const, rows, tolerance };
+      const linear = { kernel: "linear" as const, ...common };
+      return [
+        { ...linear, columns: 2048, outputs: 133, norm: true, add: true },
+        { ...linear, columns: wholeBlocks(dtype, 1056), outputs: 37 },
+        { kernel: "gated" as const, ...common, columns: 2048, outputs: 77 },
+      ];
+    })
+  ),
+];
 
 const gated: GatedCase[] = [
   ...weightTypes.flatMap((dtype) =>
