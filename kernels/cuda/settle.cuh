@@ -396,11 +396,13 @@ struct Settling {
     if (lane == 0) own.score[slot] = e.score[from], own.birth[slot] = e.birth[from], own.rank[slot] = e.rank[from];
   }
 
-  /** Gives the tokens that arrived slots: freed ones in the order of leaving, then unused ones. Used slots stay the first ones. */
-  __device__ void place(int32_t arrived) const {
+  /** Gives the tokens that arrived slots: freed ones in the order of leaving, then unused ones. Used slots stay the first ones. With
+   *  `places` their slots are told, -1 for those that have left, behind `kept`, and neither they nor the state of those that stayed are
+   *  written. */
+  __device__ void place(int32_t arrived, int32_t* places) const {
     const int32_t freed = area.freed, stayed = kept - freed, left = stayed + area.arrived_left;
     const Entries own = c.entries(head);
-    if (own.rank != e.rank) {
+    if (!places && own.rank != e.rank) {
       for (int32_t i = tid; i < kept; i += threads) {
         if (!there(i)) continue;
         own.score[i] = e.score[i], own.birth[i] = e.birth[i], own.rank[i] = e.rank[i];
@@ -419,11 +421,18 @@ struct Settling {
     }
     __syncthreads();
     const int32_t holes = area.holes;
-    for (int32_t t = warp; t < arrived; t += warps) {
-      const int32_t rank = e.rank[kept + t];
-      if (rank < 0) continue;
-      const int32_t order = rank - stayed;
-      fill(own, order >= holes ? kept + order - holes : e.freed ? e.freed[order] : area.first_freed, kept + t);
+    const auto slot_of = [&](int32_t t) {
+      const int32_t rank = e.rank[kept + t], order = rank - stayed;
+      return rank < 0 ? -1 : order >= holes ? kept + order - holes : e.freed ? e.freed[order] : area.first_freed;
+    };
+    if (places) {
+      for (int32_t t = tid; t < arrived; t += threads) places[1 + t] = slot_of(t);
+      if (tid == 0) places[0] = kept;
+    } else {
+      for (int32_t t = warp; t < arrived; t += warps) {
+        const int32_t slot = slot_of(t);
+        if (slot >= 0) fill(own, slot, kept + t);
+      }
     }
     if (tid == 0) c.counts[head].kept = left;
     if (left >= kept) return;
@@ -763,10 +772,10 @@ struct Leaving {
  * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
  * policy's victim (rank `forced` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
  * then goes into free slots. `e` is the head's own state or a copy, which is written back. `order`: scratch of Leaving, of e's stride; null:
- * there is none, and tokens leave one by one.
+ * there is none, and tokens leave one by one. `places`: as of Settling::place; untouched after a fault.
  */
 template <typename T>
-__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area, int32_t* order = nullptr) {
+__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area, int32_t* order = nullptr, int32_t* places = nullptr) {
   const int32_t tid = threadIdx.x, total = kept + arrived, target = wkv_target(total, c.slots, c.interval);
   const Settling<T> s{c, head, e, kept, total, in_keys, in_values, area};
   if (tid == 0) area.freed = 0, area.arrived_left = arrived;
@@ -787,7 +796,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
   if (total > target && c.later) s.measure_all();
   if (order && total - target >= kMany && Leaving<T>::takes(c)) {
     __syncthreads();
-    if (Leaving<T>{s, e, area, e.stride, order}.run(total - target, arrived, faults)) s.place(arrived);
+    if (Leaving<T>{s, e, area, e.stride, order}.run(total - target, arrived, faults)) s.place(arrived, places);
     return;
   }
   for (int32_t count = total, turn = 0; count > target; count--, turn++, forced = -1) {
@@ -809,7 +818,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
     s.leave(j, count, turn);
   }
   __syncthreads();
-  s.place(arrived);
+  s.place(arrived, places);
 }
 
 }  // namespace wkv
