@@ -4,14 +4,16 @@
  * hand on a machine with nothing else on its GPU.
  *
  *   deno task bench:scale [--quick] [--only PART[,PART...]] [--device cuda]
- *     [--shapes llama-3-8b] [--out FILE] [--draw FOLDER]
+ *     [--shapes llama-3-8b] [--layers N] [--out FILE] [--draw FOLDER]
  *   deno task bench:scale --only fits
+ *   deno task bench:scale --only docs --out FILE
  *
- * Parts: depth, budget, batch, heads, layers, memory, and `fits`, the tables of
- * what fits on 24, 80 and 141 GB, which needs no device. Weights are random. The
- * file is written anew after every figure, and a part that fails loses no
- * other's. --draw writes the charts as SVG files, of a file that is there already
- * where no other part is asked for (`--only draw`).
+ * Parts, measured in the order in which they are named: depth, budget, batch,
+ * heads, layers, memory; and `fits`, the tables of what fits on 24, 80 and 141
+ * GB, which needs no device. Weights are random. The file is written anew after
+ * every figure, and a part that fails loses no other's. --draw writes the charts
+ * as SVG files. `docs` measures nothing: it writes the tables of a file, and
+ * those of `fits`, into docs/scale.md, and draws the charts beside it.
  *
  * Depth is how many tokens a cache has really been fed: each of them attended,
  * was scored, and let another one leave, in steps of attention alone, without
@@ -20,78 +22,33 @@
  */
 
 import { parseArgs } from "@std/cli/parse-args";
-import { formatTable } from "../cli/units.ts";
 import { Backend, type Graph } from "../src/backend/backend.ts";
 import { Tensor } from "../src/backend/tensor.ts";
 import type { KvCache } from "../src/cache/cache.ts";
-import { MAX_SLOTS } from "../src/cache/policy.ts";
-import { type ChartSeries, lineChart } from "../src/evaluate/chart.ts";
 import type { Model } from "../src/model.ts";
 import type { ModelConfig } from "../src/models/architecture.ts";
-import { mostBudget, mostSequences, planMemory } from "../src/plan.ts";
+import { planMemory } from "../src/plan.ts";
 import { Session } from "../src/session.ts";
-import { plannedShape, stepCost } from "./arithmetic.ts";
+import { stepCost } from "./arithmetic.ts";
 import { measureMemory } from "./memory.ts";
-import { randomFloats, randomModel, type WeightType } from "./random_model.ts";
-import { type Frame, frame, writeResult } from "./record.ts";
+import { randomFloats, randomModel } from "./random_model.ts";
+import { frame, writeResult } from "./record.ts";
+import {
+  CACHE_TYPE,
+  drawCharts,
+  fits,
+  type MemoryRow,
+  memoryTable,
+  type Result,
+  type Row,
+  type StepRow,
+  stepTable,
+  writeDocs,
+} from "./scale_report.ts";
 import type { ShapeName } from "./shapes.ts";
 import { median, quantile, timeRuns } from "./timing.ts";
 
-/** A step's time at one size. */
-interface StepRow {
-  part: "depth" | "budget" | "batch" | "heads" | "layers";
-  policy: string;
-  layers: number;
-  kvHeads: number;
-  batch: number;
-  /** Tokens that a KV head keeps; null: all of them. */
-  budget: number | null;
-  /** Tokens fed before the clock started. */
-  depth: number;
-  /** Tokens cached then. */
-  kept: number;
-  /** Milliseconds of a step: median, tenth and ninetieth percentile. */
-  ms: number;
-  ms10: number;
-  ms90: number;
-  /** Milliseconds of a step where one call runs many and reads no token. */
-  deviceMs: number;
-  /** What a step must move and compute. */
-  bytes: number;
-  operations: number;
-  /** Milliseconds that the bytes take at the bandwidth measured here. */
-  leastMs: number | null;
-}
-
-/** Memory at one size. */
-interface MemoryRow {
-  part: "memory";
-  policy: string;
-  layers: number;
-  batch: number;
-  budget: number | null;
-  depth: number;
-  /** Bytes on the device: as the library counts them, and as planned. */
-  weights: number;
-  cache: number;
-  cachePlanned: number;
-  total: number;
-  totalPlanned: number;
-}
-
-type Row = StepRow | MemoryRow;
-
-interface Result extends Frame {
-  shapes: ShapeName;
-  dtype: WeightType;
-  cacheType: typeof CACHE_TYPE;
-  bandwidth: number | null;
-  missing: string[];
-  rows: Row[];
-}
-
 const PARTS = ["depth", "budget", "batch", "heads", "layers", "memory"];
-const CACHE_TYPE = "bf16";
 const DTYPE = "BF16";
 /** Steps of different tokens in the graph that fills a cache. */
 const KINDS = 8;
@@ -101,12 +58,13 @@ const PASS = 2048;
 const WARM_UP = 4;
 
 const args = parseArgs(Deno.args, {
-  string: ["only", "shapes", "out", "device", "draw"],
+  string: ["only", "shapes", "layers", "out", "device", "draw"],
   boolean: ["quick"],
   default: { shapes: "llama-3-8b", device: "cuda", only: PARTS.join() },
 }) as unknown as {
   only: string;
   shapes: ShapeName;
+  layers?: string;
   out?: string;
   draw?: string;
   device: "cpu" | "cuda";
@@ -119,7 +77,7 @@ const tiny = shapes === "tiny";
 /** What is measured. */
 const sizes = {
   steps: tiny ? 8 : quick ? 16 : 48,
-  layers: tiny ? 2 : quick ? 4 : 32,
+  layers: Number(args.layers ?? (tiny ? 2 : quick ? 4 : 32)),
   budget: tiny ? 64 : 1024,
   depths: doubled(tiny ? 64 : 1024, tiny ? 512 : 131072, quick ? 8 : 2),
   budgets: doubled(tiny ? 32 : 256, tiny ? 256 : 131072, quick ? 8 : 2),
@@ -139,7 +97,11 @@ function doubled(from: number, to: number, by: number): number[] {
 
 async function measure(): Promise<void> {
   const start = performance.now();
-  const command = `deno task bench:scale ${Deno.args.join(" ")}`;
+  const places = ["--out", "--draw"];
+  const given = Deno.args.filter((arg, i, all) =>
+    !places.includes(arg) && !places.includes(all[i - 1] ?? "")
+  );
+  const command = ["deno task bench:scale", ...given].join(" ");
   const { bytesPerSecond } = await measureMemory(device);
   const head = await frame(command, device);
   const name = (head.gpu ?? head.cpu).toLowerCase().replace(/^nvidia /, "")
@@ -155,8 +117,9 @@ async function measure(): Promise<void> {
     rows: [],
   };
   const save = () => writeResult(out, { ...result });
-  for (const [part, measured] of Object.entries(parts)) {
-    if (!only.includes(part)) continue;
+  for (const part of only) {
+    const measured = parts[part];
+    if (measured === undefined) continue;
     const since = performance.now();
     try {
       for await (const row of measured(bytesPerSecond)) {
@@ -172,7 +135,7 @@ async function measure(): Promise<void> {
   await save();
   console.log(stepTable(result) + "\n" + memoryTable(result));
   for (const line of result.missing) console.log(line);
-  if (args.draw) await draw(result, args.draw);
+  if (args.draw) await drawCharts(result, args.draw);
   const seconds = Math.round((performance.now() - start) / 1000);
   console.log(`${result.rows.length} figures in ${out} after ${seconds} s`);
 }
@@ -236,15 +199,18 @@ const parts: Record<string, Part> = {
     }
   },
   async *memory() {
-    using model = await openModel({ layers: sizes.layers });
-    for (const depth of sizes.depths) {
-      yield await memoryOf(model, "full", depth, 1);
-    }
-    for (const budget of sizes.budgets) {
-      yield await memoryOf(model, "weighted-kv", budget, 1);
-    }
-    for (const batch of sizes.batches) {
-      yield await memoryOf(model, "weighted-kv", sizes.budget, batch);
+    const { depths, budgets, budget, batches } = sizes;
+    const groups: (readonly [string, number, number])[][] = [
+      depths.map((depth) => ["full", depth, 1]),
+      budgets.map((budget) => ["weighted-kv", budget, 1]),
+      batches.map((batch) => ["weighted-kv", budget, batch]),
+    ];
+    for (const group of groups) {
+      // Room for intermediate results stays as large as it was once needed.
+      using model = await openModel({ layers: sizes.layers });
+      for (const [policy, tokens, batch] of group) {
+        yield await memoryOf(model, policy, tokens, batch);
+      }
     }
   },
 };
@@ -424,242 +390,17 @@ function round(ms: number): number {
   return Number(ms.toPrecision(5));
 }
 
-// ---- tables ----
-
-const count = (n: number): string => n.toLocaleString("en-US");
-const gb = (bytes: number): string => (bytes / 1e9).toFixed(2);
-
-function stepTable({ rows }: Result): string {
-  const head = ["part", "policy", "layers", "KV heads", "batch", "budget"]
-    .concat("depth", "ms", "device ms", "least ms", "GB", "GFLOP");
-  return formatTable(
-    head,
-    rows.filter((row) => row.part !== "memory").map((row) => [
-      row.part,
-      row.policy,
-      String(row.layers),
-      String(row.kvHeads),
-      String(row.batch),
-      row.budget === null ? "-" : count(row.budget),
-      count(row.depth),
-      row.ms.toFixed(3),
-      row.deviceMs.toFixed(3),
-      row.leastMs?.toFixed(3) ?? "-",
-      gb(row.bytes),
-      (row.operations / 1e9).toFixed(2),
-    ]),
-    head.slice(2),
-  );
+if (only.includes("fits")) {
+  const { side, alone } = fits();
+  console.log(`Sequences side by side:\n\n${side}\n`);
+  console.log(`Tokens that one sequence can keep:\n\n${alone}`);
 }
-
-function memoryTable({ rows }: Result): string {
-  const head = ["policy", "batch", "tokens", "cache GB", "planned"]
-    .concat("all GB", "all planned");
-  return formatTable(
-    head,
-    rows.filter((row) => row.part === "memory").map((row) => [
-      row.policy,
-      String(row.batch),
-      count(row.depth),
-      gb(row.cache),
-      gb(row.cachePlanned),
-      gb(row.total),
-      gb(row.totalPlanned),
-    ]),
-    head.slice(1),
-  );
-}
-
-/** What fits on 24, 80 and 141 GB, as the tables of docs/scale.md. */
-function fits(): string {
-  const models = {
-    "llama-3-8b": ["BF16", "Q8_0", "Q4_K"],
-    "llama-2-7b": ["BF16", "Q8_0", "Q4_K"],
-    "smollm2-135m": ["BF16", "Q8_0", "Q4_1"],
-  } as const;
-  // What the driver and its context take, with some room: a GB.
-  const devices = [24e9, 80e9, 141e9].map((bytes) => bytes - 1e9);
-  const options = { device: "cuda", cacheType: CACHE_TYPE } as const;
-  const names = ["24 GB", "80 GB", "141 GB"];
-  const side: string[][] = [["model", "weights", "each keeps", ...names]];
-  const alone: string[][] = [["model", "weights", ...names]];
-  for (const [name, types] of Object.entries(models)) {
-    for (const dtype of types) {
-      const model = plannedShape(name as ShapeName, dtype);
-      const { context } = model.config;
-      const weights = `${dtype}, ${gb(model.weights)} GB`;
-      const caches = [
-        ...[256, 1024, 4096].map((budget) =>
-          [`${count(budget)}`, { budget }] as const
-        ),
-        [`all, to ${count(context)}`, { policy: "full" }] as const,
-      ];
-      for (const [keeps, cache] of caches) {
-        side.push([
-          ...[name, weights, keeps],
-          ...devices.map((bytes) => {
-            const most = mostSequences(model, bytes, { ...options, ...cache });
-            return most === 4096 ? "4,096 or more" : count(most ?? 0);
-          }),
-        ]);
-      }
-      const endless = {
-        ...model,
-        config: { ...model.config, context: MAX_SLOTS },
-      };
-      alone.push([
-        ...[name, weights],
-        ...devices.map((bytes) => {
-          const most = mostBudget(endless, bytes, options);
-          return most === MAX_SLOTS
-            ? `${count(MAX_SLOTS)} or more`
-            : count(most ?? 0);
-        }),
-      ]);
-    }
-  }
-  return `Sequences side by side:\n\n${markdown(side, 3)}\n
-Tokens that one sequence can keep:\n\n${markdown(alone, 2)}`;
-}
-
-/** A table in Markdown; columns from `right` on are set to the right. */
-function markdown([head, ...rows]: string[][], right: number): string {
-  const line = (cells: readonly string[]) => `| ${cells.join(" | ")} |`;
-  const rule = head!.map((_, i) => i < right ? "---" : "---:");
-  return [line(head!), line(rule), ...rows.map(line)].join("\n");
-}
-
-// ---- drawings ----
-
-/** Writes the charts of a result. */
-async function draw(result: Result, folder: string): Promise<void> {
-  await Deno.mkdir(folder, { recursive: true });
-  const on = result.gpu ?? result.cpu;
-  const { rows } = result;
-  const steps = (part: StepRow["part"]) =>
-    rows.filter((row): row is StepRow => row.part === part);
-  const write = async (
-    name: string,
-    title: string,
-    xLabel: string,
-    yLabel: string,
-    xScale: "linear" | "log",
-    series: ChartSeries[],
-  ) => {
-    if (series.every(({ points }) => points.length === 0)) return;
-    const svg = lineChart({
-      title: `${title} (${on})`,
-      xLabel,
-      yLabel,
-      xScale,
-      base: 0,
-      series,
-    });
-    await Deno.writeTextFile(`${folder}/${name}.svg`, svg);
-  };
-  /** A part's measured times, and those that its bytes would take. */
-  const lines = (
-    name: string,
-    list: readonly StepRow[],
-    x: (row: StepRow) => number,
-  ): ChartSeries[] => [
-    { name, points: list.map((row) => ({ x: x(row), y: row.ms })) },
-    {
-      name: `${name}: bytes / bandwidth`,
-      points: list.flatMap((row) =>
-        row.leastMs === null ? [] : [{ x: x(row), y: row.leastMs }]
-      ),
-    },
-  ];
-  const of = `${result.shapes}, ${result.dtype}`;
-  const depth = steps("depth");
-  const bounded = depth.filter(({ budget }) => budget !== null);
-  await write(
-    "depth",
-    `A token's time by depth: ${of}`,
-    "tokens fed before",
-    "ms a token",
-    "log",
-    [
-      ...lines(
-        "full",
-        depth.filter(({ budget }) => budget === null),
-        (row) => row.depth,
-      ),
-      ...lines(
-        `weighted-kv ${count(bounded[0]?.budget ?? 0)}`,
-        bounded,
-        (row) => row.depth,
-      ),
-    ],
-  );
-  await write(
-    "budget",
-    `A token's time by budget: ${of}`,
-    "tokens kept a KV head",
-    "ms a token",
-    "log",
-    lines("weighted-kv", steps("budget"), (row) => row.budget!),
-  );
-  await write(
-    "batch",
-    `A step's time by batch: ${of}`,
-    "sequences",
-    "ms a step",
-    "log",
-    lines("weighted-kv", steps("batch"), (row) => row.batch),
-  );
-  await write(
-    "heads",
-    `A token's time by KV heads: ${of}`,
-    "KV heads",
-    "ms a token",
-    "linear",
-    lines("weighted-kv", steps("heads"), (row) => row.kvHeads),
-  );
-  await write(
-    "layers",
-    `A token's time by layers: ${of}`,
-    "layers",
-    "ms a token",
-    "linear",
-    lines("weighted-kv", steps("layers"), (row) => row.layers),
-  );
-  const memory = rows.filter((row): row is MemoryRow => row.part === "memory");
-  const full = memory.filter(({ policy }) => policy === "full");
-  const kept = memory.find(({ budget, batch }) =>
-    batch === 1 && budget === sizes.budget
-  );
-  await write(
-    "memory",
-    `A cache's memory by depth: ${of}`,
-    "tokens fed",
-    "GB",
-    "log",
-    [
-      {
-        name: "full",
-        points: full.map((row) => ({ x: row.depth, y: row.cache / 1e9 })),
-      },
-      {
-        name: "full: planned",
-        points: full.map((row) => ({
-          x: row.depth,
-          y: row.cachePlanned / 1e9,
-        })),
-      },
-      {
-        name: `weighted-kv ${count(sizes.budget)}`,
-        points: kept === undefined
-          ? []
-          : full.map((row) => ({ x: row.depth, y: kept.cache / 1e9 })),
-      },
-    ],
-  );
-}
-
-if (only.includes("fits")) console.log(fits());
 if (only.some((part) => PARTS.includes(part))) await measure();
-else if (args.draw && args.out) {
-  await draw(JSON.parse(await Deno.readTextFile(args.out)), args.draw);
+if (only.includes("docs")) {
+  if (args.out === undefined) throw new Error("docs takes --out FILE");
+  await writeDocs(
+    new URL("../docs/scale.md", import.meta.url),
+    args.out,
+    JSON.parse(await Deno.readTextFile(args.out)),
+  );
 }

@@ -1,7 +1,7 @@
 /** The options that several commands share, and what they mean to the library. */
 
 import { findPolicy, policies, policyNames } from "../src/cache/registry.ts";
-import { parseBudget } from "../src/cache/budget.ts";
+import { type LayerBudgets, parseBudget } from "../src/cache/budget.ts";
 import { MAX_SLOTS, type Policy, resolveBudget } from "../src/cache/policy.ts";
 import { PRECISIONS } from "../src/backend/ops.ts";
 import { DEFAULT_MODEL } from "../src/hub/registry.ts";
@@ -72,6 +72,26 @@ const prefill: Option<Prefill> = {
   },
 };
 
+const spreads = ["constant", "pyramid", "inverse"] as const;
+
+const spread: Option<LayerBudgets> = {
+  summary:
+    "How the budget is spread over the layers, at the same total; numbers are shares (default constant)",
+  value: `${spreads.join("|")}|N,N,...`,
+  choices: spreads,
+  read(texts, name) {
+    const typed = texts.at(-1)!;
+    const word = spreads.find((spread) => spread === typed);
+    if (word !== undefined) return word;
+    if (/^\d+(,\d+)+$/.test(typed)) return typed.split(",").map(Number);
+    throw new UsageError(
+      `--${name} must be one of ${
+        spreads.join(", ")
+      }, or a whole number a layer separated by commas: current value is "${typed}"`,
+    );
+  },
+};
+
 /** What a cache is made of and how it is fed, policy and budget excepted. */
 export const cacheOptions = {
   sinks: whole(
@@ -89,10 +109,7 @@ export const cacheOptions = {
     "Tokens that leave at once when the cache overflows (default by policy)",
     MAX_SLOTS,
   ),
-  "layer-budgets": choice(
-    ["constant", "pyramid", "inverse"],
-    "How the budget is spread over the layers, at the same total (default constant)",
-  ),
+  "layer-budgets": spread,
   positions: choice(
     ["cache", "text"],
     "Where keys are rotated: rank in the cache or place in the text (default cache)",
@@ -233,7 +250,11 @@ export function policyList(): string {
     ).join("\n");
 }
 
-/** Loads the model, with progress on standard error. */
+/**
+ * Loads the model, with progress on standard error. After Ctrl-C `using` leaves
+ * it open: the process ends next, which gives a GPU's memory back sooner than
+ * closing first does.
+ */
 export async function load(
   values: Values<typeof loadOptions & { quiet: Option<boolean> }>,
   terminal: Terminal,
@@ -251,6 +272,9 @@ export async function load(
     signal,
   };
   const model = await loadModel(values.model ?? DEFAULT_MODEL, options);
+  model[Symbol.dispose] = () => {
+    if (!signal.aborted) model.close();
+  };
   view.close();
   return model;
 }

@@ -42,10 +42,10 @@ beforeAll(async () => {
   start = backend.liveHandles;
 });
 afterAll(async () => {
-  assertEquals(backend.liveHandles, start, "a test left handles open");
-  library.close();
-  backend.close();
-  await copy[Symbol.asyncDispose]();
+  assertEquals(backend?.liveHandles, start, "a test left handles open");
+  library?.close();
+  backend?.close();
+  await copy?.[Symbol.asyncDispose]();
 });
 
 type Name = keyof typeof symbols;

@@ -10,6 +10,7 @@ import {
 } from "@std/assert";
 import { describe, it } from "@std/testing/bdd";
 import { plannedShape, stepCost } from "../bench/arithmetic.ts";
+import { writeDocs } from "../bench/scale_report.ts";
 import { benchDecode } from "../bench/decode.ts";
 import { benchKernels, kernelOps } from "../bench/kernels.ts";
 import { measureMemory, type Memory } from "../bench/memory.ts";
@@ -466,6 +467,33 @@ describe("bench/scale.ts", () => {
       // Every matrix number once for each of three rows, and 4 heads of 16.
       const numbers = 2 * (8 * 16 + 64 + 3 * 96) * 64 + 256 * 64;
       assertEquals(operations, 6 * numbers + 3 * 2 * 32 * 4 * 16 * 4);
+    }
+  });
+
+  it("wrote the tables and charts of docs/scale.md", async () => {
+    const folder = await Deno.makeTempDir();
+    try {
+      const text = await Deno.readTextFile(`${ROOT}/docs/scale.md`);
+      const path = /bench\/results\/[\w.-]+\.json/.exec(text)![0];
+      const copy = new URL(`file://${folder}/scale.md`);
+      const empty = text.replace(
+        /(<!-- (\w+) -->).*?(?=<!-- end of \2)/gs,
+        "$1",
+      );
+      assert(empty.length < text.length / 2);
+      await Deno.writeTextFile(copy, empty);
+      const result = JSON.parse(await Deno.readTextFile(`${ROOT}/${path}`));
+      await writeDocs(copy, path, result);
+      assertEquals(await Deno.readTextFile(copy), text);
+      for await (const { name } of Deno.readDir(`${folder}/scale`)) {
+        assertEquals(
+          await Deno.readTextFile(`${folder}/scale/${name}`),
+          await Deno.readTextFile(`${ROOT}/docs/scale/${name}`),
+          `deno task bench:scale --only docs --out ${path}`,
+        );
+      }
+    } finally {
+      await Deno.remove(folder, { recursive: true });
     }
   });
 

@@ -124,8 +124,38 @@ describe("layerBudgets()", () => {
     assertThrows(
       () => layerBudgets("funnel" as "pyramid", 10, 2),
       RangeError,
-      "must be constant, pyramid or inverse",
+      "must be constant, pyramid, inverse or a number a layer",
     );
+  });
+
+  it("are a list's shares, at the total of the budget", () => {
+    assertEquals(layerBudgets([30, 10, 20], 20, 3), [30, 10, 20]);
+    assertEquals(layerBudgets([3, 1, 2], 20, 3), [30, 10, 20]);
+    assertEquals(layerBudgets([3, 1, 2], 7, 3), [11, 3, 7]);
+    for (const m of [2, 3, 7, 20, 256, 1023]) {
+      for (const layers of [1, 2, 3, 30, 126]) {
+        const shares = Array.from(
+          { length: layers },
+          (_, i) => 20 + i * 7919 % 17,
+        );
+        const all = layerBudgets(shares, m, layers);
+        const sum = shares.reduce((a, b) => a + b);
+        assertEquals(all.reduce((a, b) => a + b), m * layers);
+        all.forEach((budget, i) =>
+          assert(Math.abs(budget - shares[i]! * m * layers / sum) < 1, `${all}`)
+        );
+      }
+    }
+    const wrong: [number[], string][] = [
+      [[1, 2], "must be as many as the layers, 3: current value has 2"],
+      [[100, 1, 100], "layer 1 has 1 of 201"],
+      [[2, 0, 2], "layer 1 has 0 of 4"],
+      [[2, -1, 2], "layer 1 has -1 of 3"],
+      [[0, 0, 0], "layer 0 has 0 of 0"],
+    ];
+    for (const [shares, message] of wrong) {
+      assertThrows(() => layerBudgets(shares, 20, 3), RangeError, message);
+    }
   });
 
   it("give each layer the cache that it would have alone", async () => {
@@ -183,6 +213,11 @@ describe("layerBudgets()", () => {
     }));
     assertEquals(rows[0]!.layerSlots, [31, 16, 1]);
     assert(rows[0]!.kl! > 0);
+    using listed = model.createCache({
+      ...{ budget: 16, sinks: 0, recent: 1 },
+      layerBudgets: [2, 1, 3],
+    });
+    assertEquals(listed.layerSlots, [16, 8, 24]);
     assertThrows(
       () =>
         model.createCache({ budget: 16, recent: 8, layerBudgets: "pyramid" }),

@@ -34,7 +34,7 @@ let backend: Backend;
 beforeAll(async () => {
   backend = await openBackend();
 });
-afterAll(() => backend.close());
+afterAll(() => backend?.close());
 
 const layer: Layer = { heads: 4, kvHeads: 2, headDim: 16 };
 const bounded = policyNames().filter((name) => name !== "full");

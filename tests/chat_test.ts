@@ -71,7 +71,7 @@ describe("a chat with the default model", () => {
       activations: "f32",
     });
   });
-  afterAll(() => model.close());
+  afterAll(() => model?.close());
 
   it("feeds the new tokens alone, and answers as to the whole text", async () => {
     using chat = await createChat(model, {
@@ -205,7 +205,7 @@ describe("a chat", () => {
       },
     });
   });
-  afterAll(() => model.close());
+  afterAll(() => model?.close());
 
   const open = (options: ChatOptions = {}) =>
     createChat(model, {

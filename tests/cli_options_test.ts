@@ -136,6 +136,16 @@ describe("readArguments", () => {
     assertThrows(() => read("--model", "--"), UsageError, "needs a value");
   });
 
+  it("reads layer budgets as a word or a number a layer", () => {
+    const of = (typed: string) =>
+      read("--layer-budgets", typed).values["layer-budgets"];
+    assertEquals(of("inverse"), "inverse");
+    assertEquals(of("512,64,192"), [512, 64, 192]);
+    for (const typed of ["512", "1,,2", "1,2,", "1, 2", "-1,2", "1.5,2", "x"]) {
+      assertThrows(() => of(typed), UsageError, "a whole number a layer");
+    }
+  });
+
   it("suggests the nearest option", () => {
     assertThrows(() => read("--buget", "3"), UsageError, "mean --budget?");
     assertThrows(() => read("--temp=1"), UsageError, "mean --temperature?");

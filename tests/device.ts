@@ -59,7 +59,11 @@ export function beforeAll(hook: () => void | Promise<void>): void {
   if (absent === null) bdd.beforeAll(hook);
 }
 
-/** Runs after all tests, if there were any. */
+/**
+ * Runs after all tests, if there were any. It runs after a failed beforeAll()
+ * too, and an error of its own would be shown in place of that one: so
+ * `model?.close()`.
+ */
 export function afterAll(hook: () => void | Promise<void>): void {
   if (absent === null) bdd.afterAll(hook);
 }

@@ -146,6 +146,44 @@ describe("lineChart()", () => {
     assertStringIncludes(draw({ base: 0 }), ">0</text>");
   });
 
+  it("names places in full, as far as they have room", () => {
+    const xs = Array.from({ length: 10 }, (_, i) => 256 << i);
+    const points = xs.map((x) => ({ x, y: 1 }));
+    const svg = draw({ xScale: "log", series: [{ name: "p", points }] });
+    const ticks = [
+      ...svg.matchAll(/x="([\d.]+)" y="384" text-anchor="middle">([\d,]+)</g),
+    ].map(([, x, text]) => [Number(x), text!] as const);
+    assertEquals(ticks.at(-1)![1], "131,072");
+    assert(ticks.length >= 5, svg);
+    for (const [i, [x, text]] of ticks.slice(1).entries()) {
+      const [before, other] = ticks[i]!;
+      // A letter takes 7 to 8 of these.
+      assert(x - before > (text.length + other.length) / 2 * 7.5, text);
+    }
+  });
+
+  it("keeps room for the longest name, and draws a bound of a line", () => {
+    const name = "a name of more letters than usual";
+    const svg = draw({
+      series: [
+        { name, points: [{ x: 1, y: 2 }, { x: 2, y: 3 }] },
+        {
+          name: "least",
+          bound: true,
+          points: [{ x: 1, y: 1 }, { x: 2, y: 1 }],
+        },
+        { name: "other", points: [{ x: 1, y: 1 }] },
+      ],
+    });
+    const at = new RegExp(`<text x="([\\d.]+)" y="[\\d.]+">${name}</text>`);
+    assert(Number(at.exec(svg)![1]) + name.length * 7 <= 760);
+    const lines = [...svg.matchAll(/<polyline .* stroke="([^"]+)".*\/>/g)];
+    assertEquals(lines.map(([, colour]) => colour), ["#0072b2", "#0072b2"]);
+    assertEquals(lines.map(([line]) => line.includes("dash")), [false, true]);
+    assertEquals([...svg.matchAll(/<circle/g)].length, 3);
+    assertStringIncludes(svg, `r="3.5" fill="#d55e00"`);
+  });
+
   it("escapes names and draws single points, equal ones and none", () => {
     const svg = draw();
     assertStringIncludes(svg, "&lt;b&gt; &amp; &quot;c&quot;");

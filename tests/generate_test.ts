@@ -133,8 +133,8 @@ describe("the text of a generation", () => {
     ender = await loadTiny({ chain: [...bytes("abcd"), TINY_END] });
   });
   afterAll(() => {
-    model.close();
-    ender.close();
+    model?.close();
+    ender?.close();
   });
 
   it("is its pieces joined and its tokens decoded", async () => {
@@ -266,8 +266,8 @@ describe("generate()", () => {
     model = await loadTiny({ context: 128 }, { library: copy.path });
   });
   afterAll(async () => {
-    model.close();
-    await copy[Symbol.asyncDispose]();
+    model?.close();
+    await copy?.[Symbol.asyncDispose]();
   });
   const free = { ignoreEos: true } as const;
 
@@ -935,7 +935,7 @@ describe("generate() with the default model", () => {
   beforeAll(async () => {
     model = await loadModel(await testModel(), { device: testDevice });
   });
-  afterAll(() => model.close());
+  afterAll(() => model?.close());
 
   it("continues a text", async () => {
     const prompt = "The capital of France is";

@@ -817,7 +817,7 @@ describe("getters", () => {
       tensors: [{ name: "t", shape: [64, 3] }, { name: "v", shape: [64] }],
     });
   });
-  afterAll(() => file.close());
+  afterAll(() => file?.close());
 
   /** Asserts a FormatError of a key. */
   function refuses(get: () => unknown, field: string, message: string): void {

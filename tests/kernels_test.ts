@@ -53,7 +53,7 @@ let backend: Backend;
 beforeAll(async () => {
   backend = await openBackend();
 });
-afterAll(() => backend.close());
+afterAll(() => backend?.close());
 
 type Numbers = Float32Array<ArrayBuffer>;
 const EPSILON = 1e-5;

@@ -325,8 +325,8 @@ describe("a file that is refused", () => {
     model = await loadTiny({}, { library: copy.path });
   });
   afterAll(async () => {
-    model.close();
-    await copy[Symbol.asyncDispose]();
+    model?.close();
+    await copy?.[Symbol.asyncDispose]();
   });
   const liveHandles = async () => {
     await new Promise((resolve) => setTimeout(resolve));
@@ -530,7 +530,7 @@ describe("one pass and many steps, a batch and single runs", () => {
   beforeAll(async () => {
     model = await loadTiny({ width: 64, layers: 3 }, { activations: "f32" });
   });
-  afterAll(() => model.close());
+  afterAll(() => model?.close());
 
   for (
     const policy of [
@@ -597,7 +597,7 @@ describe("the default model", () => {
       activations: "f32",
     });
   });
-  afterAll(() => exact.close());
+  afterAll(() => exact?.close());
 
   describe("with f32 activations against PyTorch in f32", () => {
     /** One position of logits.bin. */

@@ -57,8 +57,8 @@ describe("perplexity()", () => {
     model = await loadBytes(tiny.bytes, { library: copy.path });
   });
   afterAll(async () => {
-    model.close();
-    await copy[Symbol.asyncDispose]();
+    model?.close();
+    await copy?.[Symbol.asyncDispose]();
   });
 
   /** The negative log probability of each target of a window, in f64. */

@@ -20,7 +20,7 @@ let backend: Backend;
 beforeAll(async () => {
   backend = await openBackend();
 });
-afterAll(() => backend.close());
+afterAll(() => backend?.close());
 
 /**
  * Inserts tokens with the averages that they shall have afterwards; each

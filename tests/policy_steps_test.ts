@@ -35,7 +35,7 @@ let backend: Backend;
 beforeAll(async () => {
   backend = await openBackend();
 });
-afterAll(() => backend.close());
+afterAll(() => backend?.close());
 
 /**
  * Limits of each cache type, for logits of deviation 1; values of 16 bits may be

@@ -18,7 +18,7 @@ let backend: Backend;
 beforeAll(async () => {
   backend = await openBackend();
 });
-afterAll(() => backend.close());
+afterAll(() => backend?.close());
 
 interface Settings {
   temperature?: number;

@@ -109,7 +109,7 @@ describe("evaluate() and compare()", () => {
     tiny = tinyModel({ context: 2048 });
     model = await loadBytes(tiny.bytes, { activations: "f32" });
   });
-  afterAll(() => model.close());
+  afterAll(() => model?.close());
 
   const options: EvaluateOptions = {
     tasks: ["passkey", "key_value"],
@@ -188,6 +188,29 @@ describe("evaluate() and compare()", () => {
     assertGreater(tova!.nll!, 0);
     assertEquals([none!.nll, none!.score, none!.questions], [null, null, 0]);
     assert(none!.reason!.includes("tova chooses by each step's own weights"));
+  });
+
+  it("asks questions side by side as it does one by one", async () => {
+    for (const prompt of ["streamed", "compressed"] as const) {
+      const answers = async (batch: number) => {
+        const results = memoryStore<QuestionResult>();
+        const policies = prompt === "streamed"
+          ? ["full", "weighted-kv", "snapkv"]
+          : ["full", "weighted-kv"];
+        const more = { samples: 2, policies, budgets: [64], prompt, results };
+        await rowsOf({ ...more, batch });
+        return results.items;
+      };
+      const [alone, beside] = [await answers(1), await answers(3)];
+      const lengths = new Set(alone.map(({ promptTokens }) => promptTokens));
+      assertGreater(lengths.size, 1);
+      assertEquals(beside.length, alone.length);
+      beside.forEach(({ nll, ...rest }, i) => {
+        const { nll: expected, ...others } = alone[i]!;
+        assertEquals(rest, others);
+        assertAlmostEquals(nll, expected, 1e-4);
+      });
+    }
   });
 
   it("asks a share of the questions, and none twice", async () => {

@@ -885,7 +885,7 @@ describe("the default model's tokenizer", () => {
     ids = await read("tokenizer_ids.json") as typeof ids;
   });
 
-  afterAll(() => file.close());
+  afterAll(() => file?.close());
 
   it("has its special tokens", async () => {
     using tokenizer = await tokenizerFromGguf(file, { rows: 49152 });

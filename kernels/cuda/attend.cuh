@@ -11,8 +11,7 @@
  * updates the state of its own slots, and the warp that owns the right neighbour merges and writes the new token's rows. The last block,
  * `home`, owns the new token until it has a slot.
  *
- * What needs nothing of the kernel in front is done before it has ended: the cache's length is read, and where blocks do not fill the
- * device, their first keys and values.
+ * What needs nothing of the kernel in front is done before it has ended: the cache's length is read, and the first keys and values.
  *
  * Scores of a block stay in shared memory or, for long caches, in scratch: 8 slots of a chunk for each query head, in units of ln 2;
  * after the values, 2^(score - the warp's highest); after accumulate, the rank.
@@ -25,7 +24,7 @@
 
 namespace wkv {
 
-constexpr int kAttendThreads = 256, kAttendWarps = kAttendThreads / 32;
+constexpr int kAttendWarps = 8;      // of a block
 constexpr int kMostBlocks = 16;     // of a cluster; more than 8 need leave
 constexpr int kChunk = 8;           // slots that a warp owns together: a sector of each array of state
 
@@ -36,7 +35,7 @@ struct AttendPlan {
   int32_t room;                      // entries that a block may own
   float share;                       // 1 / G
   float* weights;                    // scratch, [units, blocks, room, kGroup]; null: in shared memory
-  bool known, early;                 // before the kernel in front has ended, the cache's length is read; its first items too
+  bool early;                        // the kernel in front does not write the layer, which is read before it has ended
 };
 
 struct AttendView {
@@ -71,12 +70,14 @@ constexpr Candidate kNobody = {UINT_MAX, INT_MAX, 0, INT_MAX, 0.0f, 0, 0.0f, 0};
 
 template <int kGroup, int kDots>
 struct AttendArea {
-  uint64_t met, told;  // barriers: every warp's softmax has come; every block's output and every warp's candidate
-  float2 softmax[kMostBlocks][kAttendWarps][kGroup];  // the highest score, and the sum of exponentials under it
-  Candidate candidates[kMostBlocks][kAttendWarps], found[kAttendWarps];
-  float2 part[kAttendWarps][kGroup];
-  float factor[kAttendWarps][kGroup];  // of a warp's exponentials in all's
-  Own first[kAttendThreads];  // of each thread's first entry, as it was
+  static constexpr int kWarps = kAttendWarps;
+  uint64_t met, told, given;  // barriers: every warp's softmax has come; its candidate; every block's output
+  alignas(16) float2 softmax[kMostBlocks][kWarps][kGroup];  // the highest score, and the sum of exponentials under it
+  uint4 candidates[2][kMostBlocks][kWarps];     // the halves of each warp's
+  Candidate found[kWarps];
+  alignas(16) float2 part[kWarps][kGroup];
+  float factor[kWarps][kGroup];  // of a warp's exponentials in all's
+  Own first[kWarps * 32];        // of each thread's first entry, as it was
   float dots[kDots];      // home's: parts of the new token's scores, 32 pairs each
   float fresh[kGroup];    // home's: the new token's weights
   float arrived;          // home's: the new token's score
@@ -189,7 +190,7 @@ __device__ inline void await_items() {
 template <typename Cut>
 struct AttendStep {
   using T = typename Cut::T;
-  static constexpr int kGroup = Cut::kGroup, kDim = Cut::kDim, kHalf = kDim / 2, kPass = Cut::kPass, kWarps = kAttendWarps, kThreads = kAttendThreads;
+  static constexpr int kGroup = Cut::kGroup, kDim = Cut::kDim, kHalf = kDim / 2, kPass = Cut::kPass, kWarps = kAttendWarps, kThreads = kWarps * 32;
   static constexpr int kItems = Cut::kItems, kRows = Cut::kRows, kStages = Cut::kStages, kWords = Cut::kWords;
   static constexpr int kRegion = std::max(kStages * kWords * 512, kPass * kDim * 4);  // bytes of a warp: its items, then its outputs
   using Area = AttendArea<kGroup, kGroup * kHalf / 32>;
@@ -248,7 +249,7 @@ struct AttendStep {
   __device__ uint64_t begin() {
     if (tid == 0) {
       area.newest = -1;
-      if (blocks > 1) open_barrier(&area.met), open_barrier(&area.told);
+      if (blocks > 1) open_barrier(&area.met), open_barrier(&area.told), open_barrier(&area.given);
     }
     __syncwarp();
     if (blocks > 1) say_begun();
@@ -466,11 +467,12 @@ struct AttendStep {
 #pragma unroll
       for (int w = 0; w < kWarps; w++) {
         const float2 y = *reinterpret_cast<const float2*>(partial + w * (kRegion / 4) + 2 * i);
-        sum.x += y.x, sum.y += y.y;
+        const float factor = area.factor[w][g];
+        sum.x = fmaf(factor, y.x, sum.x), sum.y = fmaf(factor, y.y, sum.y);
       }
       const int32_t at = g * half + x;
       if (blocks == 1) out()[at] = sum;
-      else push(outputs + (block << a.plan.slice_log) + (at & ((1 << a.plan.slice_log) - 1)), sum, &area.told, at >> a.plan.slice_log);
+      else push(outputs + (block << a.plan.slice_log) + (at & ((1 << a.plan.slice_log) - 1)), sum, &area.given, at >> a.plan.slice_log);
     }
   }
 
@@ -489,10 +491,10 @@ struct AttendStep {
 
   // ---- accumulate, select ----
 
-  /** The weight of a token's value in a merge, and what an average rule minimises. */
+  /** The weight of a token's value in a merge, and what an average rule minimises; of a score that accumulate has left. */
   __device__ float weight(float score, int32_t birth) const { return c.select == WKV_SELECT_LITERAL_AVERAGE ? score : wkv_average(score, step - birth + 1); }
   __device__ float rule(const Own& o, float w) const {
-    __builtin_assume(c.select <= WKV_SELECT_LOWEST_SUM);  // of rules in one launch
+    __builtin_assume(c.select <= WKV_SELECT_LOWEST_SUM && !wkv_uses_gap(c.select));
     return wkv_select_value(c.select, wkv_token{o.rank, o.score, w, 0.0f, 0.0f, 0.0f});
   }
 
@@ -508,51 +510,58 @@ struct AttendStep {
   __device__ void next_entry(Mine& at) const { at.i += kThreads, at.slot += kThreads << a.plan.blocks_log, at.numbers += kThreads * kGroup; }
   __device__ int32_t swizzle() const { return lane / kChunk * kChunk; }
 
-  /** Adds each entry's weight to its score, leaves its rank in `scores`, and finds this thread's candidate. */
-  __device__ Candidate accumulate(const Shares& shares, bool selects, int32_t forced) {
-    constexpr int kAhead = 3;  // entries whose state is read before it is used
-    Candidate best = kNobody;
-    const bool by_gap = c.gapped() && forced == -1;
-    const int32_t turned = swizzle();
-    Mine at = first_entry();
-    Own own = area.first[tid], ahead[kAhead];
-    const auto read_ahead = [&](int32_t n) { return at.i + n * kThreads < local ? read_own(at.slot + n * (kThreads << a.plan.blocks_log)) : Own{0.0f, 0, 0}; };
+  /** The state of a thread's next entries behind its first, on its way. */
+  struct Ahead {
+    static constexpr int kCount = 4;
+    Own own[kCount];
+  };
+  __device__ Ahead read_ahead() const {
+    Ahead ahead;
+    const int32_t slot = slot_at(entry_at(0)), apart = kThreads << a.plan.blocks_log;
 #pragma unroll
-    for (int k = 0; k < kAhead; k++) ahead[k] = read_ahead(1 + k);
+    for (int k = 0; k < Ahead::kCount; k++) ahead.own[k] = read_own(slot + (1 + k) * apart);
+    return ahead;
+  }
+
+  /** Adds each entry's weight to its score, leaves its rank in `scores`, and finds this thread's candidate. */
+  __device__ Candidate accumulate(const Shares& shares, Ahead ahead, bool selects, int32_t forced) {
+    const bool by_gap = c.gapped() && forced == -1, literal = full && c.select == WKV_SELECT_LITERAL_AVERAGE;
+    const int32_t turned = swizzle(), apart = kThreads << a.plan.blocks_log;
+    Candidate best = kNobody;
+    Mine at = first_entry();
+    Own own = area.first[tid];
 #pragma unroll 1
     for (; at.i < count; next_entry(at)) {
-      Own o = own;
-      own = ahead[0];
-#pragma unroll
-      for (int k = 1; k < kAhead; k++) ahead[k - 1] = ahead[k];
-      ahead[kAhead - 1] = read_ahead(1 + kAhead);
+      // The new token goes the same way as the others: a way of its own would double the time of its warp.
       const bool fresh = at.i >= local;
-      if (!fresh && at.slot >= kept) continue;
-      float now = shares.fresh;
-      if (fresh) {
-        o = {0.0f, step, kept}, at.slot = kept;
-      } else {
-        now = 0.0f;
+      Own o = fresh ? Own{0.0f, step, kept} : own;
+      own = ahead.own[0];
 #pragma unroll
-        for (int g = 0; g < kGroup; g++) now = fmaf(at.numbers[g * kChunk ^ turned], shares.of[g], now);
-      }
+      for (int k = 1; k < Ahead::kCount; k++) ahead.own[k - 1] = ahead.own[k];
+      ahead.own[Ahead::kCount - 1] = read_own(at.slot + (1 + Ahead::kCount) * apart);
+      if (!fresh && at.slot >= kept) continue;
+      float now = 0.0f;
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) now = fmaf(at.numbers[g * kChunk ^ turned], shares.of[g], now);
+      if (fresh) now = shares.fresh;
       if (c.later) {
         c.weights[int64_t{unit} * (c.slots + 1) + o.rank] = now;
         continue;
       }
       o.score += now;
-      if (full && c.select == WKV_SELECT_LITERAL_AVERAGE) o.score = wkv_average(o.score, step - o.birth + 1);
+      float w = 0.0f;
+      if (selects || c.gapped()) w = wkv_average(o.score, step - o.birth + 1);
+      if (literal) o.score = w;
       if (fresh) area.arrived = o.score;
       else e.score[at.slot] = o.score;
       at.numbers[turned] = __int_as_float(o.rank);
-      if (!selects && !c.gapped()) continue;
-      const float w = weight(o.score, o.birth);
+      const int32_t slot = fresh ? kept : at.slot;
       if (c.gapped()) {
         __stcg(e.by_rank + o.rank, w);
-        __stcg(c.places_of(head) + o.rank, at.slot);
-        if (o.rank == kept - 1) area.newest = at.slot;
+        __stcg(c.places_of(head) + o.rank, slot);
+        if (o.rank == kept - 1) area.newest = slot;
       }
-      if (selects && !by_gap) consider(best, forced == -1 ? rule(o, w) : 0.0f, o, at.slot, w, forced);
+      if (selects && !by_gap) consider(best, forced == -1 ? rule(o, w) : 0.0f, o, slot, w, forced);
     }
     if (!c.gapped()) return best;
     // Rules that ask for gaps: the newest cached token now has a right neighbour; then everyone's average is needed.
@@ -576,11 +585,8 @@ struct AttendStep {
 
   __device__ void consider(Candidate& best, float value, const Own& o, int32_t slot, float w, int32_t forced) const {
     if (forced == -1 ? !wkv_evictable(o.rank, kept + 1, c.sinks, c.recent) : o.rank != forced) return;
-    if (isnan(value)) {
-      best.bad = min(best.bad, o.rank);
-      return;
-    }
-    const uint32_t bits = ordered(value);
+    if (isnan(value)) best.bad = min(best.bad, o.rank);
+    const uint32_t bits = isnan(value) ? UINT_MAX : ordered(value);
     if (bits < best.value || (bits == best.value && o.rank < best.rank)) best.value = bits, best.rank = o.rank, best.slot = slot, best.average = w, best.birth = o.birth;
   }
 
@@ -594,6 +600,7 @@ struct AttendStep {
 
   /** Tells every block this warp's candidate, each lane a half of it to one block. */
   __device__ void tell_candidate(Candidate mine) {
+    __syncwarp();
     int32_t bad = mine.bad;
     if (lane == best_lane(mine.value, mine.rank, bad)) {
       mine.bad = bad;
@@ -602,27 +609,26 @@ struct AttendStep {
     }
     __syncwarp();
     const uint4 part = reinterpret_cast<const uint4*>(&area.found[warp])[lane % 2];
-    const auto* at = reinterpret_cast<uint4*>(&area.candidates[block][warp]) + lane % 2;
-    if (blocks == 1 && lane < 2) *const_cast<uint4*>(at) = part;
+    uint4* at = &area.candidates[lane % 2][block][warp];
+    if (blocks == 1 && lane < 2) *at = part;
     else if (blocks > 1 && lane / 2 < blocks) push(at, part, &area.told, lane / 2);
   }
 
   /** The best of all warps' candidates, alike in every thread. */
   __device__ Candidate choose() const {
-    const Candidate* all = &area.candidates[0][0];
-    uint32_t value = kNobody.value;
-    int32_t rank = kNobody.rank, bad = kNobody.bad, at = 0;
+    const uint4* all = &area.candidates[0][0][0];
+    const auto rank_of = [](const uint4& half) { return static_cast<int32_t>(half.y); };
+    uint4 mine = make_uint4(kNobody.value, kNobody.rank, 0, kNobody.bad);
+    int32_t bad = kNobody.bad, at = 0;
     for (int32_t i = lane; i < blocks * kWarps; i += 32) {
-      const uint32_t its = all[i].value;
-      const int32_t its_rank = all[i].rank;
-      bad = min(bad, all[i].bad);
-      if (its < value || (its == value && its_rank < rank)) value = its, rank = its_rank, at = i;
+      const uint4 its = all[i];
+      bad = min(bad, static_cast<int32_t>(its.w));
+      if (its.x < mine.x || (its.x == mine.x && rank_of(its) < rank_of(mine))) mine = its, at = i;
     }
-    const int32_t from = best_lane(value, rank, bad);
-    Candidate best = all[__shfl_sync(0xffffffffu, at, from)];
-    best.bad = bad;
-    best.arrived = area.candidates[blocks - 1][fresh_warp].arrived;
-    return best;
+    at = __shfl_sync(0xffffffffu, at, best_lane(mine.x, rank_of(mine), bad));
+    const uint4 first = all[at], second = (&area.candidates[1][0][0])[at];
+    const float arrived = __uint_as_float(area.candidates[1][blocks - 1][fresh_warp].z);
+    return {first.x, rank_of(first), static_cast<int32_t>(first.z), bad, __uint_as_float(second.x), static_cast<int32_t>(second.y), arrived, 0};
   }
 
   // ---- merge, insert ----
@@ -631,6 +637,12 @@ struct AttendStep {
   __device__ void update(const Candidate& victim) {
     int32_t right = -1;
     const int32_t turned = swizzle();
+    T left[kDim / 32];  // the victim's value, on its way to whoever merges it
+#pragma unroll
+    for (int i = 0; i < kDim / 32; i++) {
+      const int32_t d = lane + i * 32;
+      left[i] = d < dim && victim.slot < kept ? __ldcg(values + int64_t{victim.slot} * dim + d) : from_float<T>(0.0f);
+    }
     for (Mine at = first_entry(); at.i < count; next_entry(at)) {
       const bool fresh = at.i >= local;
       if (!fresh && at.slot >= kept) continue;
@@ -643,7 +655,7 @@ struct AttendStep {
     const uint32_t found = __ballot_sync(0xffffffffu, right >= 0);
     if (!found) return;
     right = __shfl_sync(0xffffffffu, right, __ffs(found) - 1);
-    replace(victim, right, right == kept ? Own{victim.arrived, step, kept} : Own{__ldcg(e.score + right), __ldcg(e.birth + right), victim.rank + 1});
+    replace(victim, left, right, right == kept ? Own{victim.arrived, step, kept} : Own{__ldcg(e.score + right), __ldcg(e.birth + right), victim.rank + 1});
   }
 
   /** Puts the new token behind the last one. */
@@ -659,21 +671,20 @@ struct AttendStep {
     counts.event[1] = merges ? right_birth : -1.0f;
     counts.event[2] = victim.average;
     counts.event[3] = right_average;
-    if (merges) counts.merged++;
-    else counts.evicted++;
+    atomicAdd(merges ? &counts.merged : &counts.evicted, 1);  // nothing waits for it
   }
 
   /** A warp merges the victim's value into its right neighbour's, which it owns, and gives the victim's rows to the new token. */
-  __device__ void replace(const Candidate& victim, int32_t right, const Own& neighbour) {
+  __device__ void replace(const Candidate& victim, const T (&left)[kDim / 32], int32_t right, const Own& neighbour) {
     const float w_v = victim.average, w_r = weight(neighbour.score, neighbour.birth);
     const bool merges = c.merge == WKV_MERGE_RIGHT;
     T *to_key = keys + int64_t{victim.slot} * dim, *to_value = values + int64_t{victim.slot} * dim, *to_right = values + int64_t{right} * dim;
-    T left[kDim / 32], mid[kDim / 32];
+    T mid[kDim / 32];
 #pragma unroll
     for (int i = 0; i < kDim / 32; i++) {
       const int32_t d = lane + i * 32;
       if (d >= dim) break;
-      left[i] = to_value[d], mid[i] = right == kept ? value[d] : to_right[d];
+      mid[i] = right == kept ? value[d] : __ldcg(to_right + d);
     }
 #pragma unroll
     for (int i = 0; i < kDim / 32; i++) {
@@ -705,7 +716,7 @@ struct AttendStep {
 
 /** One block's part of a step, for a way to read the cache. */
 template <typename Way>
-__global__ void __launch_bounds__(kAttendThreads, Way::kResident) attend_kernel(const __grid_constant__ AttendView a, const Faults faults) {
+__global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(const __grid_constant__ AttendView a, const Faults faults) {
   extern __shared__ uint4 shared16[];
   __shared__ typename Way::Area area;
   Way my(a, faults, area, reinterpret_cast<uint8_t*>(shared16));
@@ -717,9 +728,8 @@ __global__ void __launch_bounds__(kAttendThreads, Way::kResident) attend_kernel(
     wait_for_previous();
     let_next_start();
   };
-  if (!a.plan.known) begin_step();
-  const float2 turn = my.use_counts(phase);
   if (!a.plan.early) begin_step(), rows = my.read_rows(places);
+  const float2 turn = my.use_counts(phase);
   const Own own = my.read_own(my.slot_at(my.entry_at(0)));
   my.begin_keys();
 #pragma unroll 1
@@ -733,8 +743,9 @@ __global__ void __launch_bounds__(kAttendThreads, Way::kResident) attend_kernel(
 
   const bool selects = my.full && c.select != WKV_SELECT_NONE && !c.later;
   if (my.blocks > 1 && my.tid == 0) {
-    expect(&area.met, my.blocks * kAttendWarps * Way::kGroup * sizeof(float2));
-    expect(&area.told, my.blocks * (my.my_slice() * sizeof(float2) + (selects ? kAttendWarps * sizeof(Candidate) : 0)));
+    expect(&area.met, my.blocks * Way::kWarps * Way::kGroup * sizeof(float2));
+    if (selects) expect(&area.told, my.blocks * Way::kWarps * sizeof(Candidate));
+    expect(&area.given, my.blocks * my.my_slice() * sizeof(float2));
   }
 
   my.score(own.rank);
@@ -742,48 +753,48 @@ __global__ void __launch_bounds__(kAttendThreads, Way::kResident) attend_kernel(
   if (my.blocks > 1) await_begun();
   my.tell_softmax();
   my.sum_values(0);
-  const auto shares = my.join_softmax();
   my.keep_sums(0);
-  __syncthreads();
-  my.tell_output(0);
-  for (int32_t pass = 1; pass * Way::kPass < Way::kGroup; pass++) {
-    __syncthreads();
-    my.sum_values(pass);
-    my.keep_sums(pass);
+  const auto ahead = my.read_ahead();
+  const auto shares = my.join_softmax();
+  const Candidate mine = my.accumulate(shares, ahead, selects, forced);
+  if (selects) my.tell_candidate(mine);
+  for (int32_t pass = 0;; pass++) {
     __syncthreads();
     my.tell_output(pass);
+    if ((pass + 1) * Way::kPass >= Way::kGroup) break;
+    __syncthreads();
+    my.sum_values(pass + 1);
+    my.keep_sums(pass + 1);
   }
-  const Candidate mine = my.accumulate(shares, selects, forced);
-  if (selects) my.tell_candidate(mine);
-  if (my.blocks > 1) await(&area.told);
-  else __syncthreads();
-  if (my.blocks > 1) my.join_output();
 
-  if (c.later) return;
   const bool last = my.home && my.tid == 0;
-  if (last) c.counts[my.head].steps = my.step;
-  if (!my.full) {
-    if (my.home) my.append();
-    if (last) c.counts[my.head].kept = my.kept + 1;
-    return;
+  if (!c.later) {
+    if (last) c.counts[my.head].steps = my.step;
+    if (selects) {
+      if (my.blocks > 1) await(&area.told);
+      const Candidate victim = my.choose();
+      const int32_t leaves = forced != -1 ? forced : victim.rank == INT_MAX ? -1 : victim.rank;
+      if (victim.bad != INT_MAX) {
+        if (last) faults.report(Fault::NanScore, victim.bad);
+      } else if (!wkv_evictable(leaves, my.kept + 1, c.sinks, c.recent)) {
+        if (last) faults.report(Fault::Rank, leaves, my.kept + 1, c.sinks, c.recent);
+      } else {
+        my.update(victim);
+        // The newest leaves alone, and nothing is written.
+        if (last && victim.rank == my.kept) my.note(victim, false, -1.0f, 0.0f);
+      }
+    } else if (my.full) {
+      if (last) faults.report(Fault::Full, c.slots);
+    } else {
+      if (my.home) my.append();
+      if (last) c.counts[my.head].kept = my.kept + 1;
+    }
   }
-  if (!selects) {
-    if (last) faults.report(Fault::Full, c.slots);
-    return;
+  // Before a block ends, all that others push into its memory must have come.
+  if (my.blocks > 1) {
+    await(&area.given);
+    my.join_output();
   }
-  const Candidate victim = my.choose();
-  const int32_t leaves = forced != -1 ? forced : victim.rank == INT_MAX ? -1 : victim.rank;
-  if (victim.bad != INT_MAX) {
-    if (last) faults.report(Fault::NanScore, victim.bad);
-    return;
-  }
-  if (!wkv_evictable(leaves, my.kept + 1, c.sinks, c.recent)) {
-    if (last) faults.report(Fault::Rank, leaves, my.kept + 1, c.sinks, c.recent);
-    return;
-  }
-  my.update(victim);
-  // The newest leaves alone, and nothing is written.
-  if (last && victim.rank == my.kept) my.note(victim, false, -1.0f, 0.0f);
 }
 
 // ---- host ----
@@ -817,34 +828,31 @@ void start_attend(Context& ctx, const Cache& cache, AttendView a) {
   const int32_t dim = cache.head_dim, units = cache.sequences * cache.kv_heads, outputs = cache.group() * dim / 2;
   AttendPlan& plan = a.plan;
   plan.share = 1.0f / static_cast<float>(cache.group());
-  plan.q_at = kAttendWarps * Way::kRegion;
+  plan.q_at = Way::kWarps * Way::kRegion;
   plan.rows_at = plan.q_at + Way::kQuery;
   plan.outputs_at = plan.rows_at + 3 * Way::kDim * static_cast<int32_t>(sizeof(typename Way::T));
-  // Blocks enough to fill the processors twice, each with 64 slots or more; clusters that all find room at once.
+  // Blocks enough to fill the processors twice, each warp with a chunk or more; clusters that all find room at once.
   const int32_t most = ctx.capability < 90 ? 1 : kMostBlocks;
   int32_t blocks = 1;
-  while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * 64) blocks *= 2;
-  const size_t own = sizeof(typename Way::Area) + 1024, half = std::min<size_t>(ctx.shared_limit, 113 * 1024) - own, whole = ctx.shared_limit - own;
-  const auto launched = [&](int32_t blocks, bool in_scratch) {
+  while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * Way::kWarps * kChunk) blocks *= 2;
+  const size_t limit = std::min<size_t>(ctx.shared_limit, 112 * 1024) - sizeof(typename Way::Area);
+  for (;; blocks = std::max(1, blocks / 2)) {
     plan.blocks_log = log2_up(blocks), plan.slice_log = log2_up(divide_up(outputs, blocks));
     plan.room = (divide_up(divide_up(cache.slots, kChunk), blocks) + 1) * kChunk;
     plan.weights_at = plan.outputs_at + (blocks == 1 ? 0 : static_cast<int32_t>(round_up(size_t(blocks) << plan.slice_log << 3, 16)));
-    const size_t weights = size_t(plan.room) * Way::kGroup * 4, shared = plan.weights_at + (in_scratch ? 0 : weights);
-    if (shared > (in_scratch && blocks > 1 ? half : whole)) return false;
-    const Shape shape{units * blocks, kAttendThreads, shared, static_cast<uint32_t>(blocks)};
+    // Two blocks share a multiprocessor: scores that leave no room for that lie in scratch, which costs less than half of the warps.
+    const size_t weights = size_t(plan.room) * Way::kGroup * 4;
+    const bool fits = plan.weights_at + weights <= limit;
+    const size_t shared = plan.weights_at + (fits ? weights : 0);
+    if (blocks > 1 && shared > limit) continue;
+    const Shape shape{units * blocks, Way::kThreads, shared, static_cast<uint32_t>(blocks)};
     allow_shared(kernel, shared);
-    if (blocks > 1 && (blocks > 8 || shared > half) && clusters_at_once(kernel, shape) < units) return false;
-    plan.weights = in_scratch ? reinterpret_cast<float*>(ctx.reserve(weights * units * blocks)) : nullptr;
-    // The kernel in front must not have written this layer; and where blocks fill the device, they would only be in each other's way.
-    plan.known = cache.untouched(ctx, a.layer), plan.early = plan.known && units * blocks <= ctx.processors;
+    if (blocks > 8 && clusters_at_once(kernel, shape) < units) continue;
+    plan.weights = fits ? nullptr : reinterpret_cast<float*>(ctx.reserve(weights * units * blocks));
+    plan.early = cache.untouched(ctx, a.layer);
     launch(ctx, kernel, shape, a, ctx.faults());
-    return true;
-  };
-  // Scores lie in shared memory where they find room, be it in a multiprocessor of their own that leaves few idle, or else in scratch.
-  for (int32_t b = blocks; b == blocks || (b >= 1 && units * b * 4 >= ctx.processors * 3); b /= 2) {
-    if (launched(b, false)) return;
+    return;
   }
-  while (!launched(blocks, true)) blocks = std::max(1, blocks / 2);
 }
 
 /** The ways: false, and nothing launched, where the sizes do not suit the tensor cores. */

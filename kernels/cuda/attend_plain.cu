@@ -286,15 +286,14 @@ struct PlainWay : AttendStep<Cut> {
     await_items<0>();
   }
 
-  /** Leaves them in this warp's region, as parts of the whole. */
-  __device__ void keep_sums(int32_t pass) {
+  /** Leaves them in this warp's region. */
+  __device__ void keep_sums(int32_t) {
     __syncwarp();
     float* to = reinterpret_cast<float*>(items) + lane * kValue;
 #pragma unroll
     for (int g = 0; g < kPass; g++) {
-      const float factor = area.factor[warp][pass * kPass + g];
 #pragma unroll
-      for (int i = 0; i < kValue; i += 4) *reinterpret_cast<float4*>(to + g * kDim + i) = make_float4(sums[g][i] * factor, sums[g][i + 1] * factor, sums[g][i + 2] * factor, sums[g][i + 3] * factor);
+      for (int i = 0; i < kValue; i += 4) *reinterpret_cast<float4*>(to + g * kDim + i) = make_float4(sums[g][i], sums[g][i + 1], sums[g][i + 2], sums[g][i + 3]);
     }
   }
 };

@@ -316,7 +316,7 @@ struct TensorWay : AttendStep<Cut> {
     await_items<0>();
   }
 
-  /** Leaves them in this warp's region, as parts of the whole. */
+  /** Leaves them in this warp's region. */
   __device__ void keep_sums(int32_t) {
     __syncwarp();
 #pragma unroll
@@ -325,11 +325,10 @@ struct TensorWay : AttendStep<Cut> {
       for (int h = 0; h < 2; h++) {
         const int32_t head = m * 8 + 2 * i + h;
         if (head >= kGroup) continue;
-        const float factor = area.factor[warp][head];
 #pragma unroll
         for (int r = 0; r < kParts * 8; r += 4) {
           const auto number = [&](int k) { return sums[m][(r + k) % kOutputs][(r + k) / kOutputs * 2 + h]; };
-          *reinterpret_cast<float4*>(reinterpret_cast<float*>(items) + head * kDim + (g + r / 8 * 8) * 8 + r % 8) = make_float4(number(0) * factor, number(1) * factor, number(2) * factor, number(3) * factor);
+          *reinterpret_cast<float4*>(reinterpret_cast<float*>(items) + head * kDim + (g + r / 8 * 8) * 8 + r % 8) = make_float4(number(0), number(1), number(2), number(3));
         }
       }
     }

@@ -4,9 +4,9 @@
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: on the tensor
- * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops'
- * checks, and the choice.
+ * Few rows go to matvec.cu, and up to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
+ * (matmul.cu), then each weight is one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is
+ * cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops' checks, and the choice.
  */
 #include <algorithm>
 
@@ -91,7 +91,9 @@ void project(Context& ctx, const InputView& in, const WeightView& w, const Weigh
   }
   const size_t products = product_bytes(in, w, up.data != nullptr, int8);
   uint8_t* scratch = ctx.reserve(own + products + (aliased ? own : 0));
-  if (in.rows <= (way_of(w, int8) == Way::Plain ? 8 : 4)) {  // more gain by the tensor cores
+  const Way way = way_of(w, int8);
+  const bool few = in.rows <= (way == Way::Plain ? 8 : 4), skinny = way == Way::Half && in.rows <= kSkinnyRows;
+  if (few || skinny) {  // these read in as it is
     InputView from = in;
     if (aliased) {
       float* copied = reinterpret_cast<float*>(scratch + own + products);
@@ -99,7 +101,8 @@ void project(Context& ctx, const InputView& in, const WeightView& w, const Weigh
       launch(ctx, copy_kernel, {dim3(std::min(1024, divide_up(count, 256))), dim3(256)}, copied, in.x, count);
       from.x = copied;
     }
-    if (matvec(ctx, from, w, up, int8, to)) return;
+    if (few && matvec(ctx, from, w, up, int8, to)) return;
+    if (skinny && matmul_skinny(ctx, from, w, up, to)) return;
   }
   project_many(ctx, in, w, up, int8, to, scratch);
 }

@@ -39,6 +39,10 @@ struct OutputView {
  *  reads in as it is. False, and nothing launched, when the shape needs matmul. */
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
 
+/** The same for up to kSkinnyRows rows and f16 or bf16 weights, whose columns must be a multiple of 32. False, and nothing launched, for others. */
+constexpr int32_t kSkinnyRows = 64;
+bool matmul_skinny(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to);
+
 /** Rows of x in 8 bits. Of a block of 32, in words of 4 columns: 0, 4, 1, 5, 2, 6, 3, 7, as the tensor cores' lanes take them.
  *  of[block * stride + t]: the scale of row t's block, and scale times the sum of the rounded; stride is even. */
 struct RoundedView {

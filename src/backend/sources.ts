@@ -746,7 +746,7 @@ struct Input {
       : x_row(x_row), rows(rows), precision(quantised ? precision : static_cast<int32_t>(WKV_PRECISION_F32)), epsilon(epsilon) {
     require(rows >= 1 && x_row >= 0, "rows must be at least 1 and x_row at least 0: " + std::to_string(rows) + ", " + std::to_string(x_row));
     require(x_row <= INT32_MAX - rows, "x_row is too large");
-    require(precision == WKV_PRECISION_F32 || precision == WKV_PRECISION_INT8, "precision " + std::to_string(precision) + " is unknown");
+    require(precision >= WKV_PRECISION_F32 && precision <= WKV_PRECISION_HALF, "precision " + std::to_string(precision) + " is unknown");
     x = find_tensor(context, x_handle, "x", WKV_F32, x_row + rows, columns);
     if (norm_handle) norm = find_tensor(context, norm_handle, "norm", WKV_F32, 1, columns);
     const size_t count = static_cast<size_t>(rows) * columns;
@@ -2972,8 +2972,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
  * updates the state of its own slots, and the warp that owns the right neighbour merges and writes the new token's rows. The last block,
  * \`home\`, owns the new token until it has a slot.
  *
- * What needs nothing of the kernel in front is done before it has ended: the cache's length is read, and where blocks do not fill the
- * device, their first keys and values.
+ * What needs nothing of the kernel in front is done before it has ended: the cache's length is read, and the first keys and values.
  *
  * Scores of a block stay in shared memory or, for long caches, in scratch: 8 slots of a chunk for each query head, in units of ln 2;
  * after the values, 2^(score - the warp's highest); after accumulate, the rank.
@@ -2986,7 +2985,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
 
 namespace wkv {
 
-constexpr int kAttendThreads = 256, kAttendWarps = kAttendThreads / 32;
+constexpr int kAttendWarps = 8;      // of a block
 constexpr int kMostBlocks = 16;     // of a cluster; more than 8 need leave
 constexpr int kChunk = 8;           // slots that a warp owns together: a sector of each array of state
 
@@ -2997,7 +2996,7 @@ struct AttendPlan {
   int32_t room;                      // entries that a block may own
   float share;                       // 1 / G
   float* weights;                    // scratch, [units, blocks, room, kGroup]; null: in shared memory
-  bool known, early;                 // before the kernel in front has ended, the cache's length is read; its first items too
+  bool early;                        // the kernel in front does not write the layer, which is read before it has ended
 };
 
 struct AttendView {
@@ -3032,12 +3031,14 @@ constexpr Candidate kNobody = {UINT_MAX, INT_MAX, 0, INT_MAX, 0.0f, 0, 0.0f, 0};
 
 template <int kGroup, int kDots>
 struct AttendArea {
-  uint64_t met, told;  // barriers: every warp's softmax has come; every block's output and every warp's candidate
-  float2 softmax[kMostBlocks][kAttendWarps][kGroup];  // the highest score, and the sum of exponentials under it
-  Candidate candidates[kMostBlocks][kAttendWarps], found[kAttendWarps];
-  float2 part[kAttendWarps][kGroup];
-  float factor[kAttendWarps][kGroup];  // of a warp's exponentials in all's
-  Own first[kAttendThreads];  // of each thread's first entry, as it was
+  static constexpr int kWarps = kAttendWarps;
+  uint64_t met, told, given;  // barriers: every warp's softmax has come; its candidate; every block's output
+  alignas(16) float2 softmax[kMostBlocks][kWarps][kGroup];  // the highest score, and the sum of exponentials under it
+  uint4 candidates[2][kMostBlocks][kWarps];     // the halves of each warp's
+  Candidate found[kWarps];
+  alignas(16) float2 part[kWarps][kGroup];
+  float factor[kWarps][kGroup];  // of a warp's exponentials in all's
+  Own first[kWarps * 32];        // of each thread's first entry, as it was
   float dots[kDots];      // home's: parts of the new token's scores, 32 pairs each
   float fresh[kGroup];    // home's: the new token's weights
   float arrived;          // home's: the new token's score
@@ -3150,7 +3151,7 @@ __device__ inline void await_items() {
 template <typename Cut>
 struct AttendStep {
   using T = typename Cut::T;
-  static constexpr int kGroup = Cut::kGroup, kDim = Cut::kDim, kHalf = kDim / 2, kPass = Cut::kPass, kWarps = kAttendWarps, kThreads = kAttendThreads;
+  static constexpr int kGroup = Cut::kGroup, kDim = Cut::kDim, kHalf = kDim / 2, kPass = Cut::kPass, kWarps = kAttendWarps, kThreads = kWarps * 32;
   static constexpr int kItems = Cut::kItems, kRows = Cut::kRows, kStages = Cut::kStages, kWords = Cut::kWords;
   static constexpr int kRegion = std::max(kStages * kWords * 512, kPass * kDim * 4);  // bytes of a warp: its items, then its outputs
   using Area = AttendArea<kGroup, kGroup * kHalf / 32>;
@@ -3209,7 +3210,7 @@ struct AttendStep {
   __device__ uint64_t begin() {
     if (tid == 0) {
       area.newest = -1;
-      if (blocks > 1) open_barrier(&area.met), open_barrier(&area.told);
+      if (blocks > 1) open_barrier(&area.met), open_barrier(&area.told), open_barrier(&area.given);
     }
     __syncwarp();
     if (blocks > 1) say_begun();
@@ -3427,11 +3428,12 @@ struct AttendStep {
 #pragma unroll
       for (int w = 0; w < kWarps; w++) {
         const float2 y = *reinterpret_cast<const float2*>(partial + w * (kRegion / 4) + 2 * i);
-        sum.x += y.x, sum.y += y.y;
+        const float factor = area.factor[w][g];
+        sum.x = fmaf(factor, y.x, sum.x), sum.y = fmaf(factor, y.y, sum.y);
       }
       const int32_t at = g * half + x;
       if (blocks == 1) out()[at] = sum;
-      else push(outputs + (block << a.plan.slice_log) + (at & ((1 << a.plan.slice_log) - 1)), sum, &area.told, at >> a.plan.slice_log);
+      else push(outputs + (block << a.plan.slice_log) + (at & ((1 << a.plan.slice_log) - 1)), sum, &area.given, at >> a.plan.slice_log);
     }
   }
 
@@ -3450,10 +3452,10 @@ struct AttendStep {
 
   // ---- accumulate, select ----
 
-  /** The weight of a token's value in a merge, and what an average rule minimises. */
+  /** The weight of a token's value in a merge, and what an average rule minimises; of a score that accumulate has left. */
   __device__ float weight(float score, int32_t birth) const { return c.select == WKV_SELECT_LITERAL_AVERAGE ? score : wkv_average(score, step - birth + 1); }
   __device__ float rule(const Own& o, float w) const {
-    __builtin_assume(c.select <= WKV_SELECT_LOWEST_SUM);  // of rules in one launch
+    __builtin_assume(c.select <= WKV_SELECT_LOWEST_SUM && !wkv_uses_gap(c.select));
     return wkv_select_value(c.select, wkv_token{o.rank, o.score, w, 0.0f, 0.0f, 0.0f});
   }
 
@@ -3469,51 +3471,58 @@ struct AttendStep {
   __device__ void next_entry(Mine& at) const { at.i += kThreads, at.slot += kThreads << a.plan.blocks_log, at.numbers += kThreads * kGroup; }
   __device__ int32_t swizzle() const { return lane / kChunk * kChunk; }
 
-  /** Adds each entry's weight to its score, leaves its rank in \`scores\`, and finds this thread's candidate. */
-  __device__ Candidate accumulate(const Shares& shares, bool selects, int32_t forced) {
-    constexpr int kAhead = 3;  // entries whose state is read before it is used
-    Candidate best = kNobody;
-    const bool by_gap = c.gapped() && forced == -1;
-    const int32_t turned = swizzle();
-    Mine at = first_entry();
-    Own own = area.first[tid], ahead[kAhead];
-    const auto read_ahead = [&](int32_t n) { return at.i + n * kThreads < local ? read_own(at.slot + n * (kThreads << a.plan.blocks_log)) : Own{0.0f, 0, 0}; };
+  /** The state of a thread's next entries behind its first, on its way. */
+  struct Ahead {
+    static constexpr int kCount = 4;
+    Own own[kCount];
+  };
+  __device__ Ahead read_ahead() const {
+    Ahead ahead;
+    const int32_t slot = slot_at(entry_at(0)), apart = kThreads << a.plan.blocks_log;
 #pragma unroll
-    for (int k = 0; k < kAhead; k++) ahead[k] = read_ahead(1 + k);
+    for (int k = 0; k < Ahead::kCount; k++) ahead.own[k] = read_own(slot + (1 + k) * apart);
+    return ahead;
+  }
+
+  /** Adds each entry's weight to its score, leaves its rank in \`scores\`, and finds this thread's candidate. */
+  __device__ Candidate accumulate(const Shares& shares, Ahead ahead, bool selects, int32_t forced) {
+    const bool by_gap = c.gapped() && forced == -1, literal = full && c.select == WKV_SELECT_LITERAL_AVERAGE;
+    const int32_t turned = swizzle(), apart = kThreads << a.plan.blocks_log;
+    Candidate best = kNobody;
+    Mine at = first_entry();
+    Own own = area.first[tid];
 #pragma unroll 1
     for (; at.i < count; next_entry(at)) {
-      Own o = own;
-      own = ahead[0];
-#pragma unroll
-      for (int k = 1; k < kAhead; k++) ahead[k - 1] = ahead[k];
-      ahead[kAhead - 1] = read_ahead(1 + kAhead);
+      // The new token goes the same way as the others: a way of its own would double the time of its warp.
       const bool fresh = at.i >= local;
-      if (!fresh && at.slot >= kept) continue;
-      float now = shares.fresh;
-      if (fresh) {
-        o = {0.0f, step, kept}, at.slot = kept;
-      } else {
-        now = 0.0f;
+      Own o = fresh ? Own{0.0f, step, kept} : own;
+      own = ahead.own[0];
 #pragma unroll
-        for (int g = 0; g < kGroup; g++) now = fmaf(at.numbers[g * kChunk ^ turned], shares.of[g], now);
-      }
+      for (int k = 1; k < Ahead::kCount; k++) ahead.own[k - 1] = ahead.own[k];
+      ahead.own[Ahead::kCount - 1] = read_own(at.slot + (1 + Ahead::kCount) * apart);
+      if (!fresh && at.slot >= kept) continue;
+      float now = 0.0f;
+#pragma unroll
+      for (int g = 0; g < kGroup; g++) now = fmaf(at.numbers[g * kChunk ^ turned], shares.of[g], now);
+      if (fresh) now = shares.fresh;
       if (c.later) {
         c.weights[int64_t{unit} * (c.slots + 1) + o.rank] = now;
         continue;
       }
       o.score += now;
-      if (full && c.select == WKV_SELECT_LITERAL_AVERAGE) o.score = wkv_average(o.score, step - o.birth + 1);
+      float w = 0.0f;
+      if (selects || c.gapped()) w = wkv_average(o.score, step - o.birth + 1);
+      if (literal) o.score = w;
       if (fresh) area.arrived = o.score;
       else e.score[at.slot] = o.score;
       at.numbers[turned] = __int_as_float(o.rank);
-      if (!selects && !c.gapped()) continue;
-      const float w = weight(o.score, o.birth);
+      const int32_t slot = fresh ? kept : at.slot;
       if (c.gapped()) {
         __stcg(e.by_rank + o.rank, w);
-        __stcg(c.places_of(head) + o.rank, at.slot);
-        if (o.rank == kept - 1) area.newest = at.slot;
+        __stcg(c.places_of(head) + o.rank, slot);
+        if (o.rank == kept - 1) area.newest = slot;
       }
-      if (selects && !by_gap) consider(best, forced == -1 ? rule(o, w) : 0.0f, o, at.slot, w, forced);
+      if (selects && !by_gap) consider(best, forced == -1 ? rule(o, w) : 0.0f, o, slot, w, forced);
     }
     if (!c.gapped()) return best;
     // Rules that ask for gaps: the newest cached token now has a right neighbour; then everyone's average is needed.
@@ -3537,11 +3546,8 @@ struct AttendStep {
 
   __device__ void consider(Candidate& best, float value, const Own& o, int32_t slot, float w, int32_t forced) const {
     if (forced == -1 ? !wkv_evictable(o.rank, kept + 1, c.sinks, c.recent) : o.rank != forced) return;
-    if (isnan(value)) {
-      best.bad = min(best.bad, o.rank);
-      return;
-    }
-    const uint32_t bits = ordered(value);
+    if (isnan(value)) best.bad = min(best.bad, o.rank);
+    const uint32_t bits = isnan(value) ? UINT_MAX : ordered(value);
     if (bits < best.value || (bits == best.value && o.rank < best.rank)) best.value = bits, best.rank = o.rank, best.slot = slot, best.average = w, best.birth = o.birth;
   }
 
@@ -3555,6 +3561,7 @@ struct AttendStep {
 
   /** Tells every block this warp's candidate, each lane a half of it to one block. */
   __device__ void tell_candidate(Candidate mine) {
+    __syncwarp();
     int32_t bad = mine.bad;
     if (lane == best_lane(mine.value, mine.rank, bad)) {
       mine.bad = bad;
@@ -3563,27 +3570,26 @@ struct AttendStep {
     }
     __syncwarp();
     const uint4 part = reinterpret_cast<const uint4*>(&area.found[warp])[lane % 2];
-    const auto* at = reinterpret_cast<uint4*>(&area.candidates[block][warp]) + lane % 2;
-    if (blocks == 1 && lane < 2) *const_cast<uint4*>(at) = part;
+    uint4* at = &area.candidates[lane % 2][block][warp];
+    if (blocks == 1 && lane < 2) *at = part;
     else if (blocks > 1 && lane / 2 < blocks) push(at, part, &area.told, lane / 2);
   }
 
   /** The best of all warps' candidates, alike in every thread. */
   __device__ Candidate choose() const {
-    const Candidate* all = &area.candidates[0][0];
-    uint32_t value = kNobody.value;
-    int32_t rank = kNobody.rank, bad = kNobody.bad, at = 0;
+    const uint4* all = &area.candidates[0][0][0];
+    const auto rank_of = [](const uint4& half) { return static_cast<int32_t>(half.y); };
+    uint4 mine = make_uint4(kNobody.value, kNobody.rank, 0, kNobody.bad);
+    int32_t bad = kNobody.bad, at = 0;
     for (int32_t i = lane; i < blocks * kWarps; i += 32) {
-      const uint32_t its = all[i].value;
-      const int32_t its_rank = all[i].rank;
-      bad = min(bad, all[i].bad);
-      if (its < value || (its == value && its_rank < rank)) value = its, rank = its_rank, at = i;
+      const uint4 its = all[i];
+      bad = min(bad, static_cast<int32_t>(its.w));
+      if (its.x < mine.x || (its.x == mine.x && rank_of(its) < rank_of(mine))) mine = its, at = i;
     }
-    const int32_t from = best_lane(value, rank, bad);
-    Candidate best = all[__shfl_sync(0xffffffffu, at, from)];
-    best.bad = bad;
-    best.arrived = area.candidates[blocks - 1][fresh_warp].arrived;
-    return best;
+    at = __shfl_sync(0xffffffffu, at, best_lane(mine.x, rank_of(mine), bad));
+    const uint4 first = all[at], second = (&area.candidates[1][0][0])[at];
+    const float arrived = __uint_as_float(area.candidates[1][blocks - 1][fresh_warp].z);
+    return {first.x, rank_of(first), static_cast<int32_t>(first.z), bad, __uint_as_float(second.x), static_cast<int32_t>(second.y), arrived, 0};
   }
 
   // ---- merge, insert ----
@@ -3592,6 +3598,12 @@ struct AttendStep {
   __device__ void update(const Candidate& victim) {
     int32_t right = -1;
     const int32_t turned = swizzle();
+    T left[kDim / 32];  // the victim's value, on its way to whoever merges it
+#pragma unroll
+    for (int i = 0; i < kDim / 32; i++) {
+      const int32_t d = lane + i * 32;
+      left[i] = d < dim && victim.slot < kept ? __ldcg(values + int64_t{victim.slot} * dim + d) : from_float<T>(0.0f);
+    }
     for (Mine at = first_entry(); at.i < count; next_entry(at)) {
       const bool fresh = at.i >= local;
       if (!fresh && at.slot >= kept) continue;
@@ -3604,7 +3616,7 @@ struct AttendStep {
     const uint32_t found = __ballot_sync(0xffffffffu, right >= 0);
     if (!found) return;
     right = __shfl_sync(0xffffffffu, right, __ffs(found) - 1);
-    replace(victim, right, right == kept ? Own{victim.arrived, step, kept} : Own{__ldcg(e.score + right), __ldcg(e.birth + right), victim.rank + 1});
+    replace(victim, left, right, right == kept ? Own{victim.arrived, step, kept} : Own{__ldcg(e.score + right), __ldcg(e.birth + right), victim.rank + 1});
   }
 
   /** Puts the new token behind the last one. */
@@ -3620,21 +3632,20 @@ struct AttendStep {
     counts.event[1] = merges ? right_birth : -1.0f;
     counts.event[2] = victim.average;
     counts.event[3] = right_average;
-    if (merges) counts.merged++;
-    else counts.evicted++;
+    atomicAdd(merges ? &counts.merged : &counts.evicted, 1);  // nothing waits for it
   }
 
   /** A warp merges the victim's value into its right neighbour's, which it owns, and gives the victim's rows to the new token. */
-  __device__ void replace(const Candidate& victim, int32_t right, const Own& neighbour) {
+  __device__ void replace(const Candidate& victim, const T (&left)[kDim / 32], int32_t right, const Own& neighbour) {
     const float w_v = victim.average, w_r = weight(neighbour.score, neighbour.birth);
     const bool merges = c.merge == WKV_MERGE_RIGHT;
     T *to_key = keys + int64_t{victim.slot} * dim, *to_value = values + int64_t{victim.slot} * dim, *to_right = values + int64_t{right} * dim;
-    T left[kDim / 32], mid[kDim / 32];
+    T mid[kDim / 32];
 #pragma unroll
     for (int i = 0; i < kDim / 32; i++) {
       const int32_t d = lane + i * 32;
       if (d >= dim) break;
-      left[i] = to_value[d], mid[i] = right == kept ? value[d] : to_right[d];
+      mid[i] = right == kept ? value[d] : __ldcg(to_right + d);
     }
 #pragma unroll
     for (int i = 0; i < kDim / 32; i++) {
@@ -3666,7 +3677,7 @@ struct AttendStep {
 
 /** One block's part of a step, for a way to read the cache. */
 template <typename Way>
-__global__ void __launch_bounds__(kAttendThreads, Way::kResident) attend_kernel(const __grid_constant__ AttendView a, const Faults faults) {
+__global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(const __grid_constant__ AttendView a, const Faults faults) {
   extern __shared__ uint4 shared16[];
   __shared__ typename Way::Area area;
   Way my(a, faults, area, reinterpret_cast<uint8_t*>(shared16));
@@ -3678,9 +3689,8 @@ __global__ void __launch_bounds__(kAttendThreads, Way::kResident) attend_kernel(
     wait_for_previous();
     let_next_start();
   };
-  if (!a.plan.known) begin_step();
-  const float2 turn = my.use_counts(phase);
   if (!a.plan.early) begin_step(), rows = my.read_rows(places);
+  const float2 turn = my.use_counts(phase);
   const Own own = my.read_own(my.slot_at(my.entry_at(0)));
   my.begin_keys();
 #pragma unroll 1
@@ -3694,8 +3704,9 @@ __global__ void __launch_bounds__(kAttendThreads, Way::kResident) attend_kernel(
 
   const bool selects = my.full && c.select != WKV_SELECT_NONE && !c.later;
   if (my.blocks > 1 && my.tid == 0) {
-    expect(&area.met, my.blocks * kAttendWarps * Way::kGroup * sizeof(float2));
-    expect(&area.told, my.blocks * (my.my_slice() * sizeof(float2) + (selects ? kAttendWarps * sizeof(Candidate) : 0)));
+    expect(&area.met, my.blocks * Way::kWarps * Way::kGroup * sizeof(float2));
+    if (selects) expect(&area.told, my.blocks * Way::kWarps * sizeof(Candidate));
+    expect(&area.given, my.blocks * my.my_slice() * sizeof(float2));
   }
 
   my.score(own.rank);
@@ -3703,48 +3714,48 @@ __global__ void __launch_bounds__(kAttendThreads, Way::kResident) attend_kernel(
   if (my.blocks > 1) await_begun();
   my.tell_softmax();
   my.sum_values(0);
-  const auto shares = my.join_softmax();
   my.keep_sums(0);
-  __syncthreads();
-  my.tell_output(0);
-  for (int32_t pass = 1; pass * Way::kPass < Way::kGroup; pass++) {
-    __syncthreads();
-    my.sum_values(pass);
-    my.keep_sums(pass);
+  const auto ahead = my.read_ahead();
+  const auto shares = my.join_softmax();
+  const Candidate mine = my.accumulate(shares, ahead, selects, forced);
+  if (selects) my.tell_candidate(mine);
+  for (int32_t pass = 0;; pass++) {
     __syncthreads();
     my.tell_output(pass);
+    if ((pass + 1) * Way::kPass >= Way::kGroup) break;
+    __syncthreads();
+    my.sum_values(pass + 1);
+    my.keep_sums(pass + 1);
   }
-  const Candidate mine = my.accumulate(shares, selects, forced);
-  if (selects) my.tell_candidate(mine);
-  if (my.blocks > 1) await(&area.told);
-  else __syncthreads();
-  if (my.blocks > 1) my.join_output();
 
-  if (c.later) return;
   const bool last = my.home && my.tid == 0;
-  if (last) c.counts[my.head].steps = my.step;
-  if (!my.full) {
-    if (my.home) my.append();
-    if (last) c.counts[my.head].kept = my.kept + 1;
-    return;
+  if (!c.later) {
+    if (last) c.counts[my.head].steps = my.step;
+    if (selects) {
+      if (my.blocks > 1) await(&area.told);
+      const Candidate victim = my.choose();
+      const int32_t leaves = forced != -1 ? forced : victim.rank == INT_MAX ? -1 : victim.rank;
+      if (victim.bad != INT_MAX) {
+        if (last) faults.report(Fault::NanScore, victim.bad);
+      } else if (!wkv_evictable(leaves, my.kept + 1, c.sinks, c.recent)) {
+        if (last) faults.report(Fault::Rank, leaves, my.kept + 1, c.sinks, c.recent);
+      } else {
+        my.update(victim);
+        // The newest leaves alone, and nothing is written.
+        if (last && victim.rank == my.kept) my.note(victim, false, -1.0f, 0.0f);
+      }
+    } else if (my.full) {
+      if (last) faults.report(Fault::Full, c.slots);
+    } else {
+      if (my.home) my.append();
+      if (last) c.counts[my.head].kept = my.kept + 1;
+    }
   }
-  if (!selects) {
-    if (last) faults.report(Fault::Full, c.slots);
-    return;
+  // Before a block ends, all that others push into its memory must have come.
+  if (my.blocks > 1) {
+    await(&area.given);
+    my.join_output();
   }
-  const Candidate victim = my.choose();
-  const int32_t leaves = forced != -1 ? forced : victim.rank == INT_MAX ? -1 : victim.rank;
-  if (victim.bad != INT_MAX) {
-    if (last) faults.report(Fault::NanScore, victim.bad);
-    return;
-  }
-  if (!wkv_evictable(leaves, my.kept + 1, c.sinks, c.recent)) {
-    if (last) faults.report(Fault::Rank, leaves, my.kept + 1, c.sinks, c.recent);
-    return;
-  }
-  my.update(victim);
-  // The newest leaves alone, and nothing is written.
-  if (last && victim.rank == my.kept) my.note(victim, false, -1.0f, 0.0f);
 }
 
 // ---- host ----
@@ -3778,34 +3789,31 @@ void start_attend(Context& ctx, const Cache& cache, AttendView a) {
   const int32_t dim = cache.head_dim, units = cache.sequences * cache.kv_heads, outputs = cache.group() * dim / 2;
   AttendPlan& plan = a.plan;
   plan.share = 1.0f / static_cast<float>(cache.group());
-  plan.q_at = kAttendWarps * Way::kRegion;
+  plan.q_at = Way::kWarps * Way::kRegion;
   plan.rows_at = plan.q_at + Way::kQuery;
   plan.outputs_at = plan.rows_at + 3 * Way::kDim * static_cast<int32_t>(sizeof(typename Way::T));
-  // Blocks enough to fill the processors twice, each with 64 slots or more; clusters that all find room at once.
+  // Blocks enough to fill the processors twice, each warp with a chunk or more; clusters that all find room at once.
   const int32_t most = ctx.capability < 90 ? 1 : kMostBlocks;
   int32_t blocks = 1;
-  while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * 64) blocks *= 2;
-  const size_t own = sizeof(typename Way::Area) + 1024, half = std::min<size_t>(ctx.shared_limit, 113 * 1024) - own, whole = ctx.shared_limit - own;
-  const auto launched = [&](int32_t blocks, bool in_scratch) {
+  while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * Way::kWarps * kChunk) blocks *= 2;
+  const size_t limit = std::min<size_t>(ctx.shared_limit, 112 * 1024) - sizeof(typename Way::Area);
+  for (;; blocks = std::max(1, blocks / 2)) {
     plan.blocks_log = log2_up(blocks), plan.slice_log = log2_up(divide_up(outputs, blocks));
     plan.room = (divide_up(divide_up(cache.slots, kChunk), blocks) + 1) * kChunk;
     plan.weights_at = plan.outputs_at + (blocks == 1 ? 0 : static_cast<int32_t>(round_up(size_t(blocks) << plan.slice_log << 3, 16)));
-    const size_t weights = size_t(plan.room) * Way::kGroup * 4, shared = plan.weights_at + (in_scratch ? 0 : weights);
-    if (shared > (in_scratch && blocks > 1 ? half : whole)) return false;
-    const Shape shape{units * blocks, kAttendThreads, shared, static_cast<uint32_t>(blocks)};
+    // Two blocks share a multiprocessor: scores that leave no room for that lie in scratch, which costs less than half of the warps.
+    const size_t weights = size_t(plan.room) * Way::kGroup * 4;
+    const bool fits = plan.weights_at + weights <= limit;
+    const size_t shared = plan.weights_at + (fits ? weights : 0);
+    if (blocks > 1 && shared > limit) continue;
+    const Shape shape{units * blocks, Way::kThreads, shared, static_cast<uint32_t>(blocks)};
     allow_shared(kernel, shared);
-    if (blocks > 1 && (blocks > 8 || shared > half) && clusters_at_once(kernel, shape) < units) return false;
-    plan.weights = in_scratch ? reinterpret_cast<float*>(ctx.reserve(weights * units * blocks)) : nullptr;
-    // The kernel in front must not have written this layer; and where blocks fill the device, they would only be in each other's way.
-    plan.known = cache.untouched(ctx, a.layer), plan.early = plan.known && units * blocks <= ctx.processors;
+    if (blocks > 8 && clusters_at_once(kernel, shape) < units) continue;
+    plan.weights = fits ? nullptr : reinterpret_cast<float*>(ctx.reserve(weights * units * blocks));
+    plan.early = cache.untouched(ctx, a.layer);
     launch(ctx, kernel, shape, a, ctx.faults());
-    return true;
-  };
-  // Scores lie in shared memory where they find room, be it in a multiprocessor of their own that leaves few idle, or else in scratch.
-  for (int32_t b = blocks; b == blocks || (b >= 1 && units * b * 4 >= ctx.processors * 3); b /= 2) {
-    if (launched(b, false)) return;
+    return;
   }
-  while (!launched(blocks, true)) blocks = std::max(1, blocks / 2);
 }
 
 /** The ways: false, and nothing launched, where the sizes do not suit the tensor cores. */
@@ -4102,15 +4110,14 @@ struct PlainWay : AttendStep<Cut> {
     await_items<0>();
   }
 
-  /** Leaves them in this warp's region, as parts of the whole. */
-  __device__ void keep_sums(int32_t pass) {
+  /** Leaves them in this warp's region. */
+  __device__ void keep_sums(int32_t) {
     __syncwarp();
     float* to = reinterpret_cast<float*>(items) + lane * kValue;
 #pragma unroll
     for (int g = 0; g < kPass; g++) {
-      const float factor = area.factor[warp][pass * kPass + g];
 #pragma unroll
-      for (int i = 0; i < kValue; i += 4) *reinterpret_cast<float4*>(to + g * kDim + i) = make_float4(sums[g][i] * factor, sums[g][i + 1] * factor, sums[g][i + 2] * factor, sums[g][i + 3] * factor);
+      for (int i = 0; i < kValue; i += 4) *reinterpret_cast<float4*>(to + g * kDim + i) = make_float4(sums[g][i], sums[g][i + 1], sums[g][i + 2], sums[g][i + 3]);
     }
   }
 };
@@ -4448,7 +4455,7 @@ struct TensorWay : AttendStep<Cut> {
     await_items<0>();
   }
 
-  /** Leaves them in this warp's region, as parts of the whole. */
+  /** Leaves them in this warp's region. */
   __device__ void keep_sums(int32_t) {
     __syncwarp();
 #pragma unroll
@@ -4457,11 +4464,10 @@ struct TensorWay : AttendStep<Cut> {
       for (int h = 0; h < 2; h++) {
         const int32_t head = m * 8 + 2 * i + h;
         if (head >= kGroup) continue;
-        const float factor = area.factor[warp][head];
 #pragma unroll
         for (int r = 0; r < kParts * 8; r += 4) {
           const auto number = [&](int k) { return sums[m][(r + k) % kOutputs][(r + k) / kOutputs * 2 + h]; };
-          *reinterpret_cast<float4*>(reinterpret_cast<float*>(items) + head * kDim + (g + r / 8 * 8) * 8 + r % 8) = make_float4(number(0) * factor, number(1) * factor, number(2) * factor, number(3) * factor);
+          *reinterpret_cast<float4*>(reinterpret_cast<float*>(items) + head * kDim + (g + r / 8 * 8) * 8 + r % 8) = make_float4(number(0), number(1), number(2), number(3));
         }
       }
     }
@@ -5245,8 +5251,10 @@ __device__ inline float weight_at(const WeightView& w, int64_t row, int32_t colu
  * cublaslt.cu: products of many rows by cuBLASLt, loaded at run time.
  *
  * Products go to scratch, a run of x's rows at a time, and a kernel takes them on to \`out\` with factor, bias, sum or gate. Tensor cores cut
- * sums off instead of rounding them, so a product covers at most 2048 columns; the next is added to it. Declared here is the part of the
- * interface that is used, the same in versions 12 and 13. Kernels are chosen once a shape; sums over blocks are made in a fixed order.
+ * sums off instead of rounding them, so a product covers at most 2048 columns; the next is added to it. Where x was rounded once to 16
+ * bits a product covers all columns, as what is cut off is less than that, and goes to \`out\` itself where nothing but a sum is asked for.
+ * Declared here is the part of the interface that is used, the same in versions 12 and 13. Kernels are chosen once a shape; sums over
+ * blocks are made in a fixed order.
  */
 #include "cublaslt.cuh"
 
@@ -5271,7 +5279,7 @@ struct Choice {
   float waves;
   int32_t reserved[4];
 };
-enum : int32_t { kCompute32F = 68, kTransA = 3, kOpTranspose = 1, kWorkspaceBytes = 1, kReductions = 3, kReductionInOrder = 2, kAlignA = 5, kAlignB = 6, kReal32F = 0, kReal16F = 2, kRealBF16 = 14 };
+enum : int32_t { kCompute32F = 68, kTransA = 3, kOpTranspose = 1, kWorkspaceBytes = 1, kReductions = 3, kReductionInOrder = 2, kAlignA = 5, kAlignB = 6, kAlignC = 7, kAlignD = 8, kReal32F = 0, kReal16F = 2, kRealBF16 = 14 };
 
 constexpr size_t kWorkspace = size_t{32} << 20, kMostResults = size_t{64} << 20;  // bytes, numbers
 constexpr int32_t kMostColumns = 2048;
@@ -5280,7 +5288,7 @@ struct Library {
   std::string name;
   Opaque handle = nullptr;
   std::mutex lock;
-  std::map<std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>, Choice> chosen;  // by type, rows of w and x, columns, row length; status -1: none
+  std::map<std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t, int64_t>, Choice> chosen;  // by Product's numbers; status -1: none
   int32_t (*create)(Opaque*) = nullptr;
   int32_t (*desc_create)(Opaque*, int32_t, int32_t) = nullptr;
   int32_t (*desc_set)(Opaque, int32_t, const void*, size_t) = nullptr;
@@ -5320,20 +5328,21 @@ Library& library() {
   return *opened;
 }
 
-/** What describes a product of \`rows\` rows of x, \`columns\` columns wide: in cuBLASLt's column order, out [J, rows] = w [C, J]^T . x [C, rows]. */
+/** What describes a product of \`rows\` rows of x, \`columns\` columns wide: in cuBLASLt's column order, out [J, rows] = w [C, J]^T . x [C, rows];
+ *  rows of w and x are row_length numbers apart, those of out \`stride\`. */
 struct Product {
   Library& lib;
   Opaque desc = nullptr, w = nullptr, x = nullptr, out = nullptr;
   Choice choice{};
   bool good = false;
 
-  Product(Library& lib, int32_t type, int32_t w_rows, int32_t rows, int32_t columns, int32_t row_length) : lib(lib) {
+  Product(Library& lib, int32_t type, int32_t w_rows, int32_t rows, int32_t columns, int32_t row_length, int64_t stride) : lib(lib) {
     const int32_t transpose = kOpTranspose;
     if (lib.desc_create(&desc, kCompute32F, kReal32F) || lib.desc_set(desc, kTransA, &transpose, sizeof transpose)) return;
     if (lib.layout_create(&w, type, columns, w_rows, row_length) || lib.layout_create(&x, type, columns, rows, row_length)) return;
-    if (lib.layout_create(&out, kReal32F, w_rows, rows, w_rows)) return;
+    if (lib.layout_create(&out, kReal32F, w_rows, rows, stride)) return;
     const std::lock_guard<std::mutex> hold(lib.lock);
-    const auto key = std::make_tuple(type, w_rows, rows, columns, row_length);
+    const auto key = std::make_tuple(type, w_rows, rows, columns, row_length, stride);
     auto found = lib.chosen.find(key);
     if (found == lib.chosen.end()) found = lib.chosen.emplace(key, choose(int64_t{row_length} * (type == kReal32F ? 4 : 2))).first;
     choice = found->second;
@@ -5351,11 +5360,12 @@ struct Product {
     first.status = -1;
     Opaque preference = nullptr;
     const size_t workspace = kWorkspace;
-    const uint32_t reductions = kReductionInOrder, alignment = row_bytes % 16 ? 4 : 16;
+    const uint32_t reductions = kReductionInOrder, alignment = row_bytes % 16 ? 4 : 16, aligned = 16;
     int32_t count = 0;
     if (lib.preference_create(&preference) == 0 && lib.preference_set(preference, kWorkspaceBytes, &workspace, sizeof workspace) == 0 &&
         lib.preference_set(preference, kReductions, &reductions, sizeof reductions) == 0 && lib.preference_set(preference, kAlignA, &alignment, sizeof alignment) == 0 &&
-        lib.preference_set(preference, kAlignB, &alignment, sizeof alignment) == 0) {
+        lib.preference_set(preference, kAlignB, &alignment, sizeof alignment) == 0 && lib.preference_set(preference, kAlignC, &aligned, sizeof aligned) == 0 &&
+        lib.preference_set(preference, kAlignD, &aligned, sizeof aligned) == 0) {
       Choice best{};
       if (lib.choose(lib.handle, desc, w, x, out, out, preference, 1, &best, &count) == 0 && count == 1) first = best;
     }
@@ -5369,10 +5379,11 @@ struct Product {
   }
 };
 
-/** Rows of x that are done at a time. */
+/** Rows of x that are done at a time, in runs of about one length. */
 int32_t rows_at_once(int32_t rows, const WeightView& w, bool gated) {
-  const int64_t fit = int64_t{kMostResults} / w.rows / (gated ? 2 : 1) / 64 * 64;
-  return static_cast<int32_t>(std::min<int64_t>(rows, std::max<int64_t>(64, fit)));
+  const int64_t fit = std::max<int64_t>(64, int64_t{kMostResults} / w.rows / (gated ? 2 : 1) / 64 * 64);
+  const int64_t runs = (rows + fit - 1) / fit;
+  return static_cast<int32_t>(std::min<int64_t>(rows, (rows + runs * 64 - 1) / (runs * 64) * 64));
 }
 
 __global__ void __launch_bounds__(256) finish_kernel(const float* product, const float* second, const float* factors, int32_t t0, int32_t columns, OutputView to) {
@@ -5402,12 +5413,17 @@ size_t cublaslt_bytes(int32_t rows, const WeightView& w, bool gated) {
 bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* factors, int32_t rows, const WeightView& w, const WeightView& up, const OutputView& to, uint8_t* scratch) {
   Library& lib = library();
   if (!lib.handle) return false;
-  const bool gated = up.data != nullptr;
+  const bool gated = up.data != nullptr, once = parts == 1 && w.dtype != WKV_F32;
   const int32_t type = w.dtype == WKV_F32 ? kReal32F : w.dtype == WKV_F16 ? kReal16F : kRealBF16, size = w.dtype == WKV_F32 ? 4 : 2, columns = w.columns;
-  const int32_t step = rows_at_once(rows, w, gated), last = (rows - 1) % step + 1, wide = std::min(columns, kMostColumns), rest = columns % wide;
+  // Rows of bf16 have no factors but 1.
+  if (once && w.dtype == WKV_BF16 && !gated && !to.bias && reinterpret_cast<uintptr_t>(to.out) % 16 == 0 && to.stride % 4 == 0) {
+    const Product direct(lib, type, w.rows, rows, columns, columns, to.stride);
+    if (direct.good) return direct.run(w.data, x, to.out, to.add, scratch, ctx.stream), true;
+  }
+  const int32_t step = rows_at_once(rows, w, gated), last = (rows - 1) % step + 1, wide = once ? columns : std::min(columns, kMostColumns), rest = columns % wide;
   // With full and last runs of rows, and full and last runs of columns.
-  const Product whole(lib, type, w.rows, step, wide, columns), end(lib, type, w.rows, last, wide, columns);
-  const Product whole_rest(lib, type, w.rows, step, rest ? rest : wide, columns), end_rest(lib, type, w.rows, last, rest ? rest : wide, columns);
+  const Product whole(lib, type, w.rows, step, wide, columns, w.rows), end(lib, type, w.rows, last, wide, columns, w.rows);
+  const Product whole_rest(lib, type, w.rows, step, rest ? rest : wide, columns, w.rows), end_rest(lib, type, w.rows, last, rest ? rest : wide, columns, w.rows);
   if (!whole.good || !end.good || !whole_rest.good || !end_rest.good) return false;
   float* results[2] = {reinterpret_cast<float*>(scratch + kWorkspace), nullptr};
   if (gated) results[1] = reinterpret_cast<float*>(scratch + kWorkspace + round_up(size_t(step) * w.rows * 4));
@@ -5444,7 +5460,7 @@ bool cublaslt_loaded(std::string* which);
 /** Bytes of scratch for cublaslt_matmul. */
 size_t cublaslt_bytes(int32_t rows, const WeightView& w, bool gated);
 /** out = x . w^T, gated where up has data, for weights that are not quantised. x: \`parts\` matrices [rows, C] of w's dtype, one after the other,
- *  whose sum times factors[t] (null: 1) is row t. False, and nothing launched, when there is no cuBLASLt or it has no kernel for the shape. */
+ *  whose sum times factors[t] (null, or of bf16: 1) is row t. False, and nothing launched, when there is no cuBLASLt or it has no kernel for the shape. */
 bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* factors, int32_t rows, const WeightView& w, const WeightView& up, const OutputView& to, uint8_t* scratch);
 
 }  // namespace wkv
@@ -5576,9 +5592,9 @@ int32_t wkv_softcap(int32_t context, int32_t x, int32_t rows, float cap) {
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Few rows go to matvec.cu, one launch. For more x is normed and rounded once (matmul.cu), then each weight is one launch: on the tensor
- * cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops'
- * checks, and the choice.
+ * Few rows go to matvec.cu, and up to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
+ * (matmul.cu), then each weight is one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is
+ * cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops' checks, and the choice.
  */
 #include <algorithm>
 
@@ -5630,7 +5646,13 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
   uint8_t* products = scratch + prepared_bytes(in);
   if (way == Way::Int8) return matmul_int8(ctx, round_rows(ctx, in, scratch), w, up, to);
   if (way == Way::Half) {
-    const SplitView x = split_rows(ctx, in, w.dtype == WKV_BF16, scratch);
+    if (in.half && in.rows >= kLibraryRows) {
+      const SplitView x = split_rows(ctx, in, w.dtype == WKV_BF16, scratch);
+      if (cublaslt_matmul(ctx, x.parts, 1, x.factors, in.rows, w, up, to, products)) return;
+    }
+    InputView both = in;
+    both.half = false;
+    const SplitView x = split_rows(ctx, both, w.dtype == WKV_BF16, scratch);
     if (in.rows >= kLibraryRows && cublaslt_matmul(ctx, x.parts, 2, x.factors, in.rows, w, up, to, products)) return;
     return matmul_half(ctx, x, w, up, to);
   }
@@ -5657,7 +5679,9 @@ void project(Context& ctx, const InputView& in, const WeightView& w, const Weigh
   }
   const size_t products = product_bytes(in, w, up.data != nullptr, int8);
   uint8_t* scratch = ctx.reserve(own + products + (aliased ? own : 0));
-  if (in.rows <= (way_of(w, int8) == Way::Plain ? 8 : 4)) {  // more gain by the tensor cores
+  const Way way = way_of(w, int8);
+  const bool few = in.rows <= (way == Way::Plain ? 8 : 4), skinny = way == Way::Half && in.rows <= kSkinnyRows;
+  if (few || skinny) {  // these read in as it is
     InputView from = in;
     if (aliased) {
       float* copied = reinterpret_cast<float*>(scratch + own + products);
@@ -5665,7 +5689,8 @@ void project(Context& ctx, const InputView& in, const WeightView& w, const Weigh
       launch(ctx, copy_kernel, {dim3(std::min(1024, divide_up(count, 256))), dim3(256)}, copied, in.x, count);
       from.x = copied;
     }
-    if (matvec(ctx, from, w, up, int8, to)) return;
+    if (few && matvec(ctx, from, w, up, int8, to)) return;
+    if (skinny && matmul_skinny(ctx, from, w, up, to)) return;
   }
   project_many(ctx, in, w, up, int8, to, scratch);
 }
@@ -5680,12 +5705,12 @@ TensorRef find_weight(int32_t context, int32_t handle, const char* what) {
 InputView find_input(Context& ctx, int32_t context, int32_t x, int32_t x_row, int32_t rows, int32_t norm, float epsilon, int32_t columns, int32_t precision, TensorRef* found) {
   require(rows >= 1 && x_row >= 0, "rows must be at least 1 and x_row at least 0: " + std::to_string(rows) + ", " + std::to_string(x_row));
   require(x_row <= INT32_MAX - rows, "x_row is too large");
-  require(precision == WKV_PRECISION_F32 || precision == WKV_PRECISION_INT8, "precision " + std::to_string(precision) + " is unknown");
+  require(precision >= WKV_PRECISION_F32 && precision <= WKV_PRECISION_HALF, "precision " + std::to_string(precision) + " is unknown");
   *found = find_tensor(context, x, "x", WKV_F32, x_row + rows, columns);
   TensorRef weight;
   if (norm) weight = find_tensor(context, norm, "norm", WKV_F32, 1, columns);
   ctx.hold(*found, weight);
-  return {(*found)->row(x_row), rows, columns, weight ? weight->f32() : nullptr, epsilon};
+  return {(*found)->row(x_row), rows, columns, weight ? weight->f32() : nullptr, epsilon, precision == WKV_PRECISION_HALF};
 }
 
 }  // namespace
@@ -5740,6 +5765,7 @@ struct InputView {
   int32_t rows, columns;
   const float* norm;
   float epsilon;
+  bool half;  // may be rounded once to the type of 16-bit weights
 };
 
 /** activation(gate) * up, a wkv_activation; (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). */
@@ -5766,6 +5792,10 @@ struct OutputView {
  *  reads in as it is. False, and nothing launched, when the shape needs matmul. */
 bool matvec(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
 
+/** The same for up to kSkinnyRows rows and f16 or bf16 weights, whose columns must be a multiple of 32. False, and nothing launched, for others. */
+constexpr int32_t kSkinnyRows = 64;
+bool matmul_skinny(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to);
+
 /** Rows of x in 8 bits. Of a block of 32, in words of 4 columns: 0, 4, 1, 5, 2, 6, 3, 7, as the tensor cores' lanes take them.
  *  of[block * stride + t]: the scale of row t's block, and scale times the sum of the rounded; stride is even. */
 struct RoundedView {
@@ -5774,7 +5804,8 @@ struct RoundedView {
   int32_t rows, stride;
 };
 
-/** Rows of x as sums of two f16 or bf16, [high, low][rows][C]; true values are factors[t] times as large. */
+/** Rows of x as sums of two f16 or bf16, [high, low][rows][C], low ones left out of a half input; true values are factors[t] times as
+ *  large. */
 struct SplitView {
   const uint8_t* parts;
   const float* factors;
@@ -5942,7 +5973,7 @@ __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts
   for (int32_t c = threadIdx.x; c < columns; c += 256) {
     const float v = value(c) / factor;
     high[c] = from_float<T>(v);
-    low[c] = from_float<T>(v - to_float(high[c]));
+    if (!in.half) low[c] = from_float<T>(v - to_float(high[c]));
   }
   if (threadIdx.x == 0) factors[blockIdx.x] = factor;
 }
@@ -6370,6 +6401,296 @@ void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const 
     case WKV_Q4_0: return matmul_typed<WKV_Q4_0>(ctx, x, w, up, to);
     default: return matmul_typed<WKV_Q4_1>(ctx, x, w, up, to);
   }
+}
+
+}  // namespace wkv
+`,
+  "cuda/matmul_skinny.cu": `/**
+ * matmul_skinny.cu: out[t, j] = norm(x[t]) . w[j] for up to 64 rows of x in f32 and f16 or bf16 w, on the tensor cores.
+ *
+ * As in matmul_half.cu x is the sum of two numbers of w's type, products are exact, and ordinary additions take over every 32 columns. Here
+ * w is all there is to move, so a block owns kRows rows of it (gated: 16 of gate and 16 of up in turn) and every row of x: stages of w lie
+ * in a ring in shared memory, asked for before x is there; x goes through registers, where it meets the norm's weight and is split, into two
+ * buffers, one stage ahead of its use. The norm's scale, known at the end, multiplies the finished sums. \`gridDim.x\` blocks share the columns
+ * where rows are few; they are a cluster, and add up their sums in a fixed order out of each other's shared memory.
+ * Bytes moved: w once, x once a kRows rows of w (from the second level).
+ */
+#include <algorithm>
+
+#include "linear.cuh"
+#include "mma.cuh"
+
+namespace wkv {
+namespace {
+
+constexpr int kThreads = 256, kMostParts = 8;
+
+/** How a block is laid out: warps along w, the rest along the columns; tiles of 16 rows of w and of 8 of x a warp; blocks of 32 columns a
+ *  stage; stages; blocks that share a multiprocessor. */
+template <int kAlongW_, int kTilesW, int kTilesX, int kBlocks_, int kStages_, int kResident_>
+struct Layout {
+  static constexpr int kAlongW = kAlongW_, kAlongC = 8 / kAlongW, kW = kTilesW, kX = kTilesX, kBlocks = kBlocks_, kStages = kStages_, kResident = kResident_;
+  static constexpr int kRows = 16 * kW * kAlongW, kTokens = 8 * kX;
+  static constexpr int kRow = kBlocks * 64;                                     // bytes of a row of w, or of x's high or low half, in a stage
+  static constexpr int kStage = kRows * kRow, kHalf = kTokens * kRow;           // bytes
+  static constexpr int kAtX = kStages * kStage, kBytes = kAtX + 2 * 2 * kHalf;  // two buffers of x
+  static constexpr int kStride = kRows + 4;                                     // of sums
+  static constexpr int kShared = std::max(kBytes, kAlongC * kTokens * kStride * 4);
+};
+
+/** Where 16 bytes of a stage's row lie: odd rows have their halves of 128 bytes exchanged, so that a warp's reads touch every bank once. */
+template <int kBlocks>
+__device__ inline int place(int row, int chunk) { return (kBlocks == 1 ? chunk : chunk ^ (row % 2 * 4)) * 16; }
+
+/** A float of shared memory in block \`rank\` of the cluster. */
+__device__ inline float load_peer(const float* own, int32_t rank) {
+  float value = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#endif
+  return value;
+}
+__device__ inline void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\\n\\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/** Two floats as the sum of two pairs of w's type. */
+template <bool kBf16>
+__device__ inline void split_pair(float a, float b, uint32_t* high, uint32_t* low) {
+  if constexpr (kBf16) {
+    const __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
+    *high = *reinterpret_cast<const uint32_t*>(&h);
+    const __nv_bfloat162 l = __floats2bfloat162_rn(a - __uint_as_float(*high << 16), b - __uint_as_float(*high & 0xffff0000u));
+    *low = *reinterpret_cast<const uint32_t*>(&l);
+  } else {
+    const __half2 h = __floats2half2_rn(a, b);
+    *high = *reinterpret_cast<const uint32_t*>(&h);
+    const __half2 l = __floats2half2_rn(a - __low2float(h), b - __high2float(h));
+    *low = *reinterpret_cast<const uint32_t*>(&l);
+  }
+}
+
+template <bool kBf16, typename P>
+__global__ void __launch_bounds__(kThreads, P::kResident) skinny_kernel(InputView in, WeightView w, WeightView up, int32_t gated, OutputView to) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ float factors[2][P::kTokens], squares[P::kTokens], scales[P::kTokens];
+  const int32_t blocks = in.columns / 32, stages = (blocks + P::kBlocks - 1) / P::kBlocks, part = blockIdx.x, parts = gridDim.x;
+  const int32_t begin = stages * part / parts, count = stages * (part + 1) / parts - begin, j0 = blockIdx.y * (P::kRows >> gated);
+  const int warp = threadIdx.x / 32, along_w = warp / P::kAlongC, along_c = warp % P::kAlongC, group = threadIdx.x % 32 / 4, i = threadIdx.x % 4;
+
+  // This thread's 16 bytes of some rows of each stage of w; past the end the last row stands in.
+  constexpr int kChunks = P::kBlocks * 4, kRowsAtOnce = kThreads / kChunks, kPasses = P::kRows / kRowsAtOnce;
+  const int own_row = threadIdx.x / kChunks, own_chunk = threadIdx.x % kChunks;
+  const uint8_t* from[kPasses];
+#pragma unroll
+  for (int p = 0; p < kPasses; p++) {
+    const int r = own_row + p * kRowsAtOnce;
+    const int64_t row = min(w.rows - 1, j0 + (gated ? r / 32 * 16 + r % 16 : r));
+    from[p] = (gated && r / 16 % 2 ? up.data : w.data) + (row * blocks + begin * P::kBlocks) * 64 + own_chunk * 16;
+  }
+  const auto fetch = [&](int32_t s) {
+    if (s < count && (begin + s) * P::kBlocks + own_chunk / 4 < blocks) {
+      uint8_t* stage = shared + s % P::kStages * P::kStage + own_row * P::kRow + place<P::kBlocks>(own_row, own_chunk);
+#pragma unroll
+      for (int p = 0; p < kPasses; p++) copy_async<16>(stage + p * kRowsAtOnce * P::kRow, from[p] + s * P::kRow);
+    }
+    end_copies();
+  };
+
+  // And its 4 columns of some rows of x.
+  constexpr int kFours = P::kBlocks * 8, kTokensAtOnce = kThreads / kFours, kLoads = (P::kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
+  const int own_token = threadIdx.x / kFours, own_four = threadIdx.x % kFours;
+  float4 next[kLoads], weight = make_float4(1, 1, 1, 1);
+  float squared[kLoads] = {};
+  const auto load = [&](int32_t s) {
+    const int32_t four = (begin + s) * kFours + own_four;
+    const bool inside = s < count && four < blocks * 8;
+    if (in.norm && inside) weight = __ldg(reinterpret_cast<const float4*>(in.norm) + four);
+#pragma unroll
+    for (int l = 0; l < kLoads; l++) {
+      const int t = own_token + l * kTokensAtOnce;
+      next[l] = inside && t < in.rows ? reinterpret_cast<const float4*>(in.x)[int64_t{t} * blocks * 8 + four] : make_float4(0, 0, 0, 0);
+    }
+  };
+  const auto split = [&](int32_t s) {
+    uint8_t* buffer = shared + P::kAtX + s % 2 * 2 * P::kHalf;
+#pragma unroll
+    for (int l = 0; l < kLoads; l++) {
+      const int t = own_token + l * kTokensAtOnce;
+      if (t >= P::kTokens) break;
+      float4 v = next[l];
+      squared[l] += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+      if (in.norm) v = make_float4(v.x * weight.x, v.y * weight.y, v.z * weight.z, v.w * weight.w);
+      if (!kBf16) {  // f16 has few exponents, so the stage's highest number is brought to 2^14 by a power of two
+        float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+        for (int o = 1; o < kFours; o <<= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, o));
+        const int32_t bits = __float_as_int(most) >> 23, exponent = bits == 0 || bits == 255 ? 127 : max(1, bits - 14);
+        const float inverse = __int_as_float((254 - exponent) << 23);
+        v = make_float4(v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse);
+        if (own_four == 0) factors[s % 2][t] = __int_as_float(exponent << 23);
+      }
+      uint2 high, low;
+      split_pair<kBf16>(v.x, v.y, &high.x, &low.x), split_pair<kBf16>(v.z, v.w, &high.y, &low.y);
+      uint8_t* at = buffer + t * P::kRow + place<P::kBlocks>(t, own_four / 2) + own_four % 2 * 8;
+      *reinterpret_cast<uint2*>(at) = high;
+      *reinterpret_cast<uint2*>(at + P::kHalf) = low;
+    }
+  };
+
+#pragma unroll
+  for (int s = 0; s < P::kStages - 1; s++) fetch(s);
+  wait_for_previous();
+  let_next_start();
+  load(0);
+  split(0);
+  load(1);
+
+  float total[P::kW][P::kX][4] = {};
+#pragma unroll 1
+  for (int32_t s = 0; s < count; s++) {
+    wait_copies<P::kStages - 2>();
+    __syncthreads();
+    fetch(s + P::kStages - 1);
+    split(s + 1);
+    load(s + 2);
+    const uint8_t* stage = shared + s % P::kStages * P::kStage;
+    const uint8_t* buffer = shared + P::kAtX + s % 2 * 2 * P::kHalf;
+    const int32_t have = min(P::kBlocks, blocks - (begin + s) * P::kBlocks);
+#pragma unroll
+    for (int block = 0; block < P::kBlocks; block += P::kAlongC) {
+      const int b = block + along_c;
+      if (b >= have) break;
+      // A lane takes 8 neighbouring columns of w and of x where the tensor core sees columns 2 i, 8 + 2 i of two products: any order will do.
+      int32_t a[P::kW][2][4];
+#pragma unroll
+      for (int m = 0; m < P::kW; m++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int r = (along_w * P::kW + m) * 16 + h * 8 + group;
+          const int4 v = *reinterpret_cast<const int4*>(stage + r * P::kRow + place<P::kBlocks>(group, b * 4 + i));
+          a[m][0][h] = v.x, a[m][0][2 + h] = v.y, a[m][1][h] = v.z, a[m][1][2 + h] = v.w;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < P::kX; n++) {
+        const uint8_t* at = buffer + (n * 8 + group) * P::kRow + place<P::kBlocks>(group, b * 4 + i);
+        const int4 high = *reinterpret_cast<const int4*>(at), low = *reinterpret_cast<const int4*>(at + P::kHalf);
+        float2 factor = make_float2(1, 1);
+        if (!kBf16) factor = *reinterpret_cast<const float2*>(&factors[s % 2][n * 8 + 2 * i]);
+#pragma unroll
+        for (int m = 0; m < P::kW; m++) {
+          const float zero[4] = {};
+          float sum[4];
+          mma_half<kBf16>(sum, a[m][0], low.x, low.y, zero);
+          mma_half<kBf16>(sum, a[m][1], low.z, low.w, sum);
+          mma_half<kBf16>(sum, a[m][0], high.x, high.y, sum);
+          mma_half<kBf16>(sum, a[m][1], high.z, high.w, sum);
+#pragma unroll
+          for (int k = 0; k < 4; k++) total[m][n][k] = kBf16 ? total[m][n][k] + sum[k] : fmaf(sum[k], k % 2 ? factor.y : factor.x, total[m][n][k]);
+        }
+      }
+    }
+  }
+
+  // Sums of this block: [c][t][r].
+  wait_copies<0>();
+  __syncthreads();
+  float* sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int m = 0; m < P::kW; m++) {
+#pragma unroll
+    for (int n = 0; n < P::kX; n++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const int t = n * 8 + 2 * i + k % 2, r = (along_w * P::kW + m) * 16 + k / 2 * 8 + group;
+        sums[(along_c * P::kTokens + t) * P::kStride + r] = total[m][n][k];
+      }
+    }
+  }
+  if (in.norm) {
+#pragma unroll
+    for (int l = 0; l < kLoads; l++) {
+      const int t = own_token + l * kTokensAtOnce;
+      if (t >= P::kTokens) break;
+#pragma unroll
+      for (int o = 1; o < kFours; o <<= 1) squared[l] += __shfl_xor_sync(0xffffffffu, squared[l], o);
+      if (own_four == 0) squares[t] = squared[l];
+    }
+  }
+  if (parts > 1) sync_cluster();
+  else __syncthreads();
+  if (threadIdx.x < P::kTokens) {
+    double all = 0.0;
+    if (in.norm) {
+      for (int32_t rank = 0; rank < parts; rank++) all += parts > 1 ? load_peer(&squares[threadIdx.x], rank) : squares[threadIdx.x];
+    }
+    scales[threadIdx.x] = in.norm ? 1.0f / sqrtf(static_cast<float>(all / in.columns) + in.epsilon) : 1.0f;
+  }
+  __syncthreads();
+  const auto sum = [&](int t, int r) {
+    float all = 0.0f;
+#pragma unroll
+    for (int c = 0; c < P::kAlongC; c++) {
+      const float* at = sums + (c * P::kTokens + t) * P::kStride + r;
+      if (parts == 1) {
+        all += *at;
+        continue;
+      }
+      float own[kMostParts];
+#pragma unroll
+      for (int rank = 0; rank < kMostParts; rank++) own[rank] = rank < parts ? load_peer(at, rank) : 0.0f;
+#pragma unroll
+      for (int rank = 0; rank < kMostParts; rank++) all += own[rank];
+    }
+    return all * scales[t];
+  };
+  const int wide = P::kRows >> gated, outputs = wide * in.rows;
+  for (int o = outputs * part / parts + threadIdx.x; o < outputs * (part + 1) / parts; o += kThreads) {
+    const int t = o / wide, r = gated ? o % wide / 16 * 32 + o % 16 : o % wide;
+    const int32_t j = j0 + o % wide;
+    if (j < w.rows) to.put(t, j, gated ? activate(to.activation, sum(t, r), sum(t, r + 16)) : sum(t, r));
+  }
+  if (parts > 1) sync_cluster();  // the others still read
+}
+
+template <bool kBf16, typename P>
+void launch_skinny(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to, int32_t parts) {
+  const int32_t gated = up.data != nullptr;
+  const dim3 grid(parts, divide_up(w.rows, P::kRows >> gated));
+  launch(ctx, skinny_kernel<kBf16, P>, {grid, dim3(kThreads), size_t(P::kShared), uint32_t(parts)}, in, w, up, gated, to);
+}
+
+/** Parts of the columns, so that all multiprocessors have work and a part has a few stages. */
+template <typename P>
+int32_t share_out(const Context& ctx, const WeightView& w, bool gated) {
+  const int32_t tiles = divide_up(w.rows, P::kRows >> gated), stages = divide_up(w.columns, P::kBlocks * 32);
+  int32_t parts = 1;
+  while (ctx.capability >= 90 && parts < kMostParts && tiles * parts * 4 <= ctx.processors * 3 && stages >= parts * 4) parts *= 2;
+  return parts;
+}
+
+template <bool kBf16>
+bool skinny_typed(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
+  const auto by = [&](auto layout) {
+    using P = decltype(layout);
+    launch_skinny<kBf16, P>(ctx, in, w, up, to, share_out<P>(ctx, w, up.data != nullptr));
+    return true;
+  };
+  if (in.rows <= 8) return by(Layout<8, 1, 1, 2, 5, 2>());
+  if (in.rows <= 16) return by(Layout<8, 1, 2, 2, 5, 2>());
+  if (in.rows <= 32) return by(Layout<8, 1, 4, 2, 4, 2>());
+  return in.rows <= 64 && by(Layout<8, 1, 8, 2, 4, 1>());
+}
+
+}  // namespace
+
+bool matmul_skinny(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
+  return w.dtype == WKV_BF16 ? skinny_typed<true>(ctx, in, w, up, to) : skinny_typed<false>(ctx, in, w, up, to);
 }
 
 }  // namespace wkv
@@ -6851,7 +7172,7 @@ __device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0
  * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
  * tokens (softmax and sums do not mind the order).
  * 1. arrive: rounds the new k and v to what will be stored, and leaves q, scaled, and all k, both rotated, and all v in scratch, as rows
- *    of one width, so that whatever follows loads plain tiles. A warp owns a row.
+ *    of one width, so that whatever follows loads plain tiles, or as tiles, with zeros behind the last row. A warp owns a row.
  * 2. forward: a block owns 64 or 128 rows of one query head and walks over the entries with a running maximum; it leaves out and each
  *    row's logarithm of its sum, \`lse\`. Bytes moved: K and V once a block, mostly from the second-level cache.
  * 3. columns: a block owns 64 or 128 entries for one query head and walks over the rows that see them: p = 2^(score - lse). Bytes moved:
@@ -6859,61 +7180,20 @@ __device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0
  * 4. settle: a block owns one KV head, adds its query heads' columns to the scores, and brings it back to its budget.
  * Scores are in units of ln 2: q is scaled by scale / ln 2.
  *
- * 2 and 3 come twice. With a 16-bit cache: on tensor cores, q, rotated k, v and p rounded to f16 (bf16 values are exact in it unless
- * tiny), sums in f32. With an f32 cache, or heads wider than 256: in f32 throughout.
+ * 2 and 3 come thrice. With a 16-bit cache: on tensor cores, q, rotated k, v and p rounded to f16 (bf16 values are exact in it unless
+ * tiny), sums in f32; many rows of heads of up to 128 dimensions on sm_90a by prefill_wgmma.cu, others here. With an f32 cache, or heads
+ * wider than 256: in f32 throughout.
  */
 #include <algorithm>
 #include <type_traits>
 
+#include "prefill.cuh"
 #include "settle.cuh"
 
 namespace wkv {
 namespace {
 
 constexpr float kPerLn2 = 1.44269504f;
-
-struct PrefillView {
-  CacheView cache;
-  int32_t layer, sequence, rows;
-  int32_t width;  // of a scratch row: D and zeros
-  const float* qkv;
-  float* out;
-  float scale, softcap;  // in units of ln 2; softcap 0: none
-  int32_t window;        // 0: none
-  // Scratch.
-  void* q;                          // [H, rows, width], rotated, in the library's order, scaled
-  void *keys, *values;              // [N, entries, width], keys rotated
-  uint8_t *new_keys, *new_values;   // [N, rows, D], as stored
-  float* lse;                       // [H, rows]
-  float* columns;                   // [H, entries]
-  int64_t entries;                  // slots + rows
-  float *score, *by_rank, *measure; // [N, entries]
-  uint32_t* words;                  // [N, words a token, entries]
-  int32_t *birth, *rank, *freed;
-
-  /** Whether scores are more than products. */
-  __host__ __device__ bool bent() const { return softcap > 0.0f || window > 0; }
-  /** The score of entry i for row t, a finite low number outside the window: what a row adds up before the first entry that it sees
-   *  is then shrunk to nothing. */
-  __device__ float bend(float s, int32_t n, int32_t kept, int32_t i, int32_t t) const {
-    if (window > 0) {
-      const int32_t rank = i < kept ? cache.ranks[head(n) * (cache.slots + 1) + i] : i;
-      if (rank <= kept + t - window) return -1.0e30f;
-    }
-    return softcap > 0.0f ? softcap * tanhf(s / softcap) : s;
-  }
-  __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
-  template <typename T>
-  __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }
-  template <typename T>
-  __device__ T* new_values_of(int32_t n) const { return reinterpret_cast<T*>(new_values) + int64_t{n} * rows * cache.head_dim; }
-  template <typename S>
-  __device__ S* queries_of(int32_t h) const { return static_cast<S*>(q) + int64_t{h} * rows * width; }
-  template <typename S>
-  __device__ S* keys_of(int32_t n) const { return static_cast<S*>(keys) + n * entries * width; }
-  template <typename S>
-  __device__ S* values_of(int32_t n) const { return static_cast<S*>(values) + n * entries * width; }
-};
 
 // ---- arrive ----
 
@@ -6931,16 +7211,26 @@ __device__ inline float2 turned(float2 x, float2 turn) { return make_float2(x.x 
 template <typename T>
 __device__ float2 rounded(float2 x) { return make_float2(to_float(from_float<T>(x.x)), to_float(from_float<T>(x.y))); }
 
+/** A row of scratch. */
+template <typename S>
+struct ScratchRow {
+  S* rows;
+  int64_t row;
+  int32_t width;
+  bool tiled;
+  __device__ void put(int32_t d, float x) const { rows[tiled ? tiled_at(row, d, width) : row * width + d] = narrowed<S>(x); }
+};
+
 /** One row by a warp: pair(i) gives the dimensions i and i + pairs, single(d) those that are not rotated; then zeros. */
 template <typename S, typename Pair, typename Single>
-__device__ void write_row(const PrefillView& p, S* to, Pair pair, Single single) {
-  const int32_t lane = threadIdx.x & 31, pairs = p.cache.rope.pairs, dim = p.cache.head_dim;
+__device__ void write_row(const CacheView& c, const ScratchRow<S>& to, Pair pair, Single single) {
+  const int32_t lane = threadIdx.x & 31, pairs = c.rope.pairs;
   for (int32_t i = lane; i < pairs; i += 32) {
     const float2 x = pair(i);
-    to[i] = narrowed<S>(x.x), to[i + pairs] = narrowed<S>(x.y);
+    to.put(i, x.x), to.put(i + pairs, x.y);
   }
-  for (int32_t d = 2 * pairs + lane; d < dim; d += 32) to[d] = narrowed<S>(single(d));
-  for (int32_t d = dim + lane; d < p.width; d += 32) to[d] = narrowed<S>(0.0f);
+  for (int32_t d = 2 * pairs + lane; d < c.head_dim; d += 32) to.put(d, single(d));
+  for (int32_t d = c.head_dim + lane; d < to.width; d += 32) to.put(d, 0.0f);
 }
 
 /** T: the cache's type, S: that of the scratch rows. */
@@ -6956,30 +7246,44 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
   const Counts& counts = c.counts[p.head(n)];
   const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim;
   const int64_t place = c.text ? counts.steps : kept;
+  const auto row_of = [&](S* rows, int32_t row) { return ScratchRow<S>{rows, row, p.width, p.tiled}; };
+  const auto clear_row = [&](const ScratchRow<S>& to) {
+    for (int32_t d = lane; d < p.width; d += 32) to.put(d, 0.0f);
+  };
   const auto source = [&](const float* from, int32_t i) { return make_float2(from[rope.source(i)], from[rope.source(i + pairs)]); };
   if (which < c.heads) {
-    for (int32_t t = first; t < p.rows; t += step) {
+    for (int32_t t = first; t < p.lines; t += step) {
+      const auto to = row_of(p.queries_of<S>(which), t);
+      if (t >= p.rows) {
+        clear_row(to);
+        continue;
+      }
       const float* from = p.qkv + int64_t{t} * columns + which * dim;
       const auto pair = [&](int32_t i) {
         const float2 x = turned(source(from, i), rope.at(place + t, i));
         return make_float2(x.x * p.scale, x.y * p.scale);
       };
-      write_row(p, p.queries_of<S>(which) + int64_t{t} * p.width, pair, [&](int32_t d) { return from[d] * p.scale; });
+      write_row(c, to, pair, [&](int32_t d) { return from[d] * p.scale; });
     }
     return;
   }
   const T *stored_keys = c.keys_of<T>(p.head(n)), *stored_values = c.values_of<T>(p.head(n));
   const int32_t* ranks = c.ranks + p.head(n) * (c.slots + 1);
-  for (int32_t i = first; i < kept + p.rows; i += step) {
-    S *key = p.keys_of<S>(n) + int64_t{i} * p.width, *value = p.values_of<S>(n) + int64_t{i} * p.width;
+  const int32_t length = kept + p.rows, end = p.tiled ? tiles_of(length) * kTile : length;
+  for (int32_t i = first; i < end; i += step) {
+    const auto key = row_of(p.keys_of<S>(n), i), value = row_of(p.values_of<S>(n), i);
+    if (i >= length) {
+      clear_row(key), clear_row(value);
+      continue;
+    }
     if (i < kept) {
       const T *from_key = stored_keys + int64_t{i} * dim, *from_value = stored_values + int64_t{i} * dim;
       const auto pair = [&](int32_t j) {
         const float2 x = make_float2(to_float(from_key[j]), to_float(from_key[j + pairs]));
         return c.text ? x : turned(x, rope.at(ranks[i], j));
       };
-      write_row(p, key, pair, [&](int32_t d) { return to_float(from_key[d]); });
-      for (int32_t d = lane; d < p.width; d += 32) value[d] = narrowed<S>(d < dim ? to_float(from_value[d]) : 0.0f);
+      write_row(c, key, pair, [&](int32_t d) { return to_float(from_key[d]); });
+      for (int32_t d = lane; d < p.width; d += 32) value.put(d, d < dim ? to_float(from_value[d]) : 0.0f);
       continue;
     }
     const int32_t t = i - kept;
@@ -6990,11 +7294,11 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
       new_key[j] = from_float<T>(kept_as.x), new_key[j + pairs] = from_float<T>(kept_as.y);
       return c.text ? kept_as : turned(kept_as, turn);
     };
-    write_row(p, key, pair, [&](int32_t d) { return to_float(new_key[d] = from_float<T>(from_key[d])); });
+    write_row(c, key, pair, [&](int32_t d) { return to_float(new_key[d] = from_float<T>(from_key[d])); });
     for (int32_t d = lane; d < p.width; d += 32) {
       float x = 0.0f;
       if (d < dim) x = to_float(new_value[d] = from_float<T>(from_value[d]));
-      value[d] = narrowed<S>(x);
+      value.put(d, x);
     }
   }
 }
@@ -7053,24 +7357,6 @@ __device__ uint32_t right_address(const __half* tile) {
 }
 template <int kDim>
 __device__ constexpr uint32_t offset_of(int row, int column) { return (row * kStride<kDim> + column) * 2; }
-
-__device__ inline float power_of_2(float x) {
-  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-__device__ inline uint32_t packed(float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-/** Over the four lanes that share a row of c. */
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
 
 /** A warp owns kTiles times 16 rows; kKeys entries at a time. */
 template <int kDim, int kTiles, int kKeys>
@@ -7197,7 +7483,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
       const float total = quad_sum(sum[m][r]), inverse = 1.0f / total;
       if (t >= p.rows) continue;
       if (lane % 4 == 0) {
-        p.lse[int64_t{h} * p.rows + t] = most[m][r] + log2f(total);
+        p.lse[int64_t{h} * p.lines + t] = most[m][r] + log2f(total);
         if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
       }
       float* out = p.out + (int64_t{t} * c.heads + h) * c.head_dim;
@@ -7228,7 +7514,7 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(PrefillView p) {
   __half* tiles = reinterpret_cast<__half*>(shared16);  // [2, kQueries]
   float* lse = reinterpret_cast<float*>(tiles + 2 * kQueries * kStride<kDim>);
   const __half* queries = p.queries_of<__half>(h);
-  const auto lse_of = [&](int32_t t) { return t < p.rows ? p.lse[int64_t{h} * p.rows + t] : INFINITY; };  // a row past the end weighs nothing
+  const auto lse_of = [&](int32_t t) { return t < p.rows ? p.lse[int64_t{h} * p.lines + t] : INFINITY; };  // a row past the end weighs nothing
 
   for (int32_t first = blockIdx.y * kEntries; first < length; first += gridDim.y * kEntries) {
     const int32_t own = first + warp * kTiles * 16 + lane / 4;
@@ -7443,7 +7729,7 @@ __global__ void __launch_bounds__(256) exact_forward_kernel(PrefillView p, Fault
     const int32_t t = t0 + 4 * y + i;
     if (t >= p.rows) continue;
     if (x == 0) {
-      p.lse[int64_t{h} * p.rows + t] = most[i] + log2f(total);
+      p.lse[int64_t{h} * p.lines + t] = most[i] + log2f(total);
       if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
     }
 #pragma unroll
@@ -7473,7 +7759,7 @@ __global__ void __launch_bounds__(256) exact_columns_kernel(PrefillView p) {
       for (int i = 0; i < 4; i++) {
         const int32_t t = t0 + 4 * y + i;
         if (t >= p.rows) continue;
-        const float lse = p.lse[int64_t{h} * p.rows + t];
+        const float lse = p.lse[int64_t{h} * p.lines + t];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const int32_t entry = first + x + 16 * j;
@@ -7523,7 +7809,7 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   __syncthreads();
   if (threadIdx.x == 0) counts.steps = steps + p.rows;
   __syncthreads();
-  settle<T>(c, head, e, kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area);
+  settle<T>(c, head, e, kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area, p.order + n * Leaving<T>::kScratch * p.entries);
 }
 
 // ---- launches ----
@@ -7581,7 +7867,8 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
     else attend_exactly<8>(ctx, p);
   } else if constexpr (!std::is_same_v<T, float>) {
     arrive<T, __half>(ctx, p);
-    if (p.width == 64) attend<64>(ctx, p);
+    if (p.tiled) attend_wgmma(ctx, p);
+    else if (p.width == 64) attend<64>(ctx, p);
     else if (p.width == 128) attend<128>(ctx, p);
     else attend<256>(ctx, p);
   }
@@ -7615,7 +7902,10 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     p.scale = scale * kPerLn2;
     p.softcap = softcap * kPerLn2;
     p.window = window;
+    p.tiled = !is_exact(*cache) && wgmma_takes(ctx, p);
     p.entries = int64_t{cache->slots} + rows;
+    p.lines = rows;
+    if (p.tiled) p.entries = int64_t{tiles_of(p.entries)} * kTile, p.lines = int64_t{tiles_of(rows)} * kTile;
     // Cut the scratch memory: once to know its size, once to have it.
     uint8_t* scratch = nullptr;
     for (int pass = 0; pass < 2; pass++) {
@@ -7629,12 +7919,12 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       const auto ints = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count, 4)); };
       const int64_t states = cache->kv_heads * p.entries;
       const int64_t wide = int64_t{p.width} * (is_exact(*cache) ? 4 : 2);
-      p.q = take(int64_t{cache->heads} * rows, wide);
+      p.q = take(cache->heads * p.lines, wide);
       p.keys = take(states, wide);
       p.values = take(states, wide);
       p.new_keys = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
       p.new_values = take(int64_t{cache->kv_heads} * rows, cache->row_bytes());
-      p.lse = floats(int64_t{cache->heads} * rows);
+      p.lse = floats(cache->heads * p.lines);
       p.columns = floats(cache->heads * p.entries);
       p.score = floats(states);
       p.by_rank = floats(states);
@@ -7643,6 +7933,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       p.birth = ints(states);
       p.rank = ints(states);
       p.freed = ints(states);
+      p.order = ints(states * Leaving<float>::kScratch);
       if (pass == 0) scratch = ctx.reserve(bytes);
     }
     by_cache_type(cache->dtype, [&](auto type) { run<decltype(type)>(ctx, *cache, p); });
@@ -7650,6 +7941,499 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     ctx.submitted();
   });
 }
+`,
+  "cuda/prefill.cuh": `/** prefill.cuh: what prefill.cu (arrive, settle, products of any GPU) and prefill_wgmma.cu (products of sm_90a) share. */
+#pragma once
+#include "cache.cuh"
+
+namespace wkv {
+
+struct PrefillView {
+  CacheView cache;
+  int32_t layer, sequence, rows;
+  int32_t width;  // of a scratch row: D and zeros
+  const float* qkv;
+  float* out;
+  float scale, softcap;  // in units of ln 2; softcap 0: none
+  int32_t window;        // 0: none
+  bool tiled;            // rows of q, keys and values lie as tiled_at says
+  // Scratch.
+  int64_t entries, lines;           // slots + rows, rows; in tiles both are whole tiles
+  void* q;                          // [H, lines, width], rotated, in the library's order, scaled
+  void *keys, *values;              // [N, entries, width], keys rotated
+  uint8_t *new_keys, *new_values;   // [N, rows, D], as stored
+  float* lse;                       // [H, lines]
+  float* columns;                   // [H, entries]
+  float *score, *by_rank, *measure; // [N, entries]
+  uint32_t* words;                  // [N, words a token, entries]
+  int32_t *birth, *rank, *freed;
+  int32_t* order;                   // [N, 6, entries]
+
+  /** Whether scores are more than products. */
+  __host__ __device__ bool bent() const { return softcap > 0.0f || window > 0; }
+  /** The score of entry i for row t, a finite low number outside the window: what a row adds up before the first entry that it sees
+   *  is then shrunk to nothing. */
+  __device__ float bend(float s, int32_t n, int32_t kept, int32_t i, int32_t t) const {
+    if (window > 0) {
+      const int32_t rank = i < kept ? cache.ranks[head(n) * (cache.slots + 1) + i] : i;
+      if (rank <= kept + t - window) return -1.0e30f;
+    }
+    return softcap > 0.0f ? softcap * tanhf(s / softcap) : s;
+  }
+  __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
+  template <typename T>
+  __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }
+  template <typename T>
+  __device__ T* new_values_of(int32_t n) const { return reinterpret_cast<T*>(new_values) + int64_t{n} * rows * cache.head_dim; }
+  template <typename S>
+  __device__ S* queries_of(int32_t h) const { return static_cast<S*>(q) + int64_t{h} * lines * width; }
+  template <typename S>
+  __device__ S* keys_of(int32_t n) const { return static_cast<S*>(keys) + n * entries * width; }
+  template <typename S>
+  __device__ S* values_of(int32_t n) const { return static_cast<S*>(values) + n * entries * width; }
+};
+
+constexpr int32_t kTile = 128;  // rows and entries that a block of prefill_wgmma.cu takes at a time
+__host__ __device__ constexpr int32_t tiles_of(int64_t count) { return static_cast<int32_t>((count + kTile - 1) / kTile); }
+
+/** Where in shared memory wgmma looks for number d of a row of f16 (its swizzle of 128 bytes), and so in scratch: 8 rows of 64 numbers
+ *  lie together, the next 64 of these rows behind them, and the row's eights are exchanged. Whole eights of rows are one piece. */
+__host__ __device__ inline int64_t tiled_at(int64_t row, int32_t d, int32_t width) {
+  return ((row / 8 * (width / 64) + d / 64) * 8 + row % 8) * 64 + ((d / 8 ^ static_cast<int32_t>(row)) & 7) * 8 + d % 8;
+}
+
+__device__ inline float power_of_2(float x) {
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+__device__ inline uint32_t packed(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+/** Over the four lanes that share a row of c. */
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+/** Whether this library has code for this GPU's wgmma, and the op fits it. */
+bool wgmma_takes(const Context& ctx, const PrefillView& p);
+/** Forward and columns of tiled scratch. */
+void attend_wgmma(Context& ctx, const PrefillView& p);
+
+}  // namespace wkv
+`,
+  "cuda/prefill_wgmma.cu": `/**
+ * prefill_wgmma.cu: prefill.cu's forward and columns for GPUs with wgmma (sm_90a), heads of 64 or 128 dimensions, scores as they are.
+ *
+ * A block has two warpgroups that compute, 64 rows each, and a warp that brings tiles to shared memory, each as one bulk copy: scratch
+ * already lies as wgmma reads it (tiled_at).
+ * forward: a block owns 128 rows of one query head and walks over the entries, 128 at a time. A warpgroup has the next scores computed
+ * and the last weights multiplied with their values at once; the warpgroups take turns, so that one computes weights while the tensor
+ * cores work for the other. Weights are under a reference that follows the row's highest score at a distance of 2^8 at most, so sums are
+ * seldom rescaled.
+ * columns: a block owns 128 entries for one query head and walks over the rows that see them, 128 at a time; the next tile's scores are
+ * computed while a tile's weights are added up.
+ * FLOPs of rows^2 / 2 causal pairs: 4 D a pair and query head forward, 2 D in columns. Bytes moved: K and V, or q, once a block, mostly
+ * from the second-level cache: 64 KB and 32 KB for 128 x 128 pairs.
+ * Tried and left: a third stage of tiles forward, and no turns (6% slower at 32,768 rows); in columns some powers of 2 by a polynomial, to
+ * spare the special function units (5% to 15% slower).
+ */
+#include "prefill.cuh"
+
+namespace wkv {
+namespace {
+
+constexpr int kGroups = 2, kComputing = kGroups * 128, kAllThreads = kComputing + 128;  // registers change hands by warpgroups
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// ---- barriers and copies ----
+
+__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+__device__ inline void open_barrier(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ inline void await(uint64_t* barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\\nselp.u32 %0, 1, 0, p;\\n}" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+  }
+}
+__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+/** Registers of a thread of the warpgroup that brings tiles, and of the others. */
+__device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 24;"); }
+__device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 240;"); }
+/** Named barriers of the two warpgroups. */
+__device__ inline void turn_wait(int which) { asm volatile("bar.sync %0, %1;" ::"r"(which + 1), "n"(kComputing) : "memory"); }
+__device__ inline void turn_give(int which) { asm volatile("bar.arrive %0, %1;" ::"r"(which + 1), "n"(kComputing) : "memory"); }
+
+// ---- wgmma ----
+
+__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/** Waits until all but the last kLeft groups of products have been computed. */
+template <int kLeft>
+__device__ inline void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory"); }
+/** Keeps the compiler from moving what reads or writes registers of products across. */
+template <int kCount>
+__device__ inline void hold(float (&c)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+}
+
+/** Describes a tile to wgmma: swizzled by 128 bytes; \`leading\` bytes between pieces of 64 columns (of a factor that lies across), \`stride\`
+ *  between eights of rows. */
+__device__ inline uint64_t described(const void* tile, uint32_t leading, uint32_t stride) {
+  return uint64_t{(shared_address(tile) & 0x3ffff) >> 4} | uint64_t{leading >> 4} << 16 | uint64_t{stride >> 4} << 32 | uint64_t{1} << 62;
+}
+
+#define WKV_C4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define WKV_C32(c) WKV_C4(c, 0), WKV_C4(c, 1), WKV_C4(c, 2), WKV_C4(c, 3), WKV_C4(c, 4), WKV_C4(c, 5), WKV_C4(c, 6), WKV_C4(c, 7)
+#define WKV_C64(c) WKV_C32(c), WKV_C4(c, 8), WKV_C4(c, 9), WKV_C4(c, 10), WKV_C4(c, 11), WKV_C4(c, 12), WKV_C4(c, 13), WKV_C4(c, 14), WKV_C4(c, 15)
+#define WKV_R32 \\
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, " \\
+  "%29, %30, %31"
+#define WKV_R64 \\
+  WKV_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, " \\
+  "%57, %58, %59, %60, %61, %62, %63"
+
+/** c [64, 128] = a b^T (+ c): 16 columns of a [64, .] and b [128, .]. */
+__device__ inline void multiply(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{\\n.reg .pred p;\\nsetp.ne.b32 p, %66, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " WKV_R64 "}, %64, %65, p, 1, 1, 0, 0;\\n}\\n"
+      : WKV_C64(c)
+      : "l"(a), "l"(b), "r"(int32_t{add}));
+}
+/** c [64, 128 or 64] += a b: a [64, 16] in registers, b 16 rows that lie across. */
+__device__ inline void multiply_across(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " WKV_R64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\\n"
+               : WKV_C64(c)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ inline void multiply_across(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " WKV_R32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\\n"
+               : WKV_C32(c)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+/** Starts s [64, 128] = a b^T for tiles of kDim columns; \`a\` describes 64 rows, \`b\` 128. */
+template <int kDim>
+__device__ inline void start_scores(float (&s)[16][4], uint64_t a, uint64_t b) {
+#pragma unroll
+  for (int k = 0; k < kDim / 16; k++) {
+    const uint64_t on = k / 4 * 64 + k % 4 * 2;  // 64 columns are a piece of 1024 bytes, 16 of them 32 bytes
+    multiply(s, a + on, b + on, k > 0);
+  }
+}
+
+#endif  // sm_90a
+
+// ---- forward ----
+
+constexpr int kForwardStages = 2;
+template <int kDim>
+constexpr size_t forward_shared() { return size_t(1 + 2 * kForwardStages) * kTile * kDim * 2 + 1024; }
+
+template <int kDim>
+__global__ void __launch_bounds__(kAllThreads, 1) forward_kernel(PrefillView p, Faults faults) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t shared8[];
+  __shared__ uint64_t q_full, key_full[kForwardStages], key_empty[kForwardStages], value_full[kForwardStages], value_empty[kForwardStages];
+  constexpr uint32_t kBytes = kTile * kDim * 2, kEight = kDim * 16;  // of a tile, and of 8 rows of it
+  uint8_t* const q = shared8 + (-shared_address(shared8) & 1023);
+  uint8_t *const key = q + kBytes, *const value = key + kForwardStages * kBytes;
+  const int32_t warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  if (threadIdx.x == 0) {
+    open_barrier(&q_full, 1);
+    for (int i = 0; i < kForwardStages; i++) open_barrier(&key_full[i], 1), open_barrier(&value_full[i], 1), open_barrier(&key_empty[i], kComputing / 32), open_barrier(&value_empty[i], kComputing / 32);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t h = blockIdx.x, n = h / c.group(), t0 = (gridDim.y - 1 - blockIdx.y) * kTile;  // the longest first
+  const int32_t kept = c.counts[p.head(n)].kept, tiles = tiles_of(kept + min(t0 + kTile, p.rows));
+  if (warp >= kComputing / 32) {
+    give_registers();
+    if (threadIdx.x != kComputing) return;
+    const uint8_t *keys = reinterpret_cast<const uint8_t*>(p.keys_of<__half>(n)), *values = reinterpret_cast<const uint8_t*>(p.values_of<__half>(n));
+    expect(&q_full, kBytes);
+    copy_bulk(q, p.queries_of<__half>(h) + int64_t{t0} * kDim, kBytes, &q_full);
+    for (int32_t i = 0; i < tiles; i++) {
+      const int32_t stage = i % kForwardStages;
+      const uint32_t parity = i / kForwardStages % 2 ^ 1;
+      await(&key_empty[stage], parity);
+      expect(&key_full[stage], kBytes);
+      copy_bulk(key + stage * kBytes, keys + int64_t{i} * kBytes, kBytes, &key_full[stage]);
+      await(&value_empty[stage], parity);
+      expect(&value_full[stage], kBytes);
+      copy_bulk(value + stage * kBytes, values + int64_t{i} * kBytes, kBytes, &value_full[stage]);
+    }
+    return;
+  }
+
+  take_registers();
+  const int32_t group = warp / 4, first_t = t0 + group * 64, own_t = first_t + warp % 4 * 16 + lane / 4;
+  const uint64_t q_at = described(q + group * 8 * kEight, 0, kEight), key_at = described(key, 0, kEight), value_at = described(value, 1024, kEight);
+  float acc[kDim / 8][4] = {}, s[kTile / 8][4], most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  uint32_t weights[kTile / 16][4];
+
+  // What the scores of a tile come to: in s weights under \`most\`; gives what earlier ones shrink by.
+  const auto weigh = [&](int32_t i, float (&shrink)[2]) {
+    if (i * kTile + kTile - 1 > kept + first_t) {
+      const int32_t ahead = kept + own_t - i * kTile - lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < kTile / 8; j++) {
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+          if (j * 8 + x % 2 > ahead + x / 2 * 8) s[j][x] = -INFINITY;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float highest = s[0][2 * r];
+#pragma unroll
+      for (int j = 0; j < kTile / 8; j++) highest = fmaxf(highest, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+      highest = quad_max(highest);
+      // The first entry has a finite score for every row, so this becomes finite with the first tile.
+      const float reference = highest > most[r] + 8.0f ? highest : most[r];
+      shrink[r] = power_of_2(most[r] - reference);
+      most[r] = reference;
+      float add = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kTile / 8; j++) {
+        s[j][2 * r] = power_of_2(s[j][2 * r] - reference);
+        s[j][2 * r + 1] = power_of_2(s[j][2 * r + 1] - reference);
+        add += s[j][2 * r] + s[j][2 * r + 1];
+      }
+      sum[r] = sum[r] * shrink[r] + add;
+    }
+  };
+  const auto pack = [&] {
+#pragma unroll
+    for (int k = 0; k < kTile / 16; k++) {
+      const float(&left)[4] = s[2 * k], (&right)[4] = s[2 * k + 1];
+      weights[k][0] = packed(left[0], left[1]), weights[k][1] = packed(left[2], left[3]), weights[k][2] = packed(right[0], right[1]), weights[k][3] = packed(right[2], right[3]);
+    }
+  };
+  const auto start_values = [&](int32_t stage) {
+#pragma unroll
+    for (int k = 0; k < kTile / 16; k++) multiply_across(acc, weights[k], value_at + stage * (kBytes >> 4) + k * 2 * (kEight >> 4));
+    products_end();
+  };
+
+  float shrink[2];
+  if (group == 1) turn_give(0);
+  await(&q_full, 0);
+  await(&key_full[0], 0);
+  hold(s);
+  products_begin();
+  start_scores<kDim>(s, q_at, key_at);
+  products_end();
+  products_wait<0>();
+  hold(s);
+  if (lane == 0) arrive(&key_empty[0]);
+  weigh(0, shrink);
+  pack();
+  for (int32_t i = 1; i < tiles; i++) {
+    const int32_t stage = i % kForwardStages, before = (i - 1) % kForwardStages;
+    await(&key_full[stage], i / kForwardStages % 2);
+    turn_wait(group);
+    hold(s), hold(acc);
+    products_begin();
+    start_scores<kDim>(s, q_at, key_at + stage * (kBytes >> 4));
+    products_end();
+    await(&value_full[before], (i - 1) / kForwardStages % 2);
+    start_values(before);
+    turn_give(group ^ 1);
+    products_wait<1>();
+    hold(s);
+    if (lane == 0) arrive(&key_empty[stage]);
+    weigh(i, shrink);
+    products_wait<0>();
+    hold(acc);
+    if (lane == 0) arrive(&value_empty[before]);
+    pack();
+    if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+#pragma unroll
+      for (int j = 0; j < kDim / 8; j++) acc[j][0] *= shrink[0], acc[j][1] *= shrink[0], acc[j][2] *= shrink[1], acc[j][3] *= shrink[1];
+    }
+  }
+  await(&value_full[(tiles - 1) % kForwardStages], (tiles - 1) / kForwardStages % 2);
+  hold(acc);
+  products_begin();
+  start_values((tiles - 1) % kForwardStages);
+  products_wait<0>();
+  hold(acc);
+
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int32_t t = own_t + r * 8;
+    const float total = quad_sum(sum[r]), inverse = 1.0f / total;
+    // A row past the end weighs nothing in the columns.
+    if (lane % 4 == 0) p.lse[int64_t{h} * p.lines + t] = t < p.rows ? most[r] + log2f(total) : INFINITY;
+    if (t >= p.rows) continue;
+    if (lane % 4 == 0 && !is_sum(total)) faults.report(Fault::NanAttention, p.layer);
+    float* out = p.out + (int64_t{t} * c.heads + h) * c.head_dim;
+#pragma unroll
+    for (int j = 0; j < kDim / 8; j++) {
+      const int32_t d = j * 8 + lane % 4 * 2;
+      if (d < c.head_dim) *reinterpret_cast<float2*>(out + d) = make_float2(acc[j][2 * r] * inverse, acc[j][2 * r + 1] * inverse);
+    }
+  }
+#endif
+}
+
+// ---- columns ----
+
+constexpr int kColumnStages = 4;
+template <int kDim>
+constexpr size_t columns_shared() { return size_t(1 + kColumnStages) * kTile * kDim * 2 + kColumnStages * kTile * 4 + 1024; }
+
+/** The scores come out across: a row of s is an entry, a column a row of q. */
+template <int kDim>
+__global__ void __launch_bounds__(kAllThreads, 1) columns_kernel(PrefillView p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t shared8[];
+  __shared__ uint64_t key_full, full[kColumnStages], empty[kColumnStages];
+  constexpr uint32_t kBytes = kTile * kDim * 2, kEight = kDim * 16;
+  uint8_t* const key = shared8 + (-shared_address(shared8) & 1023);
+  uint8_t* const q = key + kBytes;
+  float* const lse = reinterpret_cast<float*>(q + kColumnStages * kBytes);
+  const int32_t warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  if (threadIdx.x == 0) {
+    open_barrier(&key_full, 1);
+    for (int i = 0; i < kColumnStages; i++) open_barrier(&full[i], 1), open_barrier(&empty[i], kComputing / 32);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t h = blockIdx.x, n = h / c.group(), first = blockIdx.y * kTile;
+  const int32_t kept = c.counts[p.head(n)].kept, length = kept + p.rows;
+  if (first >= length) return;
+  const int32_t start = max(0, first - kept) / kTile, tiles = tiles_of(p.rows) - start;
+  if (warp >= kComputing / 32) {
+    give_registers();
+    if (threadIdx.x != kComputing) return;
+    expect(&key_full, kBytes);
+    copy_bulk(key, p.keys_of<__half>(n) + int64_t{first} * kDim, kBytes, &key_full);
+    for (int32_t i = 0; i < tiles; i++) {
+      const int32_t stage = i % kColumnStages;
+      await(&empty[stage], i / kColumnStages % 2 ^ 1);
+      expect(&full[stage], kBytes + kTile * 4);
+      copy_bulk(q + stage * kBytes, p.queries_of<__half>(h) + int64_t{start + i} * kTile * kDim, kBytes, &full[stage]);
+      copy_bulk(lse + stage * kTile, p.lse + int64_t{h} * p.lines + int64_t{start + i} * kTile, kTile * 4, &full[stage]);
+    }
+    return;
+  }
+
+  take_registers();
+  const int32_t group = warp / 4, first_own = first + group * 64, own = first_own + warp % 4 * 16 + lane / 4;
+  const uint64_t key_at = described(key + group * 8 * kEight, 0, kEight), q_at = described(q, 0, kEight);
+  float total[2] = {}, s[2][kTile / 8][4];
+  const auto begin = [&](int32_t i, float (&to)[kTile / 8][4]) {
+    const int32_t stage = i % kColumnStages;
+    await(&full[stage], i / kColumnStages % 2);
+    hold(to);
+    products_begin();
+    start_scores<kDim>(to, key_at, q_at + stage * (kBytes >> 4));
+    products_end();
+  };
+  const auto add = [&](int32_t i, float (&from)[kTile / 8][4]) {
+    const int32_t stage = i % kColumnStages, t0 = (start + i) * kTile;
+    hold(from);
+    if (first_own + 63 > kept + t0) {
+      const int32_t behind = own - kept - t0 - lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < kTile / 8; j++) {
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+          if (behind + x / 2 * 8 > j * 8 + x % 2) from[j][x] = -INFINITY;
+        }
+      }
+    }
+    float sums[2] = {};
+#pragma unroll
+    for (int j = 0; j < kTile / 8; j++) {
+      const float2 l = *reinterpret_cast<const float2*>(lse + stage * kTile + j * 8 + lane % 4 * 2);
+      sums[0] += power_of_2(from[j][0] - l.x) + power_of_2(from[j][1] - l.y);
+      sums[1] += power_of_2(from[j][2] - l.x) + power_of_2(from[j][3] - l.y);
+    }
+    total[0] += sums[0], total[1] += sums[1];
+    __syncwarp();
+    if (lane == 0) arrive(&empty[stage]);
+  };
+  await(&key_full, 0);
+  begin(0, s[0]);
+  for (int32_t i = 0;; i += 2) {
+    if (i + 1 == tiles) {
+      products_wait<0>();
+      add(i, s[0]);
+      break;
+    }
+    begin(i + 1, s[1]);
+    products_wait<1>();
+    add(i, s[0]);
+    if (i + 2 == tiles) {
+      products_wait<0>();
+      add(i + 1, s[1]);
+      break;
+    }
+    begin(i + 2, s[0]);
+    products_wait<1>();
+    add(i + 1, s[1]);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const float sum = quad_sum(total[r]);
+    if (lane % 4 == 0 && own + r * 8 < length) p.columns[h * p.entries + own + r * 8] = sum;
+  }
+#endif
+}
+
+template <int kDim>
+void attend(Context& ctx, const PrefillView& p) {
+  launch(ctx, forward_kernel<kDim>, {dim3(p.cache.heads, p.lines / kTile), kAllThreads, forward_shared<kDim>()}, p, ctx.faults());
+  launch(ctx, columns_kernel<kDim>, {dim3(p.cache.heads, p.entries / kTile), kAllThreads, columns_shared<kDim>()}, p);
+}
+
+}  // namespace
+
+bool wgmma_takes(const Context& ctx, const PrefillView& p) {
+  // This file is compiled for sm_90a alone, which nothing but 9.0 runs.
+  static const bool has_code = [] {
+    cudaFuncAttributes attributes;
+    const cudaError_t loaded = cudaFuncGetAttributes(&attributes, columns_kernel<128>);
+    cudaGetLastError();
+    return loaded == cudaSuccess && attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
+  }();
+  return has_code && !p.bent() && p.width <= 128 && columns_shared<128>() + 1024 <= size_t(ctx.shared_limit) && p.rows >= kTile / 2;
+}
+
+void attend_wgmma(Context& ctx, const PrefillView& p) {
+  if (p.width == 64) attend<64>(ctx, p);
+  else attend<128>(ctx, p);
+}
+
+}  // namespace wkv
 `,
   "cuda/runtime.cu": `/** runtime.cu: contexts, tensors and graphs of the CUDA library. */
 #include <algorithm>
@@ -8675,6 +9459,8 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
 
 namespace wkv {
 
+constexpr int32_t kMany = 8;  // tokens that leave together rather than one by one
+
 /** Shared memory of settle. */
 struct SettleArea {
   float value[32];
@@ -9107,12 +9893,466 @@ struct Settling {
 };
 
 /**
- * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
- * policy's victim (rank \`forced\` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
- * then goes into free slots. \`e\` is the head's own state or a copy, which is written back.
+ * Tokens that leave in numbers. Of most rules a token's value does not change while others leave, and which tokens may leave does not
+ * either: then the victims are the first of the evictable ones in the order of (value, rank), and with T(r) = the turn at which rank r
+ * leaves (ranks as they are before the first leaves; a token that stays: never), a victim's right neighbour in its turn is the next rank
+ * to the right with a later T. So each token takes in, one after the other, x - 1, then p(x - 1), p(p(x - 1)), ... as long as they leave
+ * before x, p being the next rank to the left with a later T. Runs of ranks with rising T are walked by a warp each, the value of the
+ * moment in registers, from left to right, waiting for the ends of runs further left: the same sums in the same order as one by one.
+ * Where a merge changes the costs of two neighbours a warp keeps the lowest cost of each 32 and each 1024 ranks and the ranks' order as a
+ * list. Where the oldest leaves and gives to ranks behind it, the block does that turn by turn.
  */
 template <typename T>
-__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area) {
+struct Leaving {
+  const Settling<T>& s;
+  const Entries& e;
+  SettleArea& area;
+  const int64_t stride;
+  int32_t* const scratch;  // [kScratch, stride]
+  const int32_t tid = s.tid, warp = s.warp, lane = s.lane, threads = s.threads, warps = s.warps, total = s.total;
+  static constexpr int kScratch = 6, kNever = INT_MAX;
+  static constexpr int kSlab = 128, kPer = kSlab / 32, kAhead = 8;  // dimensions of a row that a warp holds; rows on their way
+
+  __device__ int32_t* array(int i) const { return scratch + i * stride; }
+  __device__ int32_t* turns() const { return array(4); }     // T, by rank
+  __device__ int32_t* entries() const { return array(5); }   // by rank
+
+  /** Whether a rule's values stay while tokens leave. */
+  static __device__ bool takes(const CacheView& c) {
+    const bool stays = c.select == WKV_SELECT_OLDEST || c.select == WKV_SELECT_LOWEST_AVERAGE || c.select == WKV_SELECT_LITERAL_AVERAGE || c.select == WKV_SELECT_LOWEST_SUM ||
+                       c.select == WKV_SELECT_LEAST_OFTEN || c.select == WKV_SELECT_KEY_NORM || c.select == WKV_SELECT_SUM_VALUE_NORM;
+    if (c.merge == WKV_MERGE_SPREAD) return c.select == WKV_SELECT_OLDEST;
+    return c.merge == WKV_MERGE_RIGHT ? stays || c.gapped() : stays && c.merge == WKV_MERGE_NONE;
+  }
+
+  /** The sum over the threads before this one, and over all in area.into; exact, as all are whole numbers. */
+  __device__ int32_t sum_before(int32_t x) const {
+    int32_t sum = x;
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+      const int32_t y = __shfl_up_sync(0xffffffffu, sum, o);
+      if (lane >= o) sum += y;
+    }
+    __syncthreads();
+    if (lane == 31) area.rank[warp] = sum;
+    __syncthreads();
+    int32_t before = 0, all = 0;
+    for (int w = 0; w < warps; w++) {
+      if (w == warp) before = all;
+      all += area.rank[w];
+    }
+    __syncthreads();
+    if (tid == 0) area.into = all;
+    __syncthreads();
+    return before + sum - x;
+  }
+
+  /** Sorts \`count\` pairs of arrays 0 (keys) and 1 (ranks) by key, equals as they are; gives the array of ranks. */
+  __device__ int32_t* sort(int32_t count) const {
+    constexpr int kBits = 7, kDigits = 1 << kBits;
+    uint32_t* const counts = reinterpret_cast<uint32_t*>(area.part);  // [warps, kDigits]
+    static_assert(sizeof area.part >= 16 * kDigits * 4, "a count a warp and digit");
+    const int32_t own = (count + warps * 32 - 1) / (warps * 32) * 32, first = min(warp * own, count), end = min(first + own, count);
+    int from = 0;
+    for (int shift = 0; shift < 32; shift += kBits, from ^= 2) {
+      const uint32_t* keys = reinterpret_cast<const uint32_t*>(array(from));
+      const int32_t* ranks = array(from + 1);
+      uint32_t* to_keys = reinterpret_cast<uint32_t*>(array(from ^ 2));
+      int32_t* to_ranks = array((from ^ 2) + 1);
+      const auto digit_of = [&](uint32_t key) { return key >> shift & (kDigits - 1); };
+      for (int32_t i = lane; i < kDigits; i += 32) counts[warp * kDigits + i] = 0;
+      __syncwarp();
+      for (int32_t i = first + lane; i < end; i += 32) atomicAdd(&counts[warp * kDigits + digit_of(keys[i])], 1u);
+      __syncthreads();
+      // Where each warp's numbers of each digit begin.
+      uint32_t sum = 0;
+      if (tid < kDigits) {
+        for (int w = 0; w < warps; w++) {
+          const uint32_t x = counts[w * kDigits + tid];
+          counts[w * kDigits + tid] = sum;
+          sum += x;
+        }
+      }
+      const uint32_t before = sum_before(tid < kDigits ? static_cast<int32_t>(sum) : 0);
+      if (tid < kDigits) {
+        for (int w = 0; w < warps; w++) counts[w * kDigits + tid] += before;
+      }
+      __syncthreads();
+      for (int32_t base = first; base < end; base += 32) {
+        const bool inside = base + lane < end;
+        const uint32_t key = inside ? keys[base + lane] : 0, digit = inside ? digit_of(key) : kDigits;
+        const uint32_t same = __match_any_sync(0xffffffffu, digit);
+        const int32_t at = __popc(same & ((1u << lane) - 1));
+        uint32_t place = 0;
+        if (inside) place = counts[warp * kDigits + digit] + at;
+        __syncwarp();
+        if (inside && at == 0) counts[warp * kDigits + digit] += __popc(same);
+        __syncwarp();
+        if (inside) to_keys[place] = key, to_ranks[place] = ranks[base + lane];
+      }
+      __syncthreads();
+    }
+    return array(from + 1);
+  }
+
+  /** Of a float, so that lower ones come first; both zeros are equal. */
+  static __device__ uint32_t key_of(float x) {
+    const uint32_t bits = __float_as_uint(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  }
+
+  /** The next rank to the left of r with a later turn than r's; -1: none. highs: the latest turns of 32 and of 1024 ranks. */
+  __device__ int32_t later_left(int32_t r, const int32_t* highs, const int32_t* highest) const {
+    const int32_t own = turns()[r];
+    int32_t i = r - 1;
+    while (i >= 0) {
+      if ((i & 1023) == 1023 && highest[i >> 10] <= own) i -= 1024;
+      else if ((i & 31) == 31 && highs[i >> 5] <= own) i -= 32;
+      else if (turns()[i] > own) return i;
+      else i--;
+    }
+    return -1;
+  }
+
+  /** Merges all victims to the right; lefts: p of each, done: flags, how many slabs of a rank's row took in all that they ever will. */
+  __device__ void merge(const int32_t* lefts, volatile int32_t* done) const {
+    const int32_t* const at = turns();
+    const float* const weights = e.by_rank;
+    for (int32_t slab = 0; slab * kSlab < s.dim; slab++) {
+      const int32_t d0 = slab * kSlab + lane;
+      const auto read = [&](int32_t rank, float (&x)[kPer]) {
+        const T* row = s.value_of(entries()[rank]);
+#pragma unroll
+        for (int k = 0; k < kPer; k++) x[k] = d0 + k * 32 < s.dim ? to_float(row[d0 + k * 32]) : 0.0f;
+      };
+      __syncthreads();
+      if (tid == 0) area.holes = 0;
+      __syncthreads();
+      for (;;) {
+        int32_t base = 0;
+        if (lane == 0) base = atomicAdd(&area.holes, 32);
+        base = __shfl_sync(0xffffffffu, base, 0);
+        if (base >= total) break;
+        // Runs of two and more begin where the turn before is later and that behind is too.
+        const int32_t r = base + lane;
+        const bool begins = r + 1 < total && at[r] < at[r + 1] && !(r > 0 && at[r - 1] < at[r]);
+        uint32_t starts = __ballot_sync(0xffffffffu, begins);
+        for (; starts; starts &= starts - 1) {
+          int32_t x = base + __ffs(starts) - 1;
+          float value[kPer];
+          read(x, value);
+          // x holds its last value; its right neighbour takes it in, and what else leaves before that.
+          while (x + 1 < total && at[x] < at[x + 1]) {
+            float own[kPer];
+            read(x + 1, own);
+            const int32_t turn = at[x + 1];
+            const float weight = weights[x + 1];
+            const auto take = [&](float w, const float (&from)[kPer]) {
+              if (!(w + weight > 0.0f)) return;
+#pragma unroll
+              for (int k = 0; k < kPer; k++) own[k] = to_float(from_float<T>(wkv_merged(w, from[k], weight, own[k])));
+            };
+            take(weights[x], value);
+            int32_t next = lefts[x], count = 0;
+            float rows[kAhead][kPer], factors[kAhead];
+            do {
+              count = 0;
+#pragma unroll
+              for (int u = 0; u < kAhead; u++) {
+                if (next < 0 || at[next] >= turn) continue;
+                while (done[next] <= slab) {}
+                __threadfence_block();
+                factors[u] = weights[next];
+                read(next, rows[u]);
+                next = lefts[next], count = u + 1;
+              }
+#pragma unroll
+              for (int u = 0; u < kAhead; u++) {
+                if (u < count) take(factors[u], rows[u]);
+              }
+            } while (count == kAhead);
+            x++;
+#pragma unroll
+            for (int k = 0; k < kPer; k++) value[k] = own[k];
+          }
+          T* row = s.value_of(entries()[x]);
+#pragma unroll
+          for (int k = 0; k < kPer; k++) {
+            if (d0 + k * 32 < s.dim) row[d0 + k * 32] = from_float<T>(value[k]);
+          }
+          __threadfence_block();
+          __syncwarp();
+          if (lane == 0) done[x] = slab + 1;
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  /** What the first token of a rule with costs would cost; ranks as they were. */
+  __device__ float cost(int32_t rank, int32_t right, float gap) const {
+    const int32_t entry = entries()[rank];
+    return wkv_select_value(s.c.select, {rank, e.score[entry], e.by_rank[rank], e.by_rank[right], 0.0f, gap});
+  }
+
+  /** The rank whose value is none, or INT_MAX; \`values\` of evictable ranks go to array 0 as keys, the ranks to array 1. */
+  __device__ int32_t value_all(int32_t first, int32_t evictable) const {
+    const CacheView& c = s.c;
+    if (tid == 0) area.bad[0] = INT_MAX;
+    __syncthreads();
+    for (int32_t i = tid; i < evictable; i += threads) {
+      const int32_t rank = first + i, entry = entries()[rank];
+      float value;
+      if (c.gapped()) value = rank + 1 < total ? cost(rank, rank + 1, e.gap[entry]) : INFINITY;
+      else value = wkv_select_value(c.select, {rank, e.score[entry], e.by_rank[rank], 0.0f, e.now ? e.now[entry] : 0.0f, c.later ? e.measure[entry] : 0.0f});
+      if (isnan(value)) atomicMin(&area.bad[0], rank);
+      array(0)[i] = static_cast<int32_t>(key_of(value)), array(1)[i] = rank;
+    }
+    __syncthreads();
+    return area.bad[0];
+  }
+
+  /** Merges the cheapest, \`leaving\` times over, by the first warp; gives the last to leave, or -1 with the rank that has no cost in
+   *  area.bad[0]. Array 0 has the costs of \`evictable\` ranks from \`first\` on; what had no right neighbour to go to is counted in
+   *  area.holes. */
+  __device__ int32_t merge_cheapest(int32_t first, int32_t evictable, int32_t leaving) const {
+    constexpr uint32_t kGone = 0xffffffffu;
+    const int32_t groups = (evictable + 31) / 32, tops = (groups + 31) / 32;
+    uint32_t* const keys = reinterpret_cast<uint32_t*>(array(0));
+    uint32_t* const lows = groups + tops <= 2048 ? reinterpret_cast<uint32_t*>(area.part) : reinterpret_cast<uint32_t*>(array(1));
+    uint32_t* const lowest = lows + groups;
+    int32_t *const before = array(2), *const behind = array(3);  // by rank; -1, total: none
+    const auto low_of = [&](const uint32_t* of, int32_t count, int32_t group) {
+      const int32_t i = group * 32 + lane;
+      return __reduce_min_sync(0xffffffffu, i < count ? of[i] : kGone);
+    };
+    for (int32_t r = tid; r < total; r += threads) before[r] = r - 1, behind[r] = r + 1;
+    for (int32_t g = warp; g < groups; g += warps) {
+      const uint32_t low = low_of(keys, evictable, g);
+      if (lane == 0) lows[g] = low;
+    }
+    __syncthreads();
+    for (int32_t g = warp; g < tops; g += warps) {
+      const uint32_t low = low_of(lows, groups, g);
+      if (lane == 0) lowest[g] = low;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      int32_t freed = 0, dropped = 0, victim = -1;
+      for (int32_t turn = 0; turn < leaving; turn++) {
+        // The lowest key, the lowest rank of equals.
+        uint32_t low = kGone;
+        int32_t top = 0;
+        for (int32_t base = 0; base < tops; base += 32) {
+          const uint32_t key = base + lane < tops ? lowest[base + lane] : kGone, least = __reduce_min_sync(0xffffffffu, key);
+          if (least < low) low = least, top = base + __ffs(__ballot_sync(0xffffffffu, key == least)) - 1;
+        }
+        const auto find = [&](const uint32_t* of, int32_t count, int32_t group) {
+          const int32_t i = group * 32 + lane;
+          return group * 32 + __ffs(__ballot_sync(0xffffffffu, i < count && of[i] == low)) - 1;
+        };
+        victim = first + find(keys, evictable, find(lows, groups, top));
+        const int32_t left = before[victim], right = behind[victim], entry = entries()[victim];
+        if (lane == 0) {
+          turns()[victim] = turn;
+          keys[victim - first] = kGone;
+          if (entry < s.kept) e.freed[freed] = entry;
+        }
+        freed += entry < s.kept, dropped += right == total;
+        float costs[2] = {INFINITY, INFINITY};  // of the left and of the right neighbour
+        if (right < total) {
+          const int32_t far = behind[right], into = entries()[right];
+          const float w_v = e.by_rank[victim], w_r = e.by_rank[right];
+          const T *from = s.value_of(entry), *row_left = left >= 0 ? s.value_of(entries()[left]) : from, *row_far = far < total ? s.value_of(entries()[far]) : from;
+          T* const to = s.value_of(into);
+          const bool merges = w_v + w_r > 0.0f;
+          float gaps[2] = {};
+#pragma unroll 4
+          for (int32_t d = lane; d < s.dim; d += 32) {
+            T merged = to[d];
+            if (merges) to[d] = merged = from_float<T>(wkv_merged(w_v, to_float(from[d]), w_r, to_float(merged)));
+            const float x = to_float(row_left[d]) - to_float(merged), y = to_float(merged) - to_float(row_far[d]);
+            gaps[0] += x * x, gaps[1] += y * y;
+          }
+          gaps[0] = warp_sum(gaps[0]), gaps[1] = warp_sum(gaps[1]);
+          if (left >= 0) costs[0] = cost(left, right, gaps[0]);
+          if (far < total) costs[1] = cost(right, far, gaps[1]);
+          if (lane == 0) {
+            before[right] = left;
+            if (left >= 0) e.gap[entries()[left]] = gaps[0];
+            if (far < total) e.gap[into] = gaps[1];
+          }
+        }
+        if (lane == 0 && left >= 0) behind[left] = right;
+        const auto may = [&](int32_t rank) { return rank >= first && rank < first + evictable; };
+        if (lane == 0) {
+          if (may(left)) keys[left - first] = key_of(costs[0]);
+          if (may(right)) keys[right - first] = key_of(costs[1]);
+        }
+        const bool bad[2] = {may(left) && isnan(costs[0]), may(right) && isnan(costs[1])};
+        if ((bad[0] || bad[1]) && turn + 1 < leaving) {
+          if (lane == 0) area.bad[0] = bad[0] ? left : right;
+          victim = -1;
+          break;
+        }
+        __syncwarp();
+        const int32_t ranks[3] = {victim, may(left) ? left : victim, may(right) ? right : victim};
+        uint32_t least[3];
+#pragma unroll
+        for (int k = 0; k < 3; k++) least[k] = low_of(keys, evictable, (ranks[k] - first) / 32);
+        if (lane == 0) {
+#pragma unroll
+          for (int k = 0; k < 3; k++) lows[(ranks[k] - first) / 32] = least[k];
+        }
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 3; k++) least[k] = low_of(lows, groups, (ranks[k] - first) / 1024);
+        if (lane == 0) {
+#pragma unroll
+          for (int k = 0; k < 3; k++) lowest[(ranks[k] - first) / 1024] = least[k];
+        }
+        __syncwarp();
+      }
+      if (lane == 0) area.into = victim, area.freed = freed, area.holes = dropped;
+    }
+    __syncthreads();
+    return area.into;
+  }
+
+  /** Has the oldest leave, \`leaving\` times over, each giving its value to ranks behind it or not; counts them and says what the last did. */
+  __device__ void spread_oldest(int32_t first, int32_t leaving) const {
+    for (int32_t turn = 0; turn < leaving; turn++) {
+      const int32_t rank = first + turn, victim = entries()[rank];
+      if (tid < WKV_SPREAD_RANKS) area.targets[tid] = rank + 1 + tid < total ? entries()[rank + 1 + tid] : -1;
+      __syncthreads();
+      const int32_t into = s.spread(victim, turn);
+      if (tid == 0) tell(victim, area.targets[0], into), into >= 0 ? s.c.counts[s.head].merged++ : s.c.counts[s.head].evicted++;
+      __syncthreads();
+    }
+  }
+
+  /** What the last token to leave did. */
+  __device__ void tell(int32_t victim, int32_t right, int32_t into) const {
+    Counts& counts = s.c.counts[s.head];
+    counts.event[0] = static_cast<float>(e.birth[victim] - 1);
+    counts.event[1] = into >= 0 ? static_cast<float>(e.birth[into] - 1) : -1.0f;
+    counts.event[2] = s.weight(victim);
+    counts.event[3] = into >= 0 ? s.weight(into) : right >= 0 ? s.weight(right) : 0.0f;
+  }
+
+  /** Has \`leaving\` tokens leave; false, and a fault is reported, when one has no value. */
+  __device__ bool run(int32_t leaving, int32_t arrived, const Faults& faults) const {
+    const CacheView& c = s.c;
+    const int32_t first = c.sinks, evictable = total - c.recent - first;
+    for (int32_t i = tid; i < total; i += threads) {
+      const int32_t rank = e.rank[i];
+      entries()[rank] = i, turns()[rank] = kNever;
+      e.by_rank[rank] = s.weight(i);
+    }
+    __syncthreads();
+    int32_t bad = value_all(first, evictable), last = -1;
+    if (bad == INT_MAX && c.gapped()) {
+      last = merge_cheapest(first, evictable, leaving);
+      if (last < 0) {
+        // Its rank among those that are left.
+        bad = 0;
+        for (int32_t base = 0; base < area.bad[0]; base += threads) {
+          sum_before(base + tid < area.bad[0] && turns()[base + tid] == kNever);
+          bad += area.into;
+        }
+      }
+    }
+    if (bad != INT_MAX) {
+      if (tid == 0) faults.report(Fault::NanScore, bad);
+      return false;
+    }
+    int32_t dropped = 0;
+    if (!c.gapped()) {
+      const int32_t* order = c.select == WKV_SELECT_OLDEST ? array(1) : sort(evictable);
+      // The victims' slots in the order of leaving.
+      int32_t freed = 0;
+      for (int32_t base = 0; base < leaving; base += threads) {
+        const int32_t i = base + tid;
+        int32_t entry = INT_MAX;
+        if (i < leaving) turns()[order[i]] = i, entry = entries()[order[i]];
+        const int32_t at = freed + sum_before(entry < s.kept);
+        if (entry < s.kept) e.freed[at] = entry;
+        freed += area.into;
+      }
+      last = order[leaving - 1];
+      if (tid == 0) area.freed = freed;
+      __syncthreads();
+      if (c.merge == WKV_MERGE_NONE) dropped = leaving;
+      if (c.merge == WKV_MERGE_SPREAD) spread_oldest(first, leaving);
+      if (c.merge == WKV_MERGE_RIGHT) {
+        // The sort's arrays are free again.
+        int32_t *highs = array(0), *lefts = array(2), *done = array(3), *highest = highs + (total + 31) / 32;
+        for (int32_t k = warp; k * 32 < total; k += warps) {
+          const int32_t r = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, r < total ? turns()[r] : 0);
+          if (lane == 0) highs[k] = high;
+        }
+        __syncthreads();
+        for (int32_t k = warp; k * 1024 < total; k += warps) {
+          const int32_t i = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, i * 32 < total ? highs[i] : 0);
+          if (lane == 0) highest[k] = high;
+        }
+        __syncthreads();
+        for (int32_t r = tid; r < total; r += threads) {
+          const int32_t turn = turns()[r];
+          if (turn == kNever) continue;
+          lefts[r] = later_left(r, highs, highest);
+          // What takes nothing in is ready.
+          done[r] = r > 0 && turns()[r - 1] < turn ? 0 : INT_MAX;
+        }
+        __syncthreads();
+        merge(lefts, done);
+        // Those behind whom nobody stays or leaves later have nobody to go to.
+        if (tid == 0) {
+          for (int32_t r = total - 1; r >= 0 && turns()[r] != kNever; r = lefts[r]) dropped++;
+          area.into = dropped;
+        }
+        __syncthreads();
+        dropped = area.into;
+      }
+    } else {
+      dropped = area.holes;
+    }
+    // The right neighbour of the last one: all others have left.
+    if (tid == 0) area.around[0] = INT_MAX, area.arrived_left = arrived - (leaving - area.freed), area.first_freed = area.freed > 0 ? e.freed[0] : 0;
+    __syncthreads();
+    for (int32_t r = last + 1 + tid; r < total; r += threads) {
+      if (turns()[r] != kNever) continue;
+      atomicMin(&area.around[0], r);
+      break;
+    }
+    __syncthreads();
+    if (tid == 0 && c.merge != WKV_MERGE_SPREAD) {
+      const int32_t right = area.around[0] == INT_MAX ? -1 : entries()[area.around[0]];
+      tell(entries()[last], right, c.merge == WKV_MERGE_RIGHT ? right : -1);
+      c.counts[s.head].merged += leaving - dropped, c.counts[s.head].evicted += dropped;
+    }
+    // Ranks close up.
+    int32_t left = 0;
+    for (int32_t base = 0; base < total; base += threads) {
+      const int32_t r = base + tid;
+      const bool stays = r < total && turns()[r] == kNever;
+      const int32_t rank = left + sum_before(stays);
+      if (r < total) e.rank[entries()[r]] = stays ? rank : -1;
+      left += area.into;
+    }
+    __syncthreads();
+    return true;
+  }
+};
+
+/**
+ * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
+ * policy's victim (rank \`forced\` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
+ * then goes into free slots. \`e\` is the head's own state or a copy, which is written back. \`order\`: scratch of Leaving, of e's stride; null:
+ * there is none, and tokens leave one by one.
+ */
+template <typename T>
+__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area, int32_t* order = nullptr) {
   const int32_t tid = threadIdx.x, total = kept + arrived, target = wkv_target(total, c.slots, c.interval);
   const Settling<T> s{c, head, e, kept, total, in_keys, in_values, area};
   if (tid == 0) area.freed = 0, area.arrived_left = arrived;
@@ -9131,6 +10371,11 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
     __syncthreads();
   }
   if (total > target && c.later) s.measure_all();
+  if (order && total - target >= kMany && Leaving<T>::takes(c)) {
+    __syncthreads();
+    if (Leaving<T>{s, e, area, e.stride, order}.run(total - target, arrived, faults)) s.place(arrived);
+    return;
+  }
   for (int32_t count = total, turn = 0; count > target; count--, turn++, forced = -1) {
     __syncthreads();
     if (tid < 4) area.around[tid] = -1;
@@ -9913,8 +11158,12 @@ enum wkv_activation {
   WKV_GELU_TANH = 1, /* x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) */
 };
 
-/** How a linear op holds its input: as it is, or rounded to 8 bits in blocks of 32 (quantised weights only). */
-enum wkv_precision { WKV_PRECISION_F32 = 0, WKV_PRECISION_INT8 = 1 };
+/** How a linear op holds its input. */
+enum wkv_precision {
+  WKV_PRECISION_F32 = 0,  /* as it is */
+  WKV_PRECISION_INT8 = 1, /* for quantised weights: rounded to 8 bits in blocks of 32 */
+  WKV_PRECISION_HALF = 2, /* for F16 and BF16 weights: as it is, or rounded once to their type, where products of many rows gain by that */
+};
 
 /* ---- library, context, handles ---- */
 

@@ -24,8 +24,15 @@ export const budgetPresets: Readonly<Record<string, number>> = {
   "paper-1024": 1024,
 };
 
-/** How a budget is spread over the layers, at the same total. */
-export type LayerBudgets = "constant" | "pyramid" | "inverse";
+/**
+ * How a budget is spread over the layers, at the same total: alike, in a line
+ * that falls or rises, or in proportion to a list of a number a layer.
+ */
+export type LayerBudgets =
+  | "constant"
+  | "pyramid"
+  | "inverse"
+  | readonly number[];
 
 /** What part of the mean the smallest layer of a pyramid keeps (PyramidKV's beta). */
 const PYRAMID = 20;
@@ -33,35 +40,68 @@ const PYRAMID = 20;
 /**
  * The budget of each layer. A pyramid falls in a line from the first layer,
  * `2 m - m / 20` tokens, to the last, `m / 20` (PyramidKV, arXiv 2406.02069,
- * section 4.2, without its window of queries); the inverse rises.
+ * section 4.2, without its window of queries); the inverse rises. A list's
+ * shares are scaled to the total, so one that adds up to it is taken as it is.
  *
  * @param budget m, the mean over the layers.
  * @returns Whole numbers of at least 1 whose sum is `budget * layers`.
- * @throws {RangeError} `kind` is none of the three.
+ * @throws {RangeError} `kind` is none of these, or its numbers are not as many
+ *   as layers, or leave one of them without a token.
  */
 export function layerBudgets(
   kind: LayerBudgets,
   budget: number,
   layers: number,
 ): number[] {
+  if (typeof kind !== "string") return shared(kind, budget, layers);
   if (!["constant", "pyramid", "inverse"].includes(kind)) {
     throw new RangeError(
-      `The layer budgets must be constant, pyramid or inverse: current value is "${kind}"`,
+      `The layer budgets must be constant, pyramid, inverse or a number a layer: current value is "${kind}"`,
     );
   }
   const least = Math.max(1, budget / PYRAMID), most = 2 * budget - least;
   if (kind === "constant" || layers === 1 || most < least) {
     return Array(layers).fill(budget);
   }
-  // Rounding the running total keeps the sum exact.
-  const falling: number[] = [];
-  let wanted = 0, given = 0;
-  for (let layer = 0; layer < layers; layer++) {
-    wanted += most - (most - least) * layer / (layers - 1);
-    falling.push(Math.round(wanted) - given);
-    given = Math.round(wanted);
-  }
+  const falling = rounded(Array.from(
+    { length: layers },
+    (_, layer) => most - (most - least) * layer / (layers - 1),
+  ));
   return kind === "pyramid" ? falling : falling.toReversed();
+}
+
+function shared(
+  shares: readonly number[],
+  budget: number,
+  layers: number,
+): number[] {
+  if (shares.length !== layers) {
+    throw new RangeError(
+      `The layer budgets must be as many as the layers, ${layers}: current value has ${shares.length}`,
+    );
+  }
+  const sum = shares.reduce((a, b) => a + b);
+  const wanted = shares.map((share) => share * budget * layers / sum);
+  const layer = wanted.findIndex((tokens) => !(tokens >= 1));
+  if (layer >= 0) {
+    throw new RangeError(
+      `The layer budgets must leave every layer a token: layer ${layer} has ${
+        shares[layer]
+      } of ${sum}`,
+    );
+  }
+  return rounded(wanted);
+}
+
+/** Whole numbers of the same sum, each less than one from its own: the running total is rounded. */
+function rounded(wanted: readonly number[]): number[] {
+  let total = 0, given = 0;
+  return wanted.map((tokens) => {
+    total += tokens;
+    const whole = Math.round(total) - given;
+    given += whole;
+    return whole;
+  });
 }
 
 const units: Readonly<Record<string, number>> = {

@@ -16,6 +16,8 @@ export interface ChartSeries {
   name: string;
   /** Its points, in any order. */
   points: readonly ChartPoint[];
+  /** Draws it dashed and without markers in the colour of the series before it, whose bound it is. @default `false` */
+  bound?: boolean;
 }
 
 /** What is drawn. */
@@ -37,7 +39,10 @@ export interface ChartOptions {
 const WIDTH = 760;
 const HEIGHT = 420;
 const LEFT = 70;
+/** The least room for the legend. */
 const RIGHT = 210;
+/** What a letter takes. */
+const LETTER = 7.5;
 const TOP = 48;
 const BOTTOM = 56;
 /** Colours that colour-blind people tell apart (Okabe and Ito 2008), without the yellow that white swallows. */
@@ -76,6 +81,8 @@ export function lineChart(options: ChartOptions): string {
       );
     }
   }
+  const longest = Math.max(0, ...series.map(({ name }) => name.length));
+  const right = WIDTH - Math.max(RIGHT, 52 + Math.ceil(longest * LETTER));
   const across = (x: number) => xScale === "log" ? Math.log2(x) : x;
   const xs = points.map(({ x }) => x);
   const ys = points.flatMap(({ y, error = 0 }) => [y - error, y + error])
@@ -84,14 +91,15 @@ export function lineChart(options: ChartOptions): string {
   const yTicks = roundTicks(...widened(ys));
   const [y0, y1] = [yTicks[0]!, yTicks.at(-1)!];
   const left = (x: number) =>
-    LEFT + (across(x) - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
+    LEFT + (across(x) - x0) / (x1 - x0) * (right - LEFT);
   const top = (y: number) =>
     HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
-  // Few places across are named themselves.
+  // Few places across are named themselves, as are those of a logarithmic
+  // scale, where round numbers lie anywhere; the last one has room first.
   const own = [...new Set(xs)].sort((a, b) => a - b);
-  const xTicks = own.length <= 8
-    ? own
-    : roundTicks(Math.min(...xs), Math.max(...xs));
+  const xTicks = own.length > 8 && xScale === "linear"
+    ? roundTicks(Math.min(...xs), Math.max(...xs))
+    : apart(own, left);
   const parts = [
     `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="13">`,
     `<title>${escapeText(options.title)}</title>`,
@@ -102,7 +110,7 @@ export function lineChart(options: ChartOptions): string {
   ];
   for (const y of yTicks) {
     parts.push(
-      `<line x1="${LEFT}" x2="${WIDTH - RIGHT}" y1="${at(top(y))}" y2="${
+      `<line x1="${LEFT}" x2="${right}" y1="${at(top(y))}" y2="${
         at(top(y))
       }" stroke="#dddddd"/>`,
       `<text x="${LEFT - 8}" y="${at(top(y) + 4)}" text-anchor="end">${
@@ -121,20 +129,24 @@ export function lineChart(options: ChartOptions): string {
     );
   }
   parts.push(
-    `<line x1="${LEFT}" x2="${WIDTH - RIGHT}" y1="${HEIGHT - BOTTOM}" y2="${
+    `<line x1="${LEFT}" x2="${right}" y1="${HEIGHT - BOTTOM}" y2="${
       HEIGHT - BOTTOM
     }" stroke="#333333"/>`,
-    `<text x="${(LEFT + WIDTH - RIGHT) / 2}" y="${
-      HEIGHT - 14
-    }" text-anchor="middle">${escapeText(options.xLabel)}</text>`,
+    `<text x="${(LEFT + right) / 2}" y="${HEIGHT - 14}" text-anchor="middle">${
+      escapeText(options.xLabel)
+    }</text>`,
     `<text transform="translate(18 ${
       (TOP + HEIGHT - BOTTOM) / 2
     }) rotate(-90)" text-anchor="middle">${escapeText(options.yLabel)}</text>`,
   );
   const step = Math.min(18, (HEIGHT - TOP - 20) / Math.max(1, series.length));
-  series.forEach(({ name, points }, i) => {
-    const colour = COLOURS[i % COLOURS.length]!;
-    const dash = DASHES[Math.floor(i / COLOURS.length) % DASHES.length]!;
+  let styles = -1;
+  series.forEach(({ name, points, bound = false }, i) => {
+    if (!bound || i === 0) styles++;
+    const colour = COLOURS[styles % COLOURS.length]!;
+    const dash = bound
+      ? "2 4"
+      : DASHES[Math.floor(styles / COLOURS.length) % DASHES.length]!;
     const style = `stroke="${colour}" stroke-width="2" fill="none"${
       dash ? ` stroke-dasharray="${dash}"` : ""
     }`;
@@ -143,7 +155,7 @@ export function lineChart(options: ChartOptions): string {
       const line = sorted.map(({ x, y }) => `${at(left(x))},${at(top(y))}`);
       parts.push(`<polyline points="${line.join(" ")}" ${style}/>`);
     }
-    for (const { x, y, error = 0 } of sorted) {
+    for (const { x, y, error = 0 } of bound ? [] : sorted) {
       if (error > 0) {
         parts.push(
           `<line x1="${at(left(x))}" x2="${at(left(x))}" y1="${
@@ -160,13 +172,30 @@ export function lineChart(options: ChartOptions): string {
       );
     }
     const y = TOP + 6 + i * step;
-    const x = WIDTH - RIGHT + 16;
+    const x = right + 16;
     parts.push(
       `<line x1="${x}" x2="${x + 22}" y1="${at(y)}" y2="${at(y)}" ${style}/>`,
       `<text x="${x + 28}" y="${at(y + 4)}">${escapeText(name)}</text>`,
     );
   });
   return [...parts, "</svg>"].join("\n") + "\n";
+}
+
+/** Those of ascending values whose names do not run into each other. */
+function apart(
+  values: readonly number[],
+  place: (value: number) => number,
+): number[] {
+  const half = (value: number) => label(value).length * LETTER / 2;
+  const named: number[] = [];
+  for (const value of values.toReversed()) {
+    const next = named.at(-1);
+    if (
+      next === undefined ||
+      place(next) - half(next) - 8 >= place(value) + half(value)
+    ) named.push(value);
+  }
+  return named.reverse();
 }
 
 /** The least and the most, apart even where all values are equal. */
@@ -196,8 +225,10 @@ function at(place: number): string {
 }
 
 function label(value: number): string {
-  const short = Number(value.toPrecision(5));
-  return Math.abs(short) >= 1e4 && Math.abs(short) < 1e7
+  const short = Number.isSafeInteger(value)
+    ? value
+    : Number(value.toPrecision(5));
+  return Math.abs(short) >= 1e3 && Math.abs(short) < 1e7
     ? short.toLocaleString("en-US")
     : String(short);
 }

@@ -46,6 +46,8 @@ export interface EvaluateOptions {
   budgets: readonly BudgetSize[];
   /** How questions reach the cache. @default `"streamed"` */
   prompt?: PromptRegime | undefined;
+  /** Questions of a task that are asked side by side. @default `1` */
+  batch?: number | undefined;
   /** Another seed gives other questions. @default `0` */
   seed?: number | undefined;
   /** First tokens that never leave. @default by policy */
@@ -156,7 +158,7 @@ export async function* evaluate(
   options: EvaluateOptions,
 ): AsyncGenerator<EvaluateRow, void> {
   const { prompt = "streamed", seed = 0, signal } = options;
-  const { positions = "cache", cacheType = "f16" } = options;
+  const { positions = "cache", cacheType = "f16", batch = 1 } = options;
   const plans = check(options);
   const caches = cachesOf(options);
   const store = options.results ?? memoryStore<QuestionResult>();
@@ -164,7 +166,7 @@ export async function* evaluate(
   let total = counts.reduce((a, b) => a + b, 0) * caches.length;
   let done = 0;
   for (const { task, length, places } of plans) {
-    const asked = [];
+    const asked: Asked[] = [];
     for (const { depth, index } of places) {
       signal?.throwIfAborted();
       asked.push(await ask(model.tokenizer, task, length, depth, index, seed));
@@ -176,21 +178,28 @@ export async function* evaluate(
       const cacheOptions = { ...typed, budget: budget ?? undefined };
       const policy = findPolicy(cacheOptions.policy!);
       const reason = missing(model, cacheOptions, prompt, length);
-      const results: QuestionResult[] = [];
       // What need not be asked again says nothing about the time that is left.
-      const known = asked.map((one) => find(store, one, cacheOptions));
-      total -= reason === undefined
-        ? known.filter((result) => result !== undefined).length
-        : known.length;
-      for (const [i, one] of reason === undefined ? asked.entries() : []) {
-        let result = known[i];
-        if (result === undefined) {
-          result = await answer(model, one, cacheOptions, prompt, signal);
-          await store.add([result]);
-          options.onProgress?.(++done, total);
-        }
-        results.push(result);
+      const results = asked.map((one) => find(store, one, cacheOptions));
+      const left = reason === undefined
+        ? [...asked.keys()].filter((i) => results[i] === undefined)
+        : [];
+      total -= asked.length - left.length;
+      for (let at = 0; at < left.length; at += batch) {
+        const some = left.slice(at, at + batch);
+        const made = await answer(
+          model,
+          some.map((i) => asked[i]!),
+          cacheOptions,
+          prompt,
+          signal,
+        );
+        await store.add(made);
+        made.forEach((result, k) => results[some[k]!] = result);
+        options.onProgress?.(done += some.length, total);
       }
+      const answered = reason === undefined
+        ? results.filter((result) => result !== undefined)
+        : [];
       const resolved = budget === null
         ? { sinks: null, recent: null }
         : resolveBudget(policy, budget, options);
@@ -205,8 +214,8 @@ export async function* evaluate(
         positions,
         cacheType,
         seed,
-        questions: results.length,
-        ...summary(results, task),
+        questions: answered.length,
+        ...summary(answered, task),
         ...(reason === undefined ? {} : { reason }),
       };
     }
@@ -232,7 +241,7 @@ export function checkOptions(options: EvaluateOptions): void {
 
 function check(options: EvaluateOptions): Plan[] {
   const { depths = [0, 0.25, 0.5, 0.75, 1], samples = 4 } = options;
-  const { fraction = 1, seed = 0, prompt = "streamed" } = options;
+  const { fraction = 1, seed = 0, prompt = "streamed", batch = 1 } = options;
   const range = (name: string, value: number, least: number, most: number) => {
     if (value >= least && value <= most) return;
     throw new RangeError(
@@ -247,6 +256,7 @@ function check(options: EvaluateOptions): Plan[] {
     );
   };
   whole("samples", samples, 1, 1e6);
+  whole("batch", batch, 1, 2048);
   whole("seed", seed, 0, Number.MAX_SAFE_INTEGER);
   range("fraction", fraction, Number.MIN_VALUE, 1);
   for (const depth of depths) range("depth", depth, 0, 1);
@@ -363,79 +373,118 @@ async function ask(
   return { task, length, depth, index, ...best, answer };
 }
 
-/** Puts a question to two sequences of a cache: one goes on greedily, the other is given the right answer. */
+/**
+ * Puts questions, side by side, to two sequences of a cache each: one goes on
+ * greedily, the other, behind all of the first, is given the right answer.
+ */
 async function answer(
   model: Model,
-  asked: Asked,
+  asked: readonly Asked[],
   cacheOptions: SizedCache,
   prompt: PromptRegime,
   signal: AbortSignal | undefined,
-): Promise<QuestionResult> {
-  const { task, length, depth, index, question } = asked;
-  const steps = Math.max(task.tokens, asked.answer.length);
+): Promise<QuestionResult[]> {
+  const { vocabulary } = model.config;
+  const steps = Math.max(
+    ...asked.map(({ task, answer }) => Math.max(task.tokens, answer.length)),
+  );
+  const longest = Math.max(...asked.map(({ prompt }) => prompt.length));
+  const sequences = 2 * asked.length;
   using cache = openCache(
     model,
-    { ...cacheOptions, sequences: 2 },
-    asked.prompt.length + steps,
+    { ...cacheOptions, sequences },
+    longest + steps,
   );
-  checkRoom(cache, asked.prompt.length);
+  checkRoom(cache, longest);
   using session = new Session(model, cache);
-  const before = Int32Array.from(asked.prompt.slice(0, -1));
+  const before = asked.map(({ prompt }) =>
+    Int32Array.from(prompt.slice(0, -1))
+  );
   if (prompt === "compressed") {
-    for (const sequence of [0, 1]) await session.feedPass(sequence, before);
+    for (let sequence = 0; sequence < sequences; sequence++) {
+      await session.feedPass(sequence, before[sequence % asked.length]!);
+    }
   } else {
     await stream(session, before, signal);
   }
-  const output: number[] = [];
-  let nll = 0;
-  let next = [asked.prompt.at(-1)!, asked.prompt.at(-1)!] as const;
-  let ended = false;
+  const output = asked.map((): number[] => []);
+  const nll = asked.map(() => 0);
+  const ended = asked.map(() => false);
+  const next = Int32Array.from(
+    { length: sequences },
+    (_, b) => asked[b % asked.length]!.prompt.at(-1)!,
+  );
   for (let i = 0; i < steps; i++) {
     signal?.throwIfAborted();
-    const logits = await session.logits(Int32Array.of(...next));
-    const { vocabulary } = model.config;
-    const drawn = likeliest(logits.subarray(0, vocabulary));
-    ended ||= i >= task.tokens || model.tokenizer.endTokens.has(drawn);
-    if (!ended && drawn < model.tokenizer.size) output.push(drawn);
-    const right = asked.answer[i];
-    if (right !== undefined) {
-      nll -= logProbOf(logits.subarray(vocabulary), right);
+    const logits = await session.logits(next);
+    const row = (b: number) =>
+      logits.subarray(b * vocabulary, (b + 1) * vocabulary);
+    for (const [b, { task, answer }] of asked.entries()) {
+      const right = answer[i];
+      const forced = asked.length + b;
+      if (right !== undefined) nll[b]! -= logProbOf(row(forced), right);
+      if (!ended[b]) {
+        const drawn = likeliest(row(b));
+        ended[b] = i >= task.tokens || model.tokenizer.endTokens.has(drawn);
+        if (!ended[b] && drawn < model.tokenizer.size) output[b]!.push(drawn);
+        next[b] = drawn;
+      }
+      next[forced] = right ?? next[b]!;
     }
-    if (ended && i + 1 >= asked.answer.length) break;
-    next = [drawn, right ?? drawn];
+    if (asked.every(({ answer }, b) => ended[b] && i + 1 >= answer.length)) {
+      break;
+    }
   }
-  const text = model.tokenizer.decode(output);
-  return {
-    task: task.name,
-    length,
-    depth,
-    index,
-    policy: cacheOptions.policy!,
-    budget: cacheOptions.budget ?? null,
-    promptTokens: asked.prompt.length,
-    score: matchAll(text, question.references),
-    nll: nll / asked.answer.length,
-    output: text,
-    references: question.references,
-  };
+  return asked.map(({ task, length, depth, index, question, ...one }, b) => {
+    const text = model.tokenizer.decode(output[b]!);
+    return {
+      task: task.name,
+      length,
+      depth,
+      index,
+      policy: cacheOptions.policy!,
+      budget: cacheOptions.budget ?? null,
+      promptTokens: one.prompt.length,
+      score: matchAll(text, question.references),
+      nll: nll[b]! / one.answer.length,
+      output: text,
+      references: question.references,
+    };
+  });
 }
 
-/** Feeds the same tokens to both sequences: what fits at once, the rest one by one. */
+/**
+ * Feeds each text to its two sequences: what fits at once, the rest one by one.
+ * Texts end in the same step; a sequence whose text is shorter than others' is
+ * fed anything until its turn, and then begins anew.
+ */
 async function stream(
   session: Session,
-  tokens: Int32Array<ArrayBuffer>,
+  texts: readonly Int32Array<ArrayBuffer>[],
   signal: AbortSignal | undefined,
 ): Promise<void> {
-  for (let at = 0; at < tokens.length;) {
+  const rows = session.passRows(null);
+  const room = rows > 1 ? session.cache.room() : 0;
+  const atOnce = texts.map(({ length }) => Math.min(length, room));
+  const steps = texts.map(({ length }, b) => length - atOnce[b]!);
+  const most = Math.max(...steps);
+  for (let step = 0; step <= most; step++) {
     signal?.throwIfAborted();
-    const rows = Math.min(tokens.length - at, session.passRows(null));
-    if (rows > 1) {
-      const part = tokens.slice(at, at + rows);
-      for (const sequence of [0, 1]) await session.feedPass(sequence, part);
-    } else {
-      await session.feed(Int32Array.of(tokens[at]!, tokens[at]!));
+    for (const [b, text] of texts.entries()) {
+      if (step !== most - steps[b]!) continue;
+      for (const sequence of [b, texts.length + b]) {
+        if (step > 0) session.cache.reset(sequence);
+        for (let at = 0; at < atOnce[b]!; at += rows) {
+          const to = Math.min(at + rows, atOnce[b]!);
+          await session.feedPass(sequence, text.slice(at, to));
+        }
+      }
     }
-    at += rows;
+    if (step === most) break;
+    const tokens = texts.map((text) =>
+      text[text.length - (most - step)] ?? text[0]!
+    );
+    await session.feed(Int32Array.of(...tokens, ...tokens));
   }
 }
 

@@ -325,6 +325,28 @@ const passes: (LinearCase | GatedCase)[] = ([
     ];
   });
 
+/**
+ * Few rows of 16-bit weights, in whole tiles and not: the CUDA library shares
+ * out the columns, too.
+ */
+const skinny: (LinearCase | GatedCase)[] = (["F16", "BF16"] as const)
+  .flatMap((dtype) =>
+    [1, 2, 5, 8, 9, 16, 17, 32, 33, 64].flatMap((rows) => {
+      const common = {
+        dtype,
+        precision: "f32" as const,
+        rows,
+        tolerance: toleranceOf(dtype, "f32"),
+      };
+      const linear = { kernel: "linear" as const, ...common };
+      return [
+        { ...linear, columns: 1056, outputs: 301, norm: true, add: true },
+        { ...linear, columns: 2048, outputs: 128, bias: true, outColumn: 3 },
+        { kernel: "gated" as const, ...common, columns: 544, outputs: 141 },
+      ];
+    })
+  );
+
 const gated: GatedCase[] = [
   ...weightTypes.flatMap((dtype) =>
     precisions.flatMap((precision) =>
@@ -471,6 +493,7 @@ const divergence: DivergenceCase[] = logProb.map((row) => ({
 export const opCases: OpCase[] = [
   ...linear,
   ...gated,
+  ...skinny,
   ...passes,
   ...embed,
   ...rmsnorm,
