@@ -3,16 +3,17 @@
  * writes bench/results/GPU.json; run by hand on a machine with nothing else on
  * its GPU.
  *
- *   deno task bench:gpu [--quick] [--peers attention,gptfast[,transformers]]
+ *   deno task bench:gpu [--quick] [--peers attention,gptfast,transformers]
  *     [--model FILE.gguf] [--shapes llama-3-8b] [--out FILE] [--device cuda]
+ *     [--seconds 480]
  *
  * `full` is the time of the same kernel on a full cache of that size, `over full`
- * what choosing a token and letting it leave takes beside. Eight minutes at most,
- * two with --quick. The parts run one behind the other,
- * each a process with a time limit of its own; the file is written anew after
- * every figure, so that a part that fails or is stopped loses no other's.
- * Peers need python3 with torch and are left out, with a line, where it is not.
- * --model adds steps of a real model, such as SmolLM2's Q4_1 file.
+ * what choosing a token and letting it leave takes beside. The parts run one
+ * behind the other, what matters most first, each a process with a time limit of
+ * its own, and all within --seconds: eight minutes, two with --quick. The file is
+ * written anew after every figure, so that a part that fails or is stopped loses
+ * no other's. Peers need python3 with torch and are left out, with a line, where
+ * it is not. --model adds steps of a real model, such as SmolLM2's Q4_1 file.
  */
 
 import { parseArgs } from "@std/cli/parse-args";
@@ -37,10 +38,10 @@ interface Part {
 }
 
 const args = parseArgs(Deno.args, {
-  string: ["peers", "model", "shapes", "out", "device"],
+  string: ["peers", "model", "shapes", "out", "device", "seconds"],
   boolean: ["quick"],
   default: {
-    peers: "attention,gptfast",
+    peers: "attention,gptfast,transformers",
     shapes: "llama-3-8b",
     device: "cuda",
   },
@@ -50,6 +51,7 @@ const args = parseArgs(Deno.args, {
   shapes: string;
   out?: string;
   device: "cpu" | "cuda";
+  seconds?: string;
   quick: boolean;
 };
 const { quick, device, shapes } = args;
@@ -57,6 +59,11 @@ const tiny = shapes === "tiny";
 const budgets = tiny ? [32, 64] : quick ? [1024, 8192] : peerSizes.budgets;
 const budget = tiny ? 32 : 1024;
 const batches = tiny ? [1, 2] : peerSizes.batches;
+const prompts = tiny ? [32, 64] : quick ? [4096] : [4096, 32768];
+const allowed = Number(args.seconds ?? (quick ? 120 : 480));
+if (!(allowed >= 0)) {
+  throw new TypeError(`--seconds must be a number: ${args.seconds}`);
+}
 const list = (numbers: readonly number[]) => numbers.join(",");
 
 const start = performance.now();
@@ -68,9 +75,9 @@ const missing: string[] = [];
 
 for (const part of [...await parts()]) await runPart(part);
 await save();
-const { ceiling, attention, decode } = join();
+const { ceiling, attention, decode, prefill } = join();
 console.log(ceilingText(ceiling));
-console.log(attention.text + "\n" + decode.text);
+for (const { text } of [attention, decode, prefill]) console.log(text);
 for (const line of missing) console.log(line);
 const seconds = Math.round((performance.now() - start) / 1000);
 console.log(`${rows.length} figures in ${out} after ${seconds} s`);
@@ -117,12 +124,11 @@ async function parts(): Promise<Part[]> {
   const sizes = ["--batch", list(batches)];
   return [
     attend("attend", 90, ["weighted-kv", "full"], budgets, batches),
-    ...(quick ? [] : [
-      attend("long", 40, ["weighted-kv", "full"], [tiny ? 128 : 131072], [1]),
-      attend("policies", 30, ["eviction", "weighted-kv-ward"], [budget], [1]),
-    ]),
     ...peer("attention", "attention.py", 120, [
       ...["--cache", list(budgets), ...sizes],
+    ]),
+    ...(quick ? [] : [
+      attend("long", 40, ["weighted-kv", "full"], [tiny ? 128 : 131072], [1]),
     ]),
     wkv("model", 90, [
       ...["decode", ...random, ...cache, ...sizes, "--budget", String(budget)],
@@ -131,15 +137,22 @@ async function parts(): Promise<Part[]> {
       ...["--cache", String(budget)],
       ...(quick ? ["--batch", "1", "--tokens", "50"] : sizes),
     ]),
-    ...(quick ? [] : [
-      wkv("linear", 60, [
-        ...["kernels", ...random, "--op", "linear,gated,sample", ...sizes],
-      ]),
+    wkv("prefill", 60, [
+      ...["decode", ...random, ...cache, "--policy", "full", "--tokens", "0"],
+      ...["--prompt", list(prompts), "--activations", "half"],
+    ]),
+    ...peer("transformers", "transformers_llama.py", 60, [
+      ...["--prompt", list(prompts), "--cache", "0"],
     ]),
     ...(args.model
       ? [wkv("file", 60, ["decode", "--model", args.model, "--offline"])]
       : []),
-    ...peer("transformers", "transformers_llama.py", 90, []),
+    ...(quick ? [] : [
+      wkv("linear", 60, [
+        ...["kernels", ...random, "--op", "linear,gated,sample", ...sizes],
+      ]),
+      attend("policies", 30, ["eviction", "weighted-kv-ward"], [budget], [1]),
+    ]),
   ];
 }
 
@@ -159,8 +172,15 @@ async function withoutTorch(): Promise<string | null> {
 }
 
 /** Runs one part to its end or its limit, keeping each line that it prints. */
-async function runPart({ name, command, args, limit }: Part): Promise<void> {
+async function runPart(part: Part): Promise<void> {
+  const { name, command, args } = part;
   const since = performance.now();
+  const left = allowed - (since - start) / 1000;
+  if (left <= 0) {
+    missing.push(`${name} was left out: ${allowed} s were over`);
+    return;
+  }
+  const limit = Math.min(part.limit, left);
   console.error(`${name}: ${command} ${args.join(" ")}`);
   const child = new Deno.Command(command, {
     args,
@@ -189,17 +209,18 @@ async function runPart({ name, command, args, limit }: Part): Promise<void> {
   clearTimeout(timer);
   const seconds = ((performance.now() - since) / 1000).toFixed(0);
   console.error(`${name}: ${seconds} s`);
-  if (late) missing.push(`${name} was stopped after ${limit} s`);
+  if (late) missing.push(`${name} was stopped after ${seconds} s`);
   else if (!success) missing.push(`${name} ended with ${code}`);
 }
 
 async function save(): Promise<void> {
-  const { ceiling, attention, decode } = join();
+  const { ceiling, attention, decode, prefill } = join();
   await writeResult(out, {
     ...head,
     ceiling,
     attention: attention.rows,
     decode: decode.rows,
+    prefill: prefill.rows,
     missing,
     rows,
   });
@@ -339,10 +360,27 @@ function join() {
       };
     },
   );
+  const prefill = of("prefill", "prefill").map((row) => {
+    const peer = (name: string) =>
+      of("transformers", "prefill").find((peer) =>
+        peer.peer === `transformers ${name}` && peer.tokens === row.tokens
+      )?.ms ?? null;
+    const sdpa = peer("sdpa");
+    return {
+      model: row.model,
+      activations: row.activations,
+      tokens: row.tokens,
+      ms: Number((row.ms as number).toFixed(3)),
+      "transformers SDPA": sdpa,
+      "transformers eager": peer("eager"),
+      "ours/SDPA": ratio(row.ms, sdpa),
+    };
+  });
   return {
     ceiling,
     attention: { rows: attention, text: table(attention) },
     decode: { rows: decode, text: table(decode) },
+    prefill: { rows: prefill, text: table(prefill) },
   };
 }
 
@@ -358,7 +396,7 @@ function table(rows: readonly Record<string, unknown>[]): string {
   return formatTable(
     head,
     rows.map((row) => head.map((key) => cell(key, row[key]))),
-    head.filter((key) => key !== "model" && key !== "policy"),
+    head.filter((key) => !["model", "policy", "activations"].includes(key)),
   );
 }
 

@@ -48,6 +48,13 @@ export function chunkSize(prefill: Prefill, policy?: Policy): number | null {
   return size;
 }
 
+/** A pass as it was recorded; it may run more than once. */
+interface RecordedPass {
+  readonly rows: number;
+  run(tokens: Int32Array<ArrayBuffer>): Promise<void>;
+  close(): void;
+}
+
 /** The graphs of one cache, each recorded when it is first needed. */
 export class Session implements Disposable {
   /** The model. */
@@ -123,23 +130,31 @@ export class Session implements Disposable {
   ): Promise<number> {
     const chunk = chunkSize(options.prefill ?? "exact", this.cache.policy);
     const last = tokens.length;
-    let at = 0;
-    while (at < last) {
-      options.signal?.throwIfAborted();
-      const rows = Math.min(last - at, this.passRows(chunk));
-      if (rows === 1) {
-        this.#tokens.write(Int32Array.of(tokens[at]!));
-        await this.#step(at + 1 === last ? "next" : "feed").run();
-      } else {
+    // Of many passes that are alike one graph is made.
+    let fed: RecordedPass | undefined;
+    try {
+      for (let at = 0, rows; at < last; at += rows) {
+        options.signal?.throwIfAborted();
+        rows = Math.min(last - at, this.passRows(chunk));
         const draws = at + rows === last;
-        await this.#pass(
-          0,
-          Int32Array.from(tokens.slice(at, at + rows)),
-          draws ? this.#logits : null,
-          () => draws && this.#sample(),
-        );
+        if (rows === 1) {
+          this.#tokens.write(Int32Array.of(tokens[at]!));
+          await this.#step(draws ? "next" : "feed").run();
+          continue;
+        }
+        const part = Int32Array.from(tokens.slice(at, at + rows));
+        if (draws) {
+          await this.#pass(0, part, this.#logits, () => this.#sample());
+          continue;
+        }
+        if (fed?.rows !== rows) {
+          fed?.close();
+          fed = this.#record(0, rows, null, () => {});
+        }
+        await fed.run(part);
       }
-      at += rows;
+    } finally {
+      fed?.close();
     }
     return this.#tokens.integers()[0]!;
   }
@@ -314,21 +329,51 @@ export class Session implements Disposable {
     logits: Tensor | null,
     then: () => void,
   ): Promise<void> {
+    const pass = this.#record(sequence, tokens.length, logits, then);
+    try {
+      await pass.run(tokens);
+    } finally {
+      pass.close();
+    }
+  }
+
+  /** Records a pass of so many tokens of one sequence, and what uses its logits. */
+  #record(
+    sequence: number,
+    rows: number,
+    logits: Tensor | null,
+    then: () => void,
+  ): RecordedPass {
     const { model, cache } = this;
-    using ids = Tensor.from(model.backend, tokens);
-    using graph = model.backend.record(() => {
-      model.network.forward({
-        cache,
-        tokens: ids,
-        rows: tokens.length,
-        sequence,
-        logits,
-        activations: model.memory(passMemory(tokens.length)),
-        precision: model.activations,
+    const ids = new Tensor(model.backend, "I32", 1, rows);
+    try {
+      const graph = model.backend.record(() => {
+        model.network.forward({
+          cache,
+          tokens: ids,
+          rows,
+          sequence,
+          logits,
+          activations: model.memory(passMemory(rows)),
+          precision: model.activations,
+        });
+        then();
       });
-      then();
-    });
-    await graph.run();
+      return {
+        rows,
+        async run(tokens) {
+          ids.write(tokens);
+          await graph.run();
+        },
+        close() {
+          graph.close();
+          ids.close();
+        },
+      };
+    } catch (error) {
+      ids.close();
+      throw error;
+    }
   }
 
   /** Records the draw of the next tokens. */

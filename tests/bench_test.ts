@@ -377,6 +377,15 @@ describe("bench/gpu.ts", () => {
         assert(Math.abs(row["over full"] - (row.us - row.full)) < 0.002);
       }
       assertEquals(result.decode.length, 2);
+      assertEquals(
+        result.prefill.map((row: { tokens: number }) => row.tokens),
+        [32, 64],
+      );
+      for (const row of result.prefill) {
+        assertPositive(row, "ms");
+        assertEquals(row.activations, "half");
+        assertEquals(row["transformers SDPA"], null);
+      }
       const { ceiling } = result;
       assertPositive(ceiling, "bytesPerSecond");
       assertEquals(ceiling.bytesPerSecond, ceiling.cores);
@@ -387,12 +396,38 @@ describe("bench/gpu.ts", () => {
         assertAlmostEquals(share, row.gbps * 1e9 / ceiling.bytesPerSecond);
       }
       assertEquals(result.missing, [
-        "Peers attention, gptfast left out: they need a GPU",
+        "Peers attention, gptfast, transformers left out: they need a GPU",
         "file ended with 2",
       ]);
       const text = new TextDecoder().decode(stdout);
       assert(text.includes("ours/cudnn"), text);
       assertMatch(text, /^Shares are of \d+ GB\/s, all cores reading$/m);
+    } finally {
+      await Deno.remove(file);
+    }
+  });
+
+  it("leaves out what there is no time for", async () => {
+    const file = await Deno.makeTempFile();
+    try {
+      const { success } = await new Deno.Command(Deno.execPath(), {
+        args: [
+          ...["run", "-A", "--no-prompt", "bench/gpu.ts", "--device", "cpu"],
+          ...["--shapes", "tiny", "--peers", "", "--out", file],
+          ...["--seconds", "0"],
+        ],
+        cwd: ROOT,
+        stderr: "null",
+      }).output();
+      assert(success);
+      const result = JSON.parse(await Deno.readTextFile(file));
+      assertEquals(result.rows, []);
+      assertEquals(
+        result.missing,
+        ["attend", "long", "model", "prefill", "linear", "policies"].map((
+          name,
+        ) => `${name} was left out: 0 s were over`),
+      );
     } finally {
       await Deno.remove(file);
     }

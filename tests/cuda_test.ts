@@ -431,6 +431,51 @@ Used 32 registers, used 1 barriers, 1024 bytes smem"
       assert(!name.startsWith(".build-"), name);
     }
   });
+
+  it("compiles files for wgmma for sm_90a alone where 9.0 is a target", async () => {
+    const fake = `${temporary}/codes_nvcc`, log = `${temporary}/codes.log`;
+    await Deno.writeTextFile(
+      fake,
+      `#!/bin/sh
+codes=
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -gencode) codes="$codes $2";;
+    -c) source=$(basename "$2");;
+    -o) echo object > "$2";;
+  esac
+  shift
+done
+if [ -n "$source" ]; then echo "$source$codes" >> "${log}"; fi
+`,
+    );
+    await Deno.chmod(fake, 0o755);
+    const codesOf = async (targets: string[]) => {
+      await Deno.writeTextFile(log, "");
+      // Each its own, as an object for the same codes is kept.
+      const folder = `${temporary}/codes_${targets.join("_")}`;
+      await buildCudaLibrary({ folder, targets, compiler: fake });
+      const lines = (await Deno.readTextFile(log)).trim().split("\n");
+      return Object.fromEntries(
+        lines.map((line) => {
+          const [source, ...codes] = line.split(" ");
+          return [source, codes.map((code) => code.replace(/^.*code=/, ""))];
+        }),
+      );
+    };
+    for (
+      const [targets, wgmma] of [
+        [["sm_90"], ["sm_90a"]],
+        [["sm_80", "sm_90", "compute_90"], ["sm_90a"]],
+        [["sm_80", "sm_89"], ["sm_80", "sm_89"]],
+        [["sm_100"], ["sm_100"]],
+      ]
+    ) {
+      const codes = await codesOf(targets!);
+      assertEquals(codes["prefill_wgmma.cu"], wgmma);
+      assertEquals(codes["prefill.cu"], targets);
+    }
+  });
 });
 
 describe("on a GPU", () => {

@@ -4,6 +4,7 @@
  * matmul_f32: a block owns a tile of 64 x 64 of out and walks along C in steps of 32; weights are widened on their way into shared memory.
  * Bytes moved: w once a 64 rows of x, x once a 64 rows of w.
  */
+#include "fours.cuh"
 #include "linear.cuh"
 
 namespace wkv {
@@ -14,7 +15,15 @@ __device__ inline float row_scale(const InputView& in, const float* x) {
   __shared__ double area[32];
   if (!in.norm) return 1.0f;
   double squares = 0.0;
-  for (int32_t c = threadIdx.x; c < in.columns; c += 256) squares += static_cast<double>(x[c]) * x[c];
+  if (in.columns % 4 == 0) {
+    for (int32_t c = threadIdx.x * 4; c < in.columns; c += 1024) {
+      const Four<float> four = four_at(x + c);
+#pragma unroll
+      for (int k = 0; k < 4; k++) squares += static_cast<double>(four.x[k]) * four.x[k];
+    }
+  } else {
+    for (int32_t c = threadIdx.x; c < in.columns; c += 256) squares += static_cast<double>(x[c]) * x[c];
+  }
   return 1.0f / sqrtf(static_cast<float>(block_sum(squares, area) / in.columns) + in.epsilon);
 }
 
@@ -50,7 +59,7 @@ __global__ void __launch_bounds__(256) round_kernel(InputView in, int32_t* q, fl
   }
 }
 
-/** f16 has few exponents, so there the row's highest number is brought to 2^14 by a power of two. */
+/** f16 has few exponents, so there the row's highest number is brought to 2^14 by a power of two. Columns are a multiple of 4. */
 template <bool kBf16>
 __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts, float* factors) {
   using T = std::conditional_t<kBf16, __nv_bfloat16, __half>;
@@ -60,19 +69,29 @@ __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts
   const int32_t columns = in.columns;
   const float* x = in.x + int64_t{blockIdx.x} * columns;
   const float scale = row_scale(in, x);
-  const auto value = [&](int32_t c) { return in.norm ? x[c] * scale * in.norm[c] : x[c]; };
+  const auto values = [&](int32_t c) {
+    const Four<float> own = four_at(x + c);
+    if (!in.norm) return own;
+    const Four<float> norm = four_at(in.norm + c);
+    return each<float>(own, [&](float v, int k) { return v * scale * norm.x[k]; });
+  };
   float factor = 1.0f;
   if (!kBf16) {
     float most = 0.0f;
-    for (int32_t c = threadIdx.x; c < columns; c += 256) most = fmaxf(most, fabsf(value(c)));
+    for (int32_t c = threadIdx.x * 4; c < columns; c += 1024) {
+      const Four<float> v = values(c);
+      most = fmaxf(fmaxf(most, fmaxf(fabsf(v.x[0]), fabsf(v.x[1]))), fmaxf(fabsf(v.x[2]), fabsf(v.x[3])));
+    }
     most = block_max(most, area);
     if (most > 0.0f && most <= 3.402823466e38f) factor = ldexpf(1.0f, max(ilogbf(most) - 14, -120));
   }
   T *high = reinterpret_cast<T*>(parts) + int64_t{blockIdx.x} * columns, *low = high + int64_t{in.rows} * columns;
-  for (int32_t c = threadIdx.x; c < columns; c += 256) {
-    const float v = value(c) / factor;
-    high[c] = from_float<T>(v);
-    if (!in.half) low[c] = from_float<T>(v - to_float(high[c]));
+#pragma unroll 4
+  for (int32_t c = threadIdx.x * 4; c < columns; c += 1024) {
+    const Four<float> v = each<float>(values(c), [&](float v, int) { return kBf16 ? v : v / factor; });
+    const Four<T> first = each<T>(v, [](float v, int) { return from_float<T>(v); });
+    four_at(high + c) = first;
+    if (!in.half) four_at(low + c) = each<T>(v, [&](float v, int k) { return from_float<T>(v - to_float(first.x[k])); });
   }
   if (threadIdx.x == 0) factors[blockIdx.x] = factor;
 }

@@ -5,7 +5,7 @@
  *   (scores capped, and i > len + t - window, where asked)
  *   a[i] += mean_g sum_t p[t, i]
  *
- * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
+ * Six launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
  * tokens (softmax and sums do not mind the order).
  * 1. arrive: rounds the new k and v to what will be stored, and leaves q, scaled, and all k, both rotated, and all v in scratch, as rows
  *    of one width, so that whatever follows loads plain tiles, or as tiles, with zeros behind the last row. A warp owns a row.
@@ -13,7 +13,9 @@
  *    row's logarithm of its sum, `lse`. Bytes moved: K and V once a block, mostly from the second-level cache.
  * 3. columns: a block owns 64 or 128 entries for one query head and walks over the rows that see them: p = 2^(score - lse). Bytes moved:
  *    q once a block, from the second-level cache.
- * 4. settle: a block owns one KV head, adds its query heads' columns to the scores, and brings it back to its budget.
+ * 4. join: a thread owns an entry and adds its query heads' columns to its score.
+ * 5. settle: a block owns one KV head and brings it back to its budget; nothing to do while tokens fit.
+ * 6. place: a warp owns 8 entries and writes their state, and the rows of new ones, to the cache. Bytes moved: new rows twice.
  * Scores are in units of ln 2: q is scaled by scale / ln 2.
  *
  * 2 and 3 come thrice. With a 16-bit cache: on tensor cores, q, rotated k, v and p rounded to f16 (bf16 values are exact in it unless
@@ -23,6 +25,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "fours.cuh"
 #include "prefill.cuh"
 #include "settle.cuh"
 
@@ -135,6 +138,94 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
       float x = 0.0f;
       if (d < dim) x = to_float(new_value[d] = from_float<T>(from_value[d]));
       value.put(d, x);
+    }
+  }
+}
+
+/** The pairs [i, i + 4) of a row: the four from dimension i on, and those `pairs` further. */
+struct Pairs {
+  Four<float> low, high;
+  __device__ Pairs turned(const RopeView& rope, int64_t position, int32_t i) const {
+    Pairs to;
+    if (position < rope.positions) {
+      const int64_t at = position * rope.pairs + i;
+      const Four<float> cosine = four_at(rope.cosines + at), sine = four_at(rope.sines + at);
+#pragma unroll
+      for (int k = 0; k < 4; k++) to.low.x[k] = low.x[k] * cosine.x[k] - high.x[k] * sine.x[k], to.high.x[k] = high.x[k] * cosine.x[k] + low.x[k] * sine.x[k];
+      return to;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const float2 both = wkv::turned(make_float2(low.x[k], high.x[k]), rope.at(position, i + k));
+      to.low.x[k] = both.x, to.high.x[k] = both.y;
+    }
+    return to;
+  }
+};
+
+/** arrive for 16-bit caches whose rows are pairs through and through, a multiple of 4 of them: a thread takes 8 numbers of a row. */
+template <typename T>
+__global__ void __launch_bounds__(256) arrive_fours_kernel(PrefillView p) {
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const RopeView& rope = c.rope;
+  const int32_t which = blockIdx.y, dim = c.head_dim, pairs = rope.pairs, parts = p.width / 8;
+  const int32_t n = which < c.heads ? which / c.group() : which - c.heads;
+  const Counts& counts = c.counts[p.head(n)];
+  const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim, length = kept + p.rows;
+  const int64_t place = c.text ? counts.steps : kept;
+  const auto put = [&](__half* rows, int32_t row, int32_t d, const Four<float>& x) {
+    four_at(rows + (p.tiled ? tiled_at(row, d, p.width) : int64_t{row} * p.width + d)) = each<__half>(x, [](float v, int) { return narrowed<__half>(v); });
+  };
+  const auto put_pairs = [&](__half* rows, int32_t row, int32_t i, const Pairs& x) { put(rows, row, i, x.low), put(rows, row, i + pairs, x.high); };
+  const auto source = [&](const float* from, int32_t i) {
+    if (!rope.interleaved) return Pairs{four_at(from + i), four_at(from + i + pairs)};
+    const Four<float> a = four_at(from + 2 * i), b = four_at(from + 2 * i + 4);
+    return Pairs{{a.x[0], a.x[2], b.x[0], b.x[2]}, {a.x[1], a.x[3], b.x[1], b.x[3]}};
+  };
+  const auto widened = [](const Four<T>& x) { return each<float>(x, [](T v, int) { return to_float(v); }); };
+  const auto narrow = [](const Four<float>& x) { return each<T>(x, [](float v, int) { return from_float<T>(v); }); };
+  const bool query = which < c.heads;
+  const int32_t end = query ? static_cast<int32_t>(p.lines) : p.tiled ? tiles_of(length) * kTile : length, full = query ? p.rows : length;
+  for (int64_t item = int64_t{blockIdx.x} * 256 + threadIdx.x; item < int64_t{end} * parts; item += int64_t{gridDim.x} * 256) {
+    const int32_t row = static_cast<int32_t>(item / parts), part = static_cast<int32_t>(item % parts), i = part * 4, d = part * 8;
+    if (row >= full || d >= dim) {
+      // Behind the last row, and behind a row's end.
+      for (int32_t o = 0; o < 8; o += 4) {
+        if (query) put(p.queries_of<__half>(which), row, d + o, {});
+        else put(p.keys_of<__half>(n), row, d + o, {}), put(p.values_of<__half>(n), row, d + o, {});
+      }
+      continue;
+    }
+    if (query) {
+      Pairs x = source(p.qkv + int64_t{row} * columns + which * dim, i).turned(rope, place + row, i);
+#pragma unroll
+      for (int k = 0; k < 4; k++) x.low.x[k] *= p.scale, x.high.x[k] *= p.scale;
+      put_pairs(p.queries_of<__half>(which), row, i, x);
+      continue;
+    }
+    __half *keys = p.keys_of<__half>(n), *values = p.values_of<__half>(n);
+    if (row < kept) {
+      const T *key = c.keys_of<T>(p.head(n)) + int64_t{row} * dim, *value = c.values_of<T>(p.head(n)) + int64_t{row} * dim;
+      const Pairs x{widened(four_at(key + i)), widened(four_at(key + i + pairs))};
+      put_pairs(keys, row, i, c.text ? x : x.turned(rope, c.ranks[p.head(n) * (c.slots + 1) + row], i));
+      for (int32_t o = 0; o < 8; o += 4) put(values, row, d + o, widened(four_at(value + d + o)));
+      continue;
+    }
+    const int32_t t = row - kept;
+    const float *key = p.qkv + int64_t{t} * columns + (c.heads + n) * dim, *value = key + c.kv_heads * dim;
+    T *new_key = p.new_keys_of<T>(n) + int64_t{t} * dim, *new_value = p.new_values_of<T>(n) + int64_t{t} * dim;
+    Pairs x = source(key, i);
+    if (c.text) x = x.turned(rope, place + t, i);
+    const Four<T> low = narrow(x.low), high = narrow(x.high);
+    four_at(new_key + i) = low, four_at(new_key + i + pairs) = high;
+    x = {widened(low), widened(high)};
+    put_pairs(keys, row, i, c.text ? x : x.turned(rope, place + t, i));
+    for (int32_t o = 0; o < 8; o += 4) {
+      const Four<T> v = narrow(four_at(value + d + o));
+      four_at(new_value + d + o) = v;
+      put(values, row, d + o, widened(v));
     }
   }
 }
@@ -621,6 +712,25 @@ __global__ void __launch_bounds__(256) exact_columns_kernel(PrefillView p) {
 
 // ---- settle ----
 
+/** The scores with what the columns add, and the rest of each entry's state; a thread owns an entry. */
+__global__ void __launch_bounds__(256) join_kernel(PrefillView p) {
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t n = blockIdx.y, i = blockIdx.x * 256 + threadIdx.x;
+  const Counts& counts = c.counts[p.head(n)];
+  const int32_t kept = counts.kept;
+  if (i >= kept + p.rows) return;
+  const bool cached = i < kept;
+  const Entries own = c.entries(p.head(n)), e = p.entries_of(n);
+  float sum = 0.0f;
+  for (int32_t g = 0; g < c.group(); g++) sum += p.columns[(n * c.group() + g) * p.entries + i];
+  e.score[i] = (cached ? own.score[i] : 0.0f) + sum / static_cast<float>(c.group());
+  e.birth[i] = cached ? own.birth[i] : counts.steps + 1 + i - kept;
+  e.rank[i] = cached ? own.rank[i] : i;
+  for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = cached ? own.words[w * own.stride + i] : 0;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults faults) {
   __shared__ SettleArea area;
@@ -628,24 +738,53 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   let_next_start();
   const CacheView& c = p.cache;
   const int32_t n = blockIdx.x;
-  const int64_t head = p.head(n), at = n * p.entries;
+  const int64_t head = p.head(n);
   Counts& counts = c.counts[head];
   const int32_t kept = counts.kept, steps = counts.steps;
-  const Entries own = c.entries(head);
-  const Entries e{p.score + at, p.birth + at, p.rank + at, p.words + at * c.width, p.entries, c.gapped() ? reinterpret_cast<float*>(p.words + at) : nullptr, p.by_rank + at, p.measure + at, nullptr, p.freed + at};
-  for (int32_t i = threadIdx.x; i < kept + p.rows; i += blockDim.x) {
-    const bool cached = i < kept;
-    float sum = 0.0f;
-    for (int32_t g = 0; g < c.group(); g++) sum += p.columns[(n * c.group() + g) * p.entries + i];
-    e.score[i] = (cached ? own.score[i] : 0.0f) + sum / static_cast<float>(c.group());
-    e.birth[i] = cached ? own.birth[i] : steps + 1 + i - kept;
-    e.rank[i] = cached ? own.rank[i] : i;
-    for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = cached ? own.words[w * own.stride + i] : 0;
+  __syncthreads();
+  if (threadIdx.x == 0) counts.steps = steps + p.rows, p.places_of(n)[0] = -1;
+  __syncthreads();
+  settle<T>(c, head, p.entries_of(n), kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area, p.order + n * Leaving<T>::kScratch * p.entries, p.places_of(n));
+}
+
+constexpr int kPlaced = 8;  // entries of a warp
+
+/** Writes what settle left of the entries to the cache: the state of those that lie there, state and rows of the others. */
+template <typename T>
+__global__ void __launch_bounds__(256) place_kernel(PrefillView p) {
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t n = blockIdx.y, lane = threadIdx.x & 31, first = (blockIdx.x * 8 + threadIdx.x / 32) * kPlaced;
+  const int32_t *places = p.places_of(n), kept = places[0], total = kept + p.rows;
+  if (kept < 0 || first >= total) return;
+  const Entries own = c.entries(p.head(n)), e = p.entries_of(n);
+  int32_t to = -1;
+  if (lane < kPlaced && first + lane < total) {
+    const int32_t i = first + lane, rank = e.rank[i];
+    to = i >= kept ? places[1 + i - kept] : rank >= 0 ? i : -1;
+    if (to >= 0) {
+      own.score[to] = e.score[i], own.birth[to] = e.birth[i], own.rank[to] = rank;
+      for (int32_t w = 0; w < c.width; w++) own.words[w * own.stride + to] = e.words[w * e.stride + i];
+    }
   }
-  __syncthreads();
-  if (threadIdx.x == 0) counts.steps = steps + p.rows;
-  __syncthreads();
-  settle<T>(c, head, e, kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area, p.order + n * Leaving<T>::kScratch * p.entries);
+  const auto copy = [&](auto word) {
+    using Word = decltype(word);
+    const int32_t words = static_cast<int32_t>(c.head_dim * sizeof(T) / sizeof(Word));
+    const Word *keys = reinterpret_cast<const Word*>(p.new_keys_of<T>(n)), *values = reinterpret_cast<const Word*>(p.new_values_of<T>(n));
+    Word *to_keys = reinterpret_cast<Word*>(c.keys_of<T>(p.head(n))), *to_values = reinterpret_cast<Word*>(c.values_of<T>(p.head(n)));
+    for (int32_t i = 0; i < kPlaced; i++) {
+      const int32_t slot = __shfl_sync(0xffffffffu, to, i), t = first + i - kept;
+      if (slot < 0 || t < 0) continue;
+      for (int32_t d = lane; d < 2 * words; d += 32) {
+        const bool value = d >= words;
+        const int64_t at = d - (value ? words : 0);
+        (value ? to_values : to_keys)[int64_t{slot} * words + at] = (value ? values : keys)[int64_t{t} * words + at];
+      }
+    }
+  };
+  if (c.head_dim * sizeof(T) % 16 == 0) copy(uint4());
+  else copy(T());
 }
 
 // ---- launches ----
@@ -658,6 +797,12 @@ dim3 entry_blocks(const PrefillView& p, int32_t size) {
 
 template <typename T, typename S>
 void arrive(Context& ctx, const PrefillView& p) {
+  const RopeView& rope = p.cache.rope;
+  if constexpr (sizeof(T) == 2 && std::is_same_v<S, __half>) {
+    if (rope.pairs % 4 == 0 && 2 * rope.pairs == p.cache.head_dim) {
+      return launch(ctx, arrive_fours_kernel<T>, {dim3(std::min(divide_up(p.entries, 16), 64), p.cache.heads + p.cache.kv_heads), 256}, p);
+    }
+  }
   launch(ctx, arrive_kernel<T, S>, {dim3(std::min(divide_up(p.entries, 32), 64), p.cache.heads + p.cache.kv_heads), 256}, p);
 }
 
@@ -708,7 +853,9 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
     else if (p.width == 128) attend<128>(ctx, p);
     else attend<256>(ctx, p);
   }
+  launch(ctx, join_kernel, {dim3(divide_up(p.entries, 256), cache.kv_heads), 256}, p);
   launch(ctx, settle_kernel<T>, {cache.kv_heads, 512}, p, ctx.faults());
+  launch(ctx, place_kernel<T>, {dim3(divide_up(p.entries, 8 * kPlaced), cache.kv_heads), 256}, p);
 }
 
 }  // namespace
@@ -770,6 +917,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       p.rank = ints(states);
       p.freed = ints(states);
       p.order = ints(states * Leaving<float>::kScratch);
+      p.places = ints(cache->kv_heads * (int64_t{rows} + 1));
       if (pass == 0) scratch = ctx.reserve(bytes);
     }
     by_cache_type(cache->dtype, [&](auto type) { run<decltype(type)>(ctx, *cache, p); });

@@ -24,6 +24,7 @@ struct PrefillView {
   uint32_t* words;                  // [N, words a token, entries]
   int32_t *birth, *rank, *freed;
   int32_t* order;                   // [N, 6, entries]
+  int32_t* places;                  // [N, 1 + rows]: as of Settling::place, first -1 where nothing is to be written
 
   /** Whether scores are more than products. */
   __host__ __device__ bool bent() const { return softcap > 0.0f || window > 0; }
@@ -35,6 +36,13 @@ struct PrefillView {
       if (rank <= kept + t - window) return -1.0e30f;
     }
     return softcap > 0.0f ? softcap * tanhf(s / softcap) : s;
+  }
+  __device__ int32_t* places_of(int32_t n) const { return places + n * (int64_t{rows} + 1); }
+  /** The state of one head's entries. */
+  __device__ Entries entries_of(int32_t n) const {
+    const int64_t at = n * entries;
+    uint32_t* own = words + at * cache.width;
+    return {score + at, birth + at, rank + at, own, entries, cache.gapped() ? reinterpret_cast<float*>(own) : nullptr, by_rank + at, measure + at, nullptr, freed + at};
   }
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
   template <typename T>

@@ -396,11 +396,13 @@ struct Settling {
     if (lane == 0) own.score[slot] = e.score[from], own.birth[slot] = e.birth[from], own.rank[slot] = e.rank[from];
   }
 
-  /** Gives the tokens that arrived slots: freed ones in the order of leaving, then unused ones. Used slots stay the first ones. */
-  __device__ void place(int32_t arrived) const {
+  /** Gives the tokens that arrived slots: freed ones in the order of leaving, then unused ones. Used slots stay the first ones. With
+   *  `places` their slots are told, -1 for those that have left, behind `kept`, and neither they nor the state of those that stayed are
+   *  written. */
+  __device__ void place(int32_t arrived, int32_t* places) const {
     const int32_t freed = area.freed, stayed = kept - freed, left = stayed + area.arrived_left;
     const Entries own = c.entries(head);
-    if (own.rank != e.rank) {
+    if (!places && own.rank != e.rank) {
       for (int32_t i = tid; i < kept; i += threads) {
         if (!there(i)) continue;
         own.score[i] = e.score[i], own.birth[i] = e.birth[i], own.rank[i] = e.rank[i];
@@ -419,11 +421,18 @@ struct Settling {
     }
     __syncthreads();
     const int32_t holes = area.holes;
-    for (int32_t t = warp; t < arrived; t += warps) {
-      const int32_t rank = e.rank[kept + t];
-      if (rank < 0) continue;
-      const int32_t order = rank - stayed;
-      fill(own, order >= holes ? kept + order - holes : e.freed ? e.freed[order] : area.first_freed, kept + t);
+    const auto slot_of = [&](int32_t t) {
+      const int32_t rank = e.rank[kept + t], order = rank - stayed;
+      return rank < 0 ? -1 : order >= holes ? kept + order - holes : e.freed ? e.freed[order] : area.first_freed;
+    };
+    if (places) {
+      for (int32_t t = tid; t < arrived; t += threads) places[1 + t] = slot_of(t);
+      if (tid == 0) places[0] = kept;
+    } else {
+      for (int32_t t = warp; t < arrived; t += warps) {
+        const int32_t slot = slot_of(t);
+        if (slot >= 0) fill(own, slot, kept + t);
+      }
     }
     if (tid == 0) c.counts[head].kept = left;
     if (left >= kept) return;
@@ -444,8 +453,8 @@ struct Settling {
  * to the right with a later T. So each token takes in, one after the other, x - 1, then p(x - 1), p(p(x - 1)), ... as long as they leave
  * before x, p being the next rank to the left with a later T. Runs of ranks with rising T are walked by a warp each, the value of the
  * moment in registers, from left to right, waiting for the ends of runs further left: the same sums in the same order as one by one.
- * Where a merge changes the costs of two neighbours a warp keeps the lowest cost of each 32 and each 1024 ranks and the ranks' order as a
- * list. Where the oldest leaves and gives to ranks behind it, the block does that turn by turn.
+ * Where the oldest leaves and gives to ranks behind it, the block does that turn by turn. Rules by cost, whose merges change the costs of two
+ * neighbours, go one by one.
  */
 template <typename T>
 struct Leaving {
@@ -467,7 +476,7 @@ struct Leaving {
     const bool stays = c.select == WKV_SELECT_OLDEST || c.select == WKV_SELECT_LOWEST_AVERAGE || c.select == WKV_SELECT_LITERAL_AVERAGE || c.select == WKV_SELECT_LOWEST_SUM ||
                        c.select == WKV_SELECT_LEAST_OFTEN || c.select == WKV_SELECT_KEY_NORM || c.select == WKV_SELECT_SUM_VALUE_NORM;
     if (c.merge == WKV_MERGE_SPREAD) return c.select == WKV_SELECT_OLDEST;
-    return c.merge == WKV_MERGE_RIGHT ? stays || c.gapped() : stays && c.merge == WKV_MERGE_NONE;
+    return stays && (c.merge == WKV_MERGE_NONE || c.merge == WKV_MERGE_RIGHT);
   }
 
   /** The sum over the threads before this one, and over all in area.into; exact, as all are whole numbers. */
@@ -634,12 +643,6 @@ struct Leaving {
     }
   }
 
-  /** What the first token of a rule with costs would cost; ranks as they were. */
-  __device__ float cost(int32_t rank, int32_t right, float gap) const {
-    const int32_t entry = entries()[rank];
-    return wkv_select_value(s.c.select, {rank, e.score[entry], e.by_rank[rank], e.by_rank[right], 0.0f, gap});
-  }
-
   /** The rank whose value is none, or INT_MAX; `values` of evictable ranks go to array 0 as keys, the ranks to array 1. */
   __device__ int32_t value_all(int32_t first, int32_t evictable) const {
     const CacheView& c = s.c;
@@ -647,121 +650,12 @@ struct Leaving {
     __syncthreads();
     for (int32_t i = tid; i < evictable; i += threads) {
       const int32_t rank = first + i, entry = entries()[rank];
-      float value;
-      if (c.gapped()) value = rank + 1 < total ? cost(rank, rank + 1, e.gap[entry]) : INFINITY;
-      else value = wkv_select_value(c.select, {rank, e.score[entry], e.by_rank[rank], 0.0f, e.now ? e.now[entry] : 0.0f, c.later ? e.measure[entry] : 0.0f});
+      const float value = wkv_select_value(c.select, {rank, e.score[entry], e.by_rank[rank], 0.0f, e.now ? e.now[entry] : 0.0f, c.later ? e.measure[entry] : 0.0f});
       if (isnan(value)) atomicMin(&area.bad[0], rank);
       array(0)[i] = static_cast<int32_t>(key_of(value)), array(1)[i] = rank;
     }
     __syncthreads();
     return area.bad[0];
-  }
-
-  /** Merges the cheapest, `leaving` times over, by the first warp; gives the last to leave, or -1 with the rank that has no cost in
-   *  area.bad[0]. Array 0 has the costs of `evictable` ranks from `first` on; what had no right neighbour to go to is counted in
-   *  area.holes. */
-  __device__ int32_t merge_cheapest(int32_t first, int32_t evictable, int32_t leaving) const {
-    constexpr uint32_t kGone = 0xffffffffu;
-    const int32_t groups = (evictable + 31) / 32, tops = (groups + 31) / 32;
-    uint32_t* const keys = reinterpret_cast<uint32_t*>(array(0));
-    uint32_t* const lows = groups + tops <= 2048 ? reinterpret_cast<uint32_t*>(area.part) : reinterpret_cast<uint32_t*>(array(1));
-    uint32_t* const lowest = lows + groups;
-    int32_t *const before = array(2), *const behind = array(3);  // by rank; -1, total: none
-    const auto low_of = [&](const uint32_t* of, int32_t count, int32_t group) {
-      const int32_t i = group * 32 + lane;
-      return __reduce_min_sync(0xffffffffu, i < count ? of[i] : kGone);
-    };
-    for (int32_t r = tid; r < total; r += threads) before[r] = r - 1, behind[r] = r + 1;
-    for (int32_t g = warp; g < groups; g += warps) {
-      const uint32_t low = low_of(keys, evictable, g);
-      if (lane == 0) lows[g] = low;
-    }
-    __syncthreads();
-    for (int32_t g = warp; g < tops; g += warps) {
-      const uint32_t low = low_of(lows, groups, g);
-      if (lane == 0) lowest[g] = low;
-    }
-    __syncthreads();
-    if (warp == 0) {
-      int32_t freed = 0, dropped = 0, victim = -1;
-      for (int32_t turn = 0; turn < leaving; turn++) {
-        // The lowest key, the lowest rank of equals.
-        uint32_t low = kGone;
-        int32_t top = 0;
-        for (int32_t base = 0; base < tops; base += 32) {
-          const uint32_t key = base + lane < tops ? lowest[base + lane] : kGone, least = __reduce_min_sync(0xffffffffu, key);
-          if (least < low) low = least, top = base + __ffs(__ballot_sync(0xffffffffu, key == least)) - 1;
-        }
-        const auto find = [&](const uint32_t* of, int32_t count, int32_t group) {
-          const int32_t i = group * 32 + lane;
-          return group * 32 + __ffs(__ballot_sync(0xffffffffu, i < count && of[i] == low)) - 1;
-        };
-        victim = first + find(keys, evictable, find(lows, groups, top));
-        const int32_t left = before[victim], right = behind[victim], entry = entries()[victim];
-        if (lane == 0) {
-          turns()[victim] = turn;
-          keys[victim - first] = kGone;
-          if (entry < s.kept) e.freed[freed] = entry;
-        }
-        freed += entry < s.kept, dropped += right == total;
-        float costs[2] = {INFINITY, INFINITY};  // of the left and of the right neighbour
-        if (right < total) {
-          const int32_t far = behind[right], into = entries()[right];
-          const float w_v = e.by_rank[victim], w_r = e.by_rank[right];
-          const T *from = s.value_of(entry), *row_left = left >= 0 ? s.value_of(entries()[left]) : from, *row_far = far < total ? s.value_of(entries()[far]) : from;
-          T* const to = s.value_of(into);
-          const bool merges = w_v + w_r > 0.0f;
-          float gaps[2] = {};
-#pragma unroll 4
-          for (int32_t d = lane; d < s.dim; d += 32) {
-            T merged = to[d];
-            if (merges) to[d] = merged = from_float<T>(wkv_merged(w_v, to_float(from[d]), w_r, to_float(merged)));
-            const float x = to_float(row_left[d]) - to_float(merged), y = to_float(merged) - to_float(row_far[d]);
-            gaps[0] += x * x, gaps[1] += y * y;
-          }
-          gaps[0] = warp_sum(gaps[0]), gaps[1] = warp_sum(gaps[1]);
-          if (left >= 0) costs[0] = cost(left, right, gaps[0]);
-          if (far < total) costs[1] = cost(right, far, gaps[1]);
-          if (lane == 0) {
-            before[right] = left;
-            if (left >= 0) e.gap[entries()[left]] = gaps[0];
-            if (far < total) e.gap[into] = gaps[1];
-          }
-        }
-        if (lane == 0 && left >= 0) behind[left] = right;
-        const auto may = [&](int32_t rank) { return rank >= first && rank < first + evictable; };
-        if (lane == 0) {
-          if (may(left)) keys[left - first] = key_of(costs[0]);
-          if (may(right)) keys[right - first] = key_of(costs[1]);
-        }
-        const bool bad[2] = {may(left) && isnan(costs[0]), may(right) && isnan(costs[1])};
-        if ((bad[0] || bad[1]) && turn + 1 < leaving) {
-          if (lane == 0) area.bad[0] = bad[0] ? left : right;
-          victim = -1;
-          break;
-        }
-        __syncwarp();
-        const int32_t ranks[3] = {victim, may(left) ? left : victim, may(right) ? right : victim};
-        uint32_t least[3];
-#pragma unroll
-        for (int k = 0; k < 3; k++) least[k] = low_of(keys, evictable, (ranks[k] - first) / 32);
-        if (lane == 0) {
-#pragma unroll
-          for (int k = 0; k < 3; k++) lows[(ranks[k] - first) / 32] = least[k];
-        }
-        __syncwarp();
-#pragma unroll
-        for (int k = 0; k < 3; k++) least[k] = low_of(lows, groups, (ranks[k] - first) / 1024);
-        if (lane == 0) {
-#pragma unroll
-          for (int k = 0; k < 3; k++) lowest[(ranks[k] - first) / 1024] = least[k];
-        }
-        __syncwarp();
-      }
-      if (lane == 0) area.into = victim, area.freed = freed, area.holes = dropped;
-    }
-    __syncthreads();
-    return area.into;
   }
 
   /** Has the oldest leave, `leaving` times over, each giving its value to ranks behind it or not; counts them and says what the last did. */
@@ -795,72 +689,56 @@ struct Leaving {
       e.by_rank[rank] = s.weight(i);
     }
     __syncthreads();
-    int32_t bad = value_all(first, evictable), last = -1;
-    if (bad == INT_MAX && c.gapped()) {
-      last = merge_cheapest(first, evictable, leaving);
-      if (last < 0) {
-        // Its rank among those that are left.
-        bad = 0;
-        for (int32_t base = 0; base < area.bad[0]; base += threads) {
-          sum_before(base + tid < area.bad[0] && turns()[base + tid] == kNever);
-          bad += area.into;
-        }
-      }
-    }
+    const int32_t bad = value_all(first, evictable);
     if (bad != INT_MAX) {
       if (tid == 0) faults.report(Fault::NanScore, bad);
       return false;
     }
-    int32_t dropped = 0;
-    if (!c.gapped()) {
-      const int32_t* order = c.select == WKV_SELECT_OLDEST ? array(1) : sort(evictable);
-      // The victims' slots in the order of leaving.
-      int32_t freed = 0;
-      for (int32_t base = 0; base < leaving; base += threads) {
-        const int32_t i = base + tid;
-        int32_t entry = INT_MAX;
-        if (i < leaving) turns()[order[i]] = i, entry = entries()[order[i]];
-        const int32_t at = freed + sum_before(entry < s.kept);
-        if (entry < s.kept) e.freed[at] = entry;
-        freed += area.into;
+    const int32_t* order = c.select == WKV_SELECT_OLDEST ? array(1) : sort(evictable);
+    // The victims' slots in the order of leaving.
+    int32_t freed = 0;
+    for (int32_t base = 0; base < leaving; base += threads) {
+      const int32_t i = base + tid;
+      int32_t entry = INT_MAX;
+      if (i < leaving) turns()[order[i]] = i, entry = entries()[order[i]];
+      const int32_t at = freed + sum_before(entry < s.kept);
+      if (entry < s.kept) e.freed[at] = entry;
+      freed += area.into;
+    }
+    const int32_t last = order[leaving - 1];
+    if (tid == 0) area.freed = freed;
+    __syncthreads();
+    int32_t dropped = c.merge == WKV_MERGE_NONE ? leaving : 0;
+    if (c.merge == WKV_MERGE_SPREAD) spread_oldest(first, leaving);
+    if (c.merge == WKV_MERGE_RIGHT) {
+      // The sort's arrays are free again.
+      int32_t *highs = array(0), *lefts = array(2), *done = array(3), *highest = highs + (total + 31) / 32;
+      for (int32_t k = warp; k * 32 < total; k += warps) {
+        const int32_t r = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, r < total ? turns()[r] : 0);
+        if (lane == 0) highs[k] = high;
       }
-      last = order[leaving - 1];
-      if (tid == 0) area.freed = freed;
       __syncthreads();
-      if (c.merge == WKV_MERGE_NONE) dropped = leaving;
-      if (c.merge == WKV_MERGE_SPREAD) spread_oldest(first, leaving);
-      if (c.merge == WKV_MERGE_RIGHT) {
-        // The sort's arrays are free again.
-        int32_t *highs = array(0), *lefts = array(2), *done = array(3), *highest = highs + (total + 31) / 32;
-        for (int32_t k = warp; k * 32 < total; k += warps) {
-          const int32_t r = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, r < total ? turns()[r] : 0);
-          if (lane == 0) highs[k] = high;
-        }
-        __syncthreads();
-        for (int32_t k = warp; k * 1024 < total; k += warps) {
-          const int32_t i = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, i * 32 < total ? highs[i] : 0);
-          if (lane == 0) highest[k] = high;
-        }
-        __syncthreads();
-        for (int32_t r = tid; r < total; r += threads) {
-          const int32_t turn = turns()[r];
-          if (turn == kNever) continue;
-          lefts[r] = later_left(r, highs, highest);
-          // What takes nothing in is ready.
-          done[r] = r > 0 && turns()[r - 1] < turn ? 0 : INT_MAX;
-        }
-        __syncthreads();
-        merge(lefts, done);
-        // Those behind whom nobody stays or leaves later have nobody to go to.
-        if (tid == 0) {
-          for (int32_t r = total - 1; r >= 0 && turns()[r] != kNever; r = lefts[r]) dropped++;
-          area.into = dropped;
-        }
-        __syncthreads();
-        dropped = area.into;
+      for (int32_t k = warp; k * 1024 < total; k += warps) {
+        const int32_t i = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, i * 32 < total ? highs[i] : 0);
+        if (lane == 0) highest[k] = high;
       }
-    } else {
-      dropped = area.holes;
+      __syncthreads();
+      for (int32_t r = tid; r < total; r += threads) {
+        const int32_t turn = turns()[r];
+        if (turn == kNever) continue;
+        lefts[r] = later_left(r, highs, highest);
+        // What takes nothing in is ready.
+        done[r] = r > 0 && turns()[r - 1] < turn ? 0 : INT_MAX;
+      }
+      __syncthreads();
+      merge(lefts, done);
+      // Those behind whom nobody stays or leaves later have nobody to go to.
+      if (tid == 0) {
+        for (int32_t r = total - 1; r >= 0 && turns()[r] != kNever; r = lefts[r]) dropped++;
+        area.into = dropped;
+      }
+      __syncthreads();
+      dropped = area.into;
     }
     // The right neighbour of the last one: all others have left.
     if (tid == 0) area.around[0] = INT_MAX, area.arrived_left = arrived - (leaving - area.freed), area.first_freed = area.freed > 0 ? e.freed[0] : 0;
@@ -894,10 +772,10 @@ struct Leaving {
  * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
  * policy's victim (rank `forced` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
  * then goes into free slots. `e` is the head's own state or a copy, which is written back. `order`: scratch of Leaving, of e's stride; null:
- * there is none, and tokens leave one by one.
+ * there is none, and tokens leave one by one. `places`: as of Settling::place; untouched after a fault.
  */
 template <typename T>
-__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area, int32_t* order = nullptr) {
+__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area, int32_t* order = nullptr, int32_t* places = nullptr) {
   const int32_t tid = threadIdx.x, total = kept + arrived, target = wkv_target(total, c.slots, c.interval);
   const Settling<T> s{c, head, e, kept, total, in_keys, in_values, area};
   if (tid == 0) area.freed = 0, area.arrived_left = arrived;
@@ -918,7 +796,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
   if (total > target && c.later) s.measure_all();
   if (order && total - target >= kMany && Leaving<T>::takes(c)) {
     __syncthreads();
-    if (Leaving<T>{s, e, area, e.stride, order}.run(total - target, arrived, faults)) s.place(arrived);
+    if (Leaving<T>{s, e, area, e.stride, order}.run(total - target, arrived, faults)) s.place(arrived, places);
     return;
   }
   for (int32_t count = total, turn = 0; count > target; count--, turn++, forced = -1) {
@@ -940,7 +818,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
     s.leave(j, count, turn);
   }
   __syncthreads();
-  s.place(arrived);
+  s.place(arrived, places);
 }
 
 }  // namespace wkv

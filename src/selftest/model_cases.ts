@@ -162,7 +162,7 @@ export function linearCase(
     outputs,
     ...kind,
     distinct: DISTINCT,
-    tolerance: toleranceOf(dtype),
+    tolerance: toleranceOf(dtype, precision),
   };
 }
 
@@ -186,7 +186,7 @@ export function gatedCase(
     columns: width,
     outputs: hidden,
     distinct: DISTINCT,
-    tolerance: toleranceOf(dtype),
+    tolerance: toleranceOf(dtype, precision),
   };
 }
 

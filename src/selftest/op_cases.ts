@@ -203,8 +203,11 @@ const tolerance = 1e-5;
  * The error that a product with weights of this type may have. On a GPU x meets
  * 16-bit weights as two f16 numbers: 22 bits of it.
  */
-export function toleranceOf(dtype: Dtype): number {
-  return dtype.endsWith("F16") ? 3e-5 : tolerance;
+export function toleranceOf(dtype: Dtype, precision: Precision): number {
+  if (!dtype.endsWith("F16")) return tolerance;
+  if (precision !== "half") return 3e-5;
+  // Rounded once, and what a gate multiplies once more: halves of a last place.
+  return dtype === "BF16" ? 2 ** -8 : 2 ** -11;
 }
 
 const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
@@ -213,7 +216,7 @@ const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
       kernel: "linear" as const,
       dtype,
       precision,
-      tolerance: toleranceOf(dtype),
+      tolerance: toleranceOf(dtype, precision),
     };
     // Types that share their loops with others need fewer shapes.
     const shared = dtype.startsWith("Q5") || dtype.startsWith("IQ") ||
@@ -283,14 +286,20 @@ const linear: LinearCase[] = weightTypes.flatMap((dtype) =>
 
 /**
  * Passes of a prompt, where the CUDA library may call cuBLASLt: from 256 rows
- * on, 2048 columns and 2^26 results at a time.
+ * on, 2048 columns of inputs that were not rounded and 256 MiB of results at a time.
  */
-const passes: (LinearCase | GatedCase)[] = (["F32", "F16", "BF16"] as const)
-  .flatMap((dtype) => {
+const passes: (LinearCase | GatedCase)[] = ([
+  ["F32", "f32"],
+  ["F16", "f32"],
+  ["BF16", "f32"],
+  ["F16", "half"],
+  ["BF16", "half"],
+] as const)
+  .flatMap(([dtype, precision]) => {
     const common = {
       dtype,
-      precision: "f32" as const,
-      tolerance: toleranceOf(dtype),
+      precision,
+      tolerance: toleranceOf(dtype, precision),
     };
     const linear = { kernel: "linear" as const, ...common };
     const gated = { kernel: "gated" as const, ...common };
@@ -327,7 +336,7 @@ const skinny: (LinearCase | GatedCase)[] = [
         dtype,
         precision: "f32" as const,
         rows,
-        tolerance: toleranceOf(dtype),
+        tolerance: toleranceOf(dtype, "f32"),
       };
       const linear = { kernel: "linear" as const, ...common };
       return [
@@ -361,7 +370,7 @@ const gated: GatedCase[] = [
           rows,
           columns: wholeBlocks(dtype, 96),
           outputs,
-          tolerance: toleranceOf(dtype),
+          tolerance: toleranceOf(dtype, precision),
         }))
       )
     )
@@ -376,7 +385,7 @@ const gated: GatedCase[] = [
       rows,
       columns: 96,
       outputs: 33,
-      tolerance: toleranceOf(dtype),
+      tolerance: toleranceOf(dtype, "f32"),
     }))
   ),
   ...precisions.flatMap((precision) =>

@@ -136,6 +136,10 @@ function split(x: ArrayLike<number>, columns: number): Float64Array[] {
 const isRounded = (dtype: Dtype, precision: Precision) =>
   precision === "int8" && isQuantised(dtype);
 
+/** On the CPU, and of few rows, it is not. */
+const isHalf = (dtype: Dtype, precision: Precision) =>
+  precision === "half" && dtype.endsWith("F16");
+
 function checkLinear(
   backend: Backend,
   row: LinearCase,
@@ -204,7 +208,7 @@ function checkLinear(
     found.note("rounding to 8 bits", error / lengths, 1e-2);
   } else {
     found.note(
-      "linear",
+      isHalf(row.dtype, row.precision) ? "linear, 16-bit input" : "linear",
       relativeError(results, exact, lengths / 100),
       tolerance,
     );
@@ -276,8 +280,13 @@ function checkGated(
   const expected = results(
     isRounded(dtype, row.precision) ? plain.map(rounded) : plain,
   );
+  const rounding = isRounded(dtype, row.precision)
+    ? ", 8-bit input"
+    : isHalf(dtype, row.precision)
+    ? ", 16-bit input"
+    : "";
   found.note(
-    isRounded(dtype, row.precision) ? "gated, 8-bit input" : "gated",
+    `gated${rounding}`,
     relativeError(actual, expected),
     row.tolerance,
   );
