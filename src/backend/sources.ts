@@ -2974,6 +2974,9 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
  *
  * What needs nothing of the kernel in front is done before it has ended: the cache's length is read, and the first keys and values.
  *
+ * The new token takes the same way through \`accumulate\` as the others, and outputs are joined behind the choice of the victim, as both
+ * lie on the way of the slowest warp. Reading the cache before the kernel in front has ended takes 1.3 to 2.3 us off at batch 1 (H200).
+ *
  * Scores of a block stay in shared memory or, for long caches, in scratch: 8 slots of a chunk for each query head, in units of ln 2;
  * after the values, 2^(score - the warp's highest); after accumulate, the rank.
  */
@@ -4151,7 +4154,11 @@ void attend_plain(Context& ctx, const Cache& cache, const AttendView& a) {
  * they are turned with; of values, parts g, g + 8, .. of slots 2 i and 2 i + 1. The products give it the scores of query head g for slots
  * 2 i and 2 i + 1, which is just what it has to bring to the second product. A chunk's keys are turned while the products of the chunk
  * before are made, the first one's before q is there. Keys are turned by rank * (angle a position, in turns of 2^32): it wraps as turns do.
- * Instructions of a warp, 128 dimensions: 41 a slot, of them 26 to turn its key. Bytes moved: 4 D a slot, and its state.
+ * Instructions of a warp, 128 dimensions: some 60 a slot, of them 26 to turn its key. Bytes moved: 4 D a slot, and its state.
+ *
+ * Tried, and not kept (16 sequences of 2,048 tokens on an H100): lanes that bring just what they read, without whole lines, 78 us
+ * instead of 61; scores that leave a multiprocessor to one block rather than go to scratch, 11% longer at 8,192 tokens (H200); blocks of
+ * 16 warps, no gain at any size; one block of a sequence and head instead of two, 16 to 33% longer.
  */
 #include "attend.cuh"
 #include "mma.cuh"
@@ -5269,6 +5276,8 @@ __device__ inline float weight_at(const WeightView& w, int64_t row, int32_t colu
 #include <mutex>
 #include <tuple>
 
+#include "fours.cuh"
+
 namespace wkv {
 namespace {
 
@@ -5285,14 +5294,14 @@ struct Choice {
 };
 enum : int32_t { kCompute32F = 68, kTransA = 3, kOpTranspose = 1, kWorkspaceBytes = 1, kReductions = 3, kReductionInOrder = 2, kAlignA = 5, kAlignB = 6, kAlignC = 7, kAlignD = 8, kReal32F = 0, kReal16F = 2, kRealBF16 = 14 };
 
-constexpr size_t kWorkspace = size_t{32} << 20, kMostResults = size_t{64} << 20;  // bytes, numbers
+constexpr size_t kWorkspace = size_t{32} << 20, kMostResults = size_t{256} << 20;  // bytes
 constexpr int32_t kMostColumns = 2048;
 
 struct Library {
   std::string name;
   Opaque handle = nullptr;
   std::mutex lock;
-  std::map<std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t, int64_t>, Choice> chosen;  // by Product's numbers; status -1: none
+  std::map<std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int64_t>, Choice> chosen;  // by Product's numbers; status -1: none
   int32_t (*create)(Opaque*) = nullptr;
   int32_t (*desc_create)(Opaque*, int32_t, int32_t) = nullptr;
   int32_t (*desc_set)(Opaque, int32_t, const void*, size_t) = nullptr;
@@ -5340,13 +5349,13 @@ struct Product {
   Choice choice{};
   bool good = false;
 
-  Product(Library& lib, int32_t type, int32_t w_rows, int32_t rows, int32_t columns, int32_t row_length, int64_t stride) : lib(lib) {
+  Product(Library& lib, int32_t type, int32_t out_type, int32_t w_rows, int32_t rows, int32_t columns, int32_t row_length, int64_t stride) : lib(lib) {
     const int32_t transpose = kOpTranspose;
     if (lib.desc_create(&desc, kCompute32F, kReal32F) || lib.desc_set(desc, kTransA, &transpose, sizeof transpose)) return;
     if (lib.layout_create(&w, type, columns, w_rows, row_length) || lib.layout_create(&x, type, columns, rows, row_length)) return;
-    if (lib.layout_create(&out, kReal32F, w_rows, rows, stride)) return;
+    if (lib.layout_create(&out, out_type, w_rows, rows, stride)) return;
     const std::lock_guard<std::mutex> hold(lib.lock);
-    const auto key = std::make_tuple(type, w_rows, rows, columns, row_length, stride);
+    const auto key = std::make_tuple(type, out_type, w_rows, rows, columns, row_length, stride);
     auto found = lib.chosen.find(key);
     if (found == lib.chosen.end()) found = lib.chosen.emplace(key, choose(int64_t{row_length} * (type == kReal32F ? 4 : 2))).first;
     choice = found->second;
@@ -5376,30 +5385,58 @@ struct Product {
     if (preference) lib.preference_destroy(preference);
     return first;
   }
-  void run(const void* from_w, const void* from_x, float* to, bool add, void* workspace, cudaStream_t stream) const {
+  void run(const void* from_w, const void* from_x, void* to, bool add, void* workspace, cudaStream_t stream) const {
     const float alpha = 1.0f, beta = add ? 1.0f : 0.0f;
     const int32_t status = lib.matmul(lib.handle, desc, &alpha, from_w, w, from_x, x, &beta, to, out, to, out, &choice.algorithm, workspace, kWorkspace, stream);
     if (status) fail(WKV_DEVICE, lib.name + " failed with status " + std::to_string(status));
   }
 };
 
-/** Rows of x that are done at a time, in runs of about one length. */
-int32_t rows_at_once(int32_t rows, const WeightView& w, bool gated) {
-  const int64_t fit = std::max<int64_t>(64, int64_t{kMostResults} / w.rows / (gated ? 2 : 1) / 64 * 64);
+/** Rows of x that are done at a time, in runs of about one length; \`size\`: bytes of a result. */
+int32_t rows_at_once(int32_t rows, const WeightView& w, bool gated, int64_t size) {
+  const int64_t fit = std::max<int64_t>(64, int64_t{kMostResults} / size / w.rows / (gated ? 2 : 1) / 64 * 64);
   const int64_t runs = (rows + fit - 1) / fit;
   return static_cast<int32_t>(std::min<int64_t>(rows, (rows + runs * 64 - 1) / (runs * 64) * 64));
 }
 
-__global__ void __launch_bounds__(256) finish_kernel(const float* product, const float* second, const float* factors, int32_t t0, int32_t columns, OutputView to) {
+/** fours: all rows begin on a multiple of 4 numbers, and end on one. */
+template <typename R>
+__global__ void __launch_bounds__(256) finish_kernel(const R* product, const R* second, const float* factors, int32_t t0, int32_t columns, bool fours, OutputView to) {
   wait_for_previous();
   let_next_start();
   const int64_t from = int64_t{blockIdx.x} * columns;
   const int32_t t = t0 + blockIdx.x;
   const float factor = factors ? factors[t] : 1.0f;
-  for (int32_t j = blockIdx.y * 256 + threadIdx.x; j < columns; j += gridDim.y * 256) {
-    const float first = product[from + j] * factor;
-    to.put(t, j, second ? activate(to.activation, first, second[from + j] * factor) : first);
+  if (!fours) {
+    for (int32_t j = blockIdx.y * 256 + threadIdx.x; j < columns; j += gridDim.y * 256) {
+      const float first = to_float(product[from + j]) * factor;
+      to.put(t, j, second ? activate(to.activation, first, to_float(second[from + j]) * factor) : first);
+    }
+    return;
   }
+  float* const out = to.out + t * to.stride;
+  for (int32_t j = (blockIdx.y * 256 + threadIdx.x) * 4; j < columns; j += gridDim.y * 1024) {
+    Four<float> x = each<float>(four_at(product + from + j), [&](R v, int) { return to_float(v) * factor; });
+    if (second) {
+      const Four<R> up = four_at(second + from + j);
+      x = each<float>(x, [&](float v, int k) { return activate(to.activation, v, to_float(up.x[k]) * factor); });
+    }
+    if (to.bias) {
+      const float* bias = to.bias + j;
+      x = each<float>(x, [&](float v, int k) { return v + bias[k]; });
+    }
+    if (to.add) {
+      const Four<float> before = four_at(out + j);
+      x = each<float>(x, [&](float v, int k) { return before.x[k] + v; });
+    }
+    four_at(out + j) = x;
+  }
+}
+
+template <typename R>
+void finish(Context& ctx, const void* product, const void* second, const float* factors, int32_t t0, int32_t rows, int32_t columns, const OutputView& to) {
+  const bool fours = columns % 4 == 0 && to.stride % 4 == 0 && reinterpret_cast<uintptr_t>(to.out) % 16 == 0;
+  launch(ctx, finish_kernel<R>, {dim3(rows, std::min(64, divide_up(columns, fours ? 1024 : 256))), dim3(256)}, static_cast<const R*>(product), static_cast<const R*>(second), factors, t0, columns, fours, to);
 }
 
 }  // namespace
@@ -5411,7 +5448,9 @@ bool cublaslt_loaded(std::string* which) {
 
 size_t cublaslt_bytes(int32_t rows, const WeightView& w, bool gated) {
   if (!library().handle) return 0;
-  return kWorkspace + round_up(size_t(rows_at_once(rows, w, gated)) * w.rows * 4) * (gated ? 2 : 1);
+  size_t most = 0;
+  for (const int64_t size : {2, 4}) most = std::max(most, round_up(size_t(rows_at_once(rows, w, gated, size)) * w.rows * size));
+  return kWorkspace + most * (gated ? 2 : 1);
 }
 
 bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* factors, int32_t rows, const WeightView& w, const WeightView& up, const OutputView& to, uint8_t* scratch) {
@@ -5421,16 +5460,19 @@ bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* fa
   const int32_t type = w.dtype == WKV_F32 ? kReal32F : w.dtype == WKV_F16 ? kReal16F : kRealBF16, size = w.dtype == WKV_F32 ? 4 : 2, columns = w.columns;
   // Rows of bf16 have no factors but 1.
   if (once && w.dtype == WKV_BF16 && !gated && !to.bias && reinterpret_cast<uintptr_t>(to.out) % 16 == 0 && to.stride % 4 == 0) {
-    const Product direct(lib, type, w.rows, rows, columns, columns, to.stride);
+    const Product direct(lib, type, kReal32F, w.rows, rows, columns, columns, to.stride);
     if (direct.good) return direct.run(w.data, x, to.out, to.add, scratch, ctx.stream), true;
   }
-  const int32_t step = rows_at_once(rows, w, gated), last = (rows - 1) % step + 1, wide = once ? columns : std::min(columns, kMostColumns), rest = columns % wide;
+  // What goes through the activation is rounded once too, where f16's few exponents are not in the way.
+  const bool narrow = once && gated && w.dtype == WKV_BF16;
+  const int32_t result = narrow ? kRealBF16 : kReal32F, result_size = narrow ? 2 : 4;
+  const int32_t step = rows_at_once(rows, w, gated, result_size), last = (rows - 1) % step + 1, wide = once ? columns : std::min(columns, kMostColumns), rest = columns % wide;
   // With full and last runs of rows, and full and last runs of columns.
-  const Product whole(lib, type, w.rows, step, wide, columns, w.rows), end(lib, type, w.rows, last, wide, columns, w.rows);
-  const Product whole_rest(lib, type, w.rows, step, rest ? rest : wide, columns, w.rows), end_rest(lib, type, w.rows, last, rest ? rest : wide, columns, w.rows);
+  const auto product_of = [&](int32_t rows, int32_t columns) { return Product(lib, type, result, w.rows, rows, columns, w.columns, w.rows); };
+  const Product whole = product_of(step, wide), end = product_of(last, wide), whole_rest = product_of(step, rest ? rest : wide), end_rest = product_of(last, rest ? rest : wide);
   if (!whole.good || !end.good || !whole_rest.good || !end_rest.good) return false;
-  float* results[2] = {reinterpret_cast<float*>(scratch + kWorkspace), nullptr};
-  if (gated) results[1] = reinterpret_cast<float*>(scratch + kWorkspace + round_up(size_t(step) * w.rows * 4));
+  uint8_t* results[2] = {scratch + kWorkspace, nullptr};
+  if (gated) results[1] = results[0] + round_up(size_t(step) * w.rows * result_size);
   for (int32_t t0 = 0; t0 < rows; t0 += step) {
     const int32_t count = std::min(step, rows - t0);
     for (int g = 0; g <= int(gated); g++) {
@@ -5445,7 +5487,8 @@ bool cublaslt_matmul(Context& ctx, const void* x, int32_t parts, const float* fa
         }
       }
     }
-    launch(ctx, finish_kernel, {dim3(count, std::min(64, divide_up(w.rows, 256))), dim3(256)}, results[0], results[1], factors, t0, w.rows, to);
+    if (narrow) finish<__nv_bfloat16>(ctx, results[0], results[1], factors, t0, count, w.rows, to);
+    else finish<float>(ctx, results[0], results[1], factors, t0, count, w.rows, to);
   }
   return true;
 }
@@ -5590,6 +5633,31 @@ int32_t wkv_softcap(int32_t context, int32_t x, int32_t rows, float cap) {
   });
 }
 `,
+  "cuda/fours.cuh": `/** fours.cuh: rows four numbers at a time. */
+#pragma once
+#include "common.cuh"
+
+namespace wkv {
+
+/** Four numbers of a row; where they lie in memory, a multiple of four from an aligned start. */
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T x[4];
+};
+template <typename To, typename From, typename Body>
+__device__ inline Four<To> each(const Four<From>& from, Body body) {
+  Four<To> to;
+#pragma unroll
+  for (int k = 0; k < 4; k++) to.x[k] = body(from.x[k], k);
+  return to;
+}
+template <typename T>
+__device__ inline const Four<T>& four_at(const T* from) { return *reinterpret_cast<const Four<T>*>(from); }
+template <typename T>
+__device__ inline Four<T>& four_at(T* from) { return *reinterpret_cast<Four<T>*>(from); }
+
+}  // namespace wkv
+`,
   "cuda/linear.cu": `/**
  * linear.cu: wkv_linear and wkv_gated, the projections of prefill and decode.
  *
@@ -5626,7 +5694,7 @@ __global__ void __launch_bounds__(256) copy_kernel(float* to, const float* from,
 /** Where a product of many rows goes. */
 enum class Way { Int8, Half, Plain };
 Way way_of(const WeightView& w, bool int8) {
-  if (int8 && !wkv_has_pieces(w.dtype)) return Way::Int8;
+  if (int8) return Way::Int8;
   return (w.dtype == WKV_F16 || w.dtype == WKV_BF16) && w.columns % 32 == 0 ? Way::Half : Way::Plain;
 }
 
@@ -5660,7 +5728,7 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
     if (in.rows >= kLibraryRows && cublaslt_matmul(ctx, x.parts, 2, x.factors, in.rows, w, up, to, products)) return;
     return matmul_half(ctx, x, w, up, to);
   }
-  const float* x = norm_rows(ctx, in, int8, scratch);
+  const float* x = norm_rows(ctx, in, scratch);
   if (in.rows >= kLibraryRows && w.dtype == WKV_F32 && cublaslt_matmul(ctx, x, 1, nullptr, in.rows, w, up, to, products)) return;
   matmul_f32(ctx, x, in.rows, w, to);
   if (!up.data) return;
@@ -5820,8 +5888,8 @@ struct SplitView {
 inline size_t prepared_bytes(const InputView& in) { return round_up(size_t(in.rows) * (in.columns + 1) * 4); }
 RoundedView round_rows(Context& ctx, const InputView& in, uint8_t* scratch);
 SplitView split_rows(Context& ctx, const InputView& in, bool bf16, uint8_t* scratch);
-/** norm(x), or x itself where there is no norm; with \`rounded\` what 8 bits hold of it, as floats. */
-const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch);
+/** norm(x), or x itself where there is no norm. */
+const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch);
 
 /** out = x . w^T, gated where up has data; weights must be of one dtype. */
 void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to);
@@ -5858,6 +5926,14 @@ auto by_pieces(int32_t dtype, Body body) {
   }
 }
 
+/** IQ4_NL's values of the four numbers in the bytes of a word. */
+__device__ inline uint32_t iq4_values(uint32_t q) {
+  const uint32_t selector = (q & 0xf) | (q >> 4 & 0xf0) | (q >> 8 & 0xf00) | (q >> 12 & 0xf000);
+  const uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector & 0x7777), high = __byte_perm(0x26190d01u, 0x71594535u, selector & 0x7777);
+  const uint32_t upper = (q >> 3 & 0x01010101u) * 255u;  // numbers from 8 on
+  return (low & ~upper) | (high & upper);
+}
+
 /** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32
  *  lanes take part. Gives the four as a word, and the block's scale and sum in every lane. */
 __device__ inline int32_t round_four(float4 v, float* scale, float* sum) {
@@ -5886,6 +5962,7 @@ __device__ inline int32_t round_four(float4 v, float* scale, float* sum) {
  * matmul_f32: a block owns a tile of 64 x 64 of out and walks along C in steps of 32; weights are widened on their way into shared memory.
  * Bytes moved: w once a 64 rows of x, x once a 64 rows of w.
  */
+#include "fours.cuh"
 #include "linear.cuh"
 
 namespace wkv {
@@ -5896,7 +5973,15 @@ __device__ inline float row_scale(const InputView& in, const float* x) {
   __shared__ double area[32];
   if (!in.norm) return 1.0f;
   double squares = 0.0;
-  for (int32_t c = threadIdx.x; c < in.columns; c += 256) squares += static_cast<double>(x[c]) * x[c];
+  if (in.columns % 4 == 0) {
+    for (int32_t c = threadIdx.x * 4; c < in.columns; c += 1024) {
+      const Four<float> four = four_at(x + c);
+#pragma unroll
+      for (int k = 0; k < 4; k++) squares += static_cast<double>(four.x[k]) * four.x[k];
+    }
+  } else {
+    for (int32_t c = threadIdx.x; c < in.columns; c += 256) squares += static_cast<double>(x[c]) * x[c];
+  }
   return 1.0f / sqrtf(static_cast<float>(block_sum(squares, area) / in.columns) + in.epsilon);
 }
 
@@ -5906,29 +5991,6 @@ __global__ void __launch_bounds__(256) norm_kernel(InputView in, float* out) {
   const float* x = in.x + int64_t{blockIdx.x} * in.columns;
   const float scale = row_scale(in, x);
   for (int32_t c = threadIdx.x; c < in.columns; c += 256) out[int64_t{blockIdx.x} * in.columns + c] = x[c] * scale * in.norm[c];
-}
-
-/** norm(x), each 32 columns rounded to 8 bits and widened again. */
-__global__ void __launch_bounds__(256) norm_rounded_kernel(InputView in, float* out) {
-  wait_for_previous();
-  let_next_start();
-  const int32_t words = in.columns / 4, lane = threadIdx.x % 32;
-  const float* x = in.x + int64_t{blockIdx.x} * in.columns;
-  const float scale = row_scale(in, x);
-  for (int32_t start = threadIdx.x - lane; start < words; start += 256) {
-    const int32_t i = start + lane;
-    float4 v = make_float4(0, 0, 0, 0);
-    if (i < words) {
-      v = reinterpret_cast<const float4*>(x)[i];
-      if (in.norm) {
-        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
-        v = make_float4(v.x * scale * n.x, v.y * scale * n.y, v.z * scale * n.z, v.w * scale * n.w);
-      }
-    }
-    float step, sum;
-    const int32_t word = round_four(v, &step, &sum);
-    if (i < words) reinterpret_cast<float4*>(out + int64_t{blockIdx.x} * in.columns)[i] = make_float4((word << 24 >> 24) * step, (word << 16 >> 24) * step, (word << 8 >> 24) * step, (word >> 24) * step);
-  }
 }
 
 __global__ void __launch_bounds__(256) round_kernel(InputView in, int32_t* q, float2* of, int32_t stride) {
@@ -5955,7 +6017,7 @@ __global__ void __launch_bounds__(256) round_kernel(InputView in, int32_t* q, fl
   }
 }
 
-/** f16 has few exponents, so there the row's highest number is brought to 2^14 by a power of two. */
+/** f16 has few exponents, so there the row's highest number is brought to 2^14 by a power of two. Columns are a multiple of 4. */
 template <bool kBf16>
 __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts, float* factors) {
   using T = std::conditional_t<kBf16, __nv_bfloat16, __half>;
@@ -5965,19 +6027,29 @@ __global__ void __launch_bounds__(256) split_kernel(InputView in, uint8_t* parts
   const int32_t columns = in.columns;
   const float* x = in.x + int64_t{blockIdx.x} * columns;
   const float scale = row_scale(in, x);
-  const auto value = [&](int32_t c) { return in.norm ? x[c] * scale * in.norm[c] : x[c]; };
+  const auto values = [&](int32_t c) {
+    const Four<float> own = four_at(x + c);
+    if (!in.norm) return own;
+    const Four<float> norm = four_at(in.norm + c);
+    return each<float>(own, [&](float v, int k) { return v * scale * norm.x[k]; });
+  };
   float factor = 1.0f;
   if (!kBf16) {
     float most = 0.0f;
-    for (int32_t c = threadIdx.x; c < columns; c += 256) most = fmaxf(most, fabsf(value(c)));
+    for (int32_t c = threadIdx.x * 4; c < columns; c += 1024) {
+      const Four<float> v = values(c);
+      most = fmaxf(fmaxf(most, fmaxf(fabsf(v.x[0]), fabsf(v.x[1]))), fmaxf(fabsf(v.x[2]), fabsf(v.x[3])));
+    }
     most = block_max(most, area);
     if (most > 0.0f && most <= 3.402823466e38f) factor = ldexpf(1.0f, max(ilogbf(most) - 14, -120));
   }
   T *high = reinterpret_cast<T*>(parts) + int64_t{blockIdx.x} * columns, *low = high + int64_t{in.rows} * columns;
-  for (int32_t c = threadIdx.x; c < columns; c += 256) {
-    const float v = value(c) / factor;
-    high[c] = from_float<T>(v);
-    if (!in.half) low[c] = from_float<T>(v - to_float(high[c]));
+#pragma unroll 4
+  for (int32_t c = threadIdx.x * 4; c < columns; c += 1024) {
+    const Four<float> v = each<float>(values(c), [&](float v, int) { return kBf16 ? v : v / factor; });
+    const Four<T> first = each<T>(v, [](float v, int) { return from_float<T>(v); });
+    four_at(high + c) = first;
+    if (!in.half) four_at(low + c) = each<T>(v, [&](float v, int k) { return from_float<T>(v - to_float(first.x[k])); });
   }
   if (threadIdx.x == 0) factors[blockIdx.x] = factor;
 }
@@ -6077,10 +6149,10 @@ __global__ void __launch_bounds__(256) matmul_f32_kernel(const float* x, int32_t
 
 }  // namespace
 
-const float* norm_rows(Context& ctx, const InputView& in, bool rounded, uint8_t* scratch) {
-  if (!in.norm && !rounded) return in.x;
+const float* norm_rows(Context& ctx, const InputView& in, uint8_t* scratch) {
+  if (!in.norm) return in.x;
   float* out = reinterpret_cast<float*>(scratch);
-  launch(ctx, rounded ? norm_rounded_kernel : norm_kernel, {dim3(in.rows), dim3(256)}, in, out);
+  launch(ctx, norm_kernel, {dim3(in.rows), dim3(256)}, in, out);
   return out;
 }
 
@@ -6111,7 +6183,7 @@ void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w,
  * x is the sum of two numbers of w's type (split_rows), good to 2^-18 (bf16) or 2^-22 (f16) of it; their products with w are exact and
  * are summed in f32. Tensor cores cut sums off instead of rounding them, so only 32 columns are left to them at a time, and ordinary
  * additions do the rest. A block owns kRows rows of w (gated: half of them of gate, half of up) and kTokens rows of x; stages of both are
- * copied into shared memory while it works. Few rows of x: some warps share the columns out, and their sums meet in a fixed order.
+ * copied into shared memory while it works.
  * Bytes moved: w once a kTokens rows of x, x once a kRows rows of w (from the second level).
  */
 #include "tile.cuh"
@@ -6119,9 +6191,6 @@ void matmul_f32(Context& ctx, const float* x, int32_t rows, const WeightView& w,
 namespace wkv {
 namespace {
 
-using Few = Plan<1, 1, 2, 1, 8, 3, 2>;
-using Some = Plan<1, 2, 2, 2, 4, 3, 2>;
-using More = Plan<1, 2, 2, 4, 4, 2, 2>;
 using Many = Plan<2, 4, 4, 4, 1, 3, 1>;
 
 /** A stage's rows of w, then of x, in shared memory; an odd multiple of 64 bytes long, so that a warp's reads touch every bank once. */
@@ -6129,14 +6198,13 @@ template <typename P>
 struct Stage {
   static constexpr int kRowW = P::kBlocks % 2 ? P::kBlocks * 64 : P::kBlocks * 64 + 64, kRowX = P::kBlocks * 128 + 64;
   static constexpr int kAtX = P::kRows * kRowW, kBytes = kAtX + P::kTokens * kRowX;
-  static constexpr int kShared = P::kStages * kBytes > P::kSums ? P::kStages * kBytes : P::kSums;
 };
 
 template <bool kBf16, typename P>
 __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel(SplitView x, WeightView w, WeightView up, int32_t gated, OutputView to) {
   using S = Stage<P>;
   extern __shared__ __align__(16) uint8_t shared[];
-  const Tile<P> tile(w, up, gated, x.rows);
+  const Tile<P> tile(w, up, gated, x.rows, 1);
   const int32_t blocks = w.columns / 32;
   const auto fetch_w = [&](int32_t s) {
     uint8_t* stage = shared + s % P::kStages * S::kBytes;
@@ -6144,7 +6212,7 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel
 #pragma unroll 1
     for (int u = threadIdx.x; u < P::kRows * P::kBlocks * 4; u += kTileThreads) {
       const int r = u / (P::kBlocks * 4), c = u % (P::kBlocks * 4);
-      if (c < have * 4) copy_async<16>(stage + r * S::kRowW + c * 16, tile.data(r) + (tile.row_in(r) * blocks + first) * 64 + c * 16);
+      if (c < have * 4) copy_async<16>(stage + r * S::kRowW + c * 16, tile.weight(r).data + (tile.row_in(r) * blocks + first) * 64 + c * 16);
     }
   };
   const auto fetch_x = [&](int32_t s) {
@@ -6182,7 +6250,7 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel
     const uint8_t* stage = shared + s % P::kStages * S::kBytes;
     const int32_t have = min(P::kBlocks, blocks - s * P::kBlocks);
 #pragma unroll
-    for (int b = tile.along_c; b < P::kBlocks; b += P::kAlongC) {
+    for (int b = 0; b < P::kBlocks; b++) {
       if (b >= have) break;
       // A lane takes 8 neighbouring columns of w and of x where the tensor core sees columns 2 i, 8 + 2 i of two products: any order will do.
       int32_t a[P::kW][2][4];
@@ -6217,26 +6285,18 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_half_kernel
   tile.finish(total, x.factors, reinterpret_cast<float*>(shared), to);
 }
 
-template <bool kBf16, typename P>
+template <bool kBf16>
 void launch_matmul(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
   const int32_t gated = up.data != nullptr;
-  const dim3 grid(divide_up(x.rows, P::kTokens), divide_up(w.rows, P::kRows >> gated));
-  launch(ctx, matmul_half_kernel<kBf16, P>, {grid, dim3(kTileThreads), Stage<P>::kShared}, x, w, up, gated, to);
-}
-
-template <bool kBf16>
-void matmul_typed(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (x.rows <= Few::kTokens) return launch_matmul<kBf16, Few>(ctx, x, w, up, to);
-  if (x.rows <= Some::kTokens) return launch_matmul<kBf16, Some>(ctx, x, w, up, to);
-  if (x.rows <= More::kTokens) return launch_matmul<kBf16, More>(ctx, x, w, up, to);
-  launch_matmul<kBf16, Many>(ctx, x, w, up, to);
+  const dim3 grid(divide_up(x.rows, Many::kTokens), divide_up(w.rows, Many::kRows >> gated));
+  launch(ctx, matmul_half_kernel<kBf16, Many>, {grid, dim3(kTileThreads), Many::kStages * Stage<Many>::kBytes}, x, w, up, gated, to);
 }
 
 }  // namespace
 
 void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (w.dtype == WKV_BF16) matmul_typed<true>(ctx, x, w, up, to);
-  else matmul_typed<false>(ctx, x, w, up, to);
+  if (w.dtype == WKV_BF16) launch_matmul<true>(ctx, x, w, up, to);
+  else launch_matmul<false>(ctx, x, w, up, to);
 }
 
 }  // namespace wkv
@@ -6244,71 +6304,88 @@ void matmul_half(Context& ctx, const SplitView& x, const WeightView& w, const We
   "cuda/matmul_int8.cu": `/**
  * matmul_int8.cu: out[t, j] = x[t] . w[j] for quantised w and x in 8 bits, on the tensor cores.
  *
- * In each block of 32 columns the product is an integer, exact; it is then scaled by w's and x's scale and added in f32, as the CPU does:
- *   total += dot * (w_scale * x_scale) [+ w_least * x_sum]          Q4_0: - w_scale * 8 * x_sum, as its values are stored plus 8
+ * In each block of 32 columns (16 where a type has scales for them) the product is an integer, exact; it is then scaled by w's and x's
+ * scale and added in f32, as the CPU does:
+ *   total += dot * (w_scale * x_scale) [+ w_least * x_sum]          Q4_0, Q5_0: - w_scale * middle * x_sum, as their values are stored so
  * A block owns kRows rows of w (gated: half of them of gate, half of up) and kTokens rows of x, and walks along C in stages that are copied
- * into shared memory while it works. Few rows of x: the 8 warps share the columns out, and their sums meet in shared memory in a fixed
- * order; many: each warp has a tile of its own. Bytes moved: w once a kTokens rows of x, x once a kRows rows of w (from the second level).
+ * into shared memory while it works; w is widened to 8 bits in registers. Few rows of x: up to 8 blocks, a cluster, share the columns out
+ * and add up their sums out of each other's shared memory, in a fixed order.
+ * Bytes moved: w once a kTokens rows of x, x once a kRows rows of w (from the second level).
  */
+#include <algorithm>
+
 #include "tile.cuh"
 
 namespace wkv {
 namespace {
 
-using Few = Plan<1, 1, 2, 1, 8, 8, 3>;
-using Some = Plan<1, 1, 2, 4, 8, 4, 2>;
-using More = Plan<1, 1, 2, 8, 8, 3, 2>;
-using Many = Plan<2, 4, 4, 4, 4, 2, 2>;
+constexpr int kRoom = 98304;  // bytes of stages: all GPUs have 99 KB a block, and two blocks share a multiprocessor of sm_90
 
 /** Where a stage's parts lie in shared memory, in bytes. Rows are padded so that a warp's reads touch every bank once. */
 template <int kType, typename P>
 struct Stage {
-  static constexpr int kQuants = kType == WKV_Q8_0 ? 32 : 16, kScale = kType == WKV_Q4_1 ? 4 : 2;
-  static constexpr int kRowW = P::kBlocks * kQuants + 16, kRowX = P::kBlocks * 32 + 32;
-  static constexpr int kAtX = P::kRows * kRowW, kAtOf = kAtX + P::kTokens * kRowX, kAtScales = kAtOf + P::kBlocks * P::kTokens * 8;
-  static constexpr int kBytes = kAtScales + P::kRows * P::kBlocks * kScale;
-  static constexpr int kShared = P::kStages * kBytes > P::kSums ? P::kStages * kBytes : P::kSums;
+  static constexpr wkv_form kForm = wkv_form_of(kType);
+  static constexpr bool kPair = scale_bytes(kType) == 4;  // scale and minimum
+  static constexpr int kData = data_bytes(kType) * P::kBlocks, kHigh = high_bytes(kType) * P::kBlocks, kSubs = subs_bytes(kType) * P::kBlocks;
+  static constexpr int kScales = kForm.subs ? 4 : scale_bytes(kType) * P::kBlocks;
+  static constexpr int kRowData = kData + 16, kRowHigh = kHigh ? kHigh + 16 : 0, kRowX = P::kBlocks * 32 + 32;
+  static constexpr int kAtHigh = P::kRows * kRowData, kAtSubs = kAtHigh + P::kRows * kRowHigh, kAtScales = kAtSubs + P::kRows * kSubs;
+  static constexpr int kAtX = kAtScales + P::kRows * kScales, kAtOf = kAtX + P::kTokens * kRowX, kBytes = kAtOf + P::kBlocks * P::kTokens * 8;
+  static constexpr int kStages = kRoom / kBytes < P::kStages ? kRoom / kBytes : P::kStages;
+  static constexpr int kShared = kStages * kBytes > P::kSums ? kStages * kBytes : P::kSums;
+  static_assert(kStages >= 2 && 8 % P::kBlocks == 0 && kBytes % 16 == 0);
 };
 
+/** Copies the first \`have\` of kBytes bytes of each of kCount rows, kUnit at once. */
+template <int kUnit, int kBytes, int kCount, typename From, typename To>
+__device__ inline void copy_rows(int have, From from, To to) {
+  constexpr int kUnits = kBytes / kUnit;
+#pragma unroll 1
+  for (int u = threadIdx.x; u < kCount * kUnits; u += kTileThreads) {
+    const int r = u / kUnits, c = u % kUnits * kUnit;
+    if (c < have) copy_async<kUnit>(to(r) + c, from(r) + c);
+  }
+}
+
 template <int kType, typename P>
-__global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_int8_kernel(RoundedView x, WeightView w, WeightView up, int32_t gated, OutputView to) {
+__global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_int8_kernel(RoundedView x, WeightView w, WeightView up, int32_t gated, OutputView to, int32_t parts) {
   using S = Stage<kType, P>;
   extern __shared__ __align__(16) uint8_t shared[];
-  const Tile<P> tile(w, up, gated, x.rows);
-  const int32_t blocks = w.columns / 32;
+  const Tile<P> tile(w, up, gated, x.rows, parts);
+  const int32_t blocks = w.columns / 32, stages = (blocks + P::kBlocks - 1) / P::kBlocks, begin = stages * tile.part / parts, count = stages * (tile.part + 1) / parts - begin;
   const auto fetch_w = [&](int32_t s) {
-    uint8_t* stage = shared + s % P::kStages * S::kBytes;
-    constexpr int kChunks = P::kBlocks * S::kQuants / 16;
-    const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
-#pragma unroll 1
-    for (int u = threadIdx.x; u < P::kRows * kChunks; u += kTileThreads) {
-      const int r = u / kChunks, c = u % kChunks;
-      if (c * 16 < have * S::kQuants) copy_async<16>(stage + r * S::kRowW + c * 16, tile.data(r) + (tile.row_in(r) * blocks + first) * S::kQuants + c * 16);
+    uint8_t* stage = shared + s % S::kStages * S::kBytes;
+    const int32_t first = (begin + s) * P::kBlocks, have = min(P::kBlocks, blocks - first);
+    const auto block = [&](int r) { return tile.row_in(r) * blocks + first; };
+    copy_rows<16, S::kData, P::kRows>(have * data_bytes(kType), [&](int r) { return tile.weight(r).data + block(r) * data_bytes(kType); }, [&](int r) { return stage + r * S::kRowData; });
+    if constexpr (S::kHigh > 0) {
+      const auto from = [&](int r) { return tile.weight(r).high + block(r) * high_bytes(kType); };
+      const auto place = [&](int r) { return stage + S::kAtHigh + r * S::kRowHigh; };
+      if (S::kForm.subs || blocks % 4 == 0) copy_rows<16, S::kHigh, P::kRows>(have * high_bytes(kType), from, place);
+      else copy_rows<4, S::kHigh, P::kRows>(have * high_bytes(kType), from, place);
     }
-    constexpr int kFour = 4 / S::kScale;  // blocks whose scales are 4 bytes
-    uint8_t* scales = stage + S::kAtScales;
-    if (blocks % kFour == 0) {
-#pragma unroll 1
-      for (int u = threadIdx.x; u < P::kRows * P::kBlocks / kFour; u += kTileThreads) {
-        const int r = u / (P::kBlocks / kFour), b = u % (P::kBlocks / kFour) * kFour;
-        if (b < have) copy_async<4>(scales + (r * P::kBlocks + b) * S::kScale, tile.scales(r) + (tile.row_in(r) * blocks + first + b) * (S::kScale / 2));
-      }
+    if constexpr (S::kForm.subs) {
+      copy_rows<S::kSubs, S::kSubs, P::kRows>(S::kSubs, [&](int r) { return reinterpret_cast<const uint8_t*>(tile.weight(r).subs + block(r)); }, [&](int r) { return stage + S::kAtSubs + r * S::kSubs; });
+      copy_rows<4, 4, P::kRows>(4, [&](int r) { return reinterpret_cast<const uint8_t*>(tile.weight(r).scales + block(r) / 8 * 2); }, [&](int r) { return stage + S::kAtScales + r * 4; });
     } else {
+      constexpr int kOne = scale_bytes(kType);
+      const auto from = [&](int r) { return reinterpret_cast<const uint8_t*>(tile.weight(r).scales) + block(r) * kOne; };
+      const auto place = [&](int r) { return stage + S::kAtScales + r * S::kScales; };
+      if (kOne == 4 || blocks % 2 == 0) {
+        copy_rows<4, S::kScales, P::kRows>(have * kOne, from, place);
+      } else {
 #pragma unroll 1
-      for (int u = threadIdx.x; u < P::kRows * P::kBlocks; u += kTileThreads) {
-        const int r = u / P::kBlocks, b = u % P::kBlocks;
-        if (b < have) reinterpret_cast<__half*>(scales)[u] = tile.scales(r)[tile.row_in(r) * blocks + first + b];
+        for (int u = threadIdx.x; u < P::kRows * P::kBlocks; u += kTileThreads) {
+          const int r = u / P::kBlocks, b = u % P::kBlocks;
+          if (b < have) *reinterpret_cast<__half*>(place(r) + b * kOne) = *reinterpret_cast<const __half*>(from(r) + b * kOne);
+        }
       }
     }
   };
   const auto fetch_x = [&](int32_t s) {
-    uint8_t* stage = shared + s % P::kStages * S::kBytes;
-    const int32_t first = s * P::kBlocks, have = min(P::kBlocks, blocks - first);
-#pragma unroll 1
-    for (int u = threadIdx.x; u < P::kTokens * P::kBlocks * 2; u += kTileThreads) {
-      const int t = u / (P::kBlocks * 2), c = u % (P::kBlocks * 2);
-      if (c < have * 2) copy_async<16>(stage + S::kAtX + t * S::kRowX + c * 16, x.q + (tile.token_in(t) * blocks + first) * 32 + c * 16);
-    }
+    uint8_t* stage = shared + s % S::kStages * S::kBytes;
+    const int32_t first = (begin + s) * P::kBlocks, have = min(P::kBlocks, blocks - first);
+    copy_rows<16, P::kBlocks * 32, P::kTokens>(have * 32, [&](int t) { return reinterpret_cast<const uint8_t*>(x.q) + (tile.token_in(t) * blocks + first) * 32; }, [&](int t) { return stage + S::kAtX + t * S::kRowX; });
 #pragma unroll 1
     for (int u = threadIdx.x; u < P::kBlocks * P::kTokens / 2; u += kTileThreads) {
       const int b = u / (P::kTokens / 2), t = u % (P::kTokens / 2) * 2;
@@ -6316,46 +6393,75 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_int8_kernel
     }
   };
 
-  const int32_t stages = (blocks + P::kBlocks - 1) / P::kBlocks;
 #pragma unroll 1
-  for (int32_t s = 0; s < P::kStages - 1; s++) {
-    if (s < stages) fetch_w(s);
+  for (int32_t s = 0; s < S::kStages - 1; s++) {
+    if (s < count) fetch_w(s);
   }
   wait_for_previous();
   let_next_start();
 #pragma unroll 1
-  for (int32_t s = 0; s < P::kStages - 1; s++) {
-    if (s < stages) fetch_x(s);
+  for (int32_t s = 0; s < S::kStages - 1; s++) {
+    if (s < count) fetch_x(s);
     end_copies();
   }
 
   // Integers are added to the bits of a float so large that its last place is 1: the sum is that float plus the dot product.
   constexpr float kLarge = 12582912.0f;
   const int32_t large[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
+  const auto real = [](int32_t sum) { return __int_as_float(sum) - kLarge; };
+  // Whether each 16 columns have a product of their own; Q2_K's scales go into its few-bit numbers instead, and so do its minima.
+  constexpr bool kHalves = S::kForm.halves && kType != WKV_Q2_K;
+  constexpr bool kShifted = S::kForm.middle > 0 && !kHalves, kLeast = S::kForm.least || kShifted;
   float total[P::kW][P::kX][4] = {};
-  for (int32_t s = 0; s < stages; s++) {
-    wait_copies<P::kStages - 2>();
+#pragma unroll 1
+  for (int32_t s = 0; s < count; s++) {
+    wait_copies<S::kStages - 2>();
     __syncthreads();
-    if (s + P::kStages - 1 < stages) fetch_w(s + P::kStages - 1), fetch_x(s + P::kStages - 1);
+    if (s + S::kStages - 1 < count) fetch_w(s + S::kStages - 1), fetch_x(s + S::kStages - 1);
     end_copies();
-    const uint8_t* stage = shared + s % P::kStages * S::kBytes;
-    const int32_t have = min(P::kBlocks, blocks - s * P::kBlocks);
-#pragma unroll
-    for (int b = tile.along_c; b < P::kBlocks; b += P::kAlongC) {
+    const uint8_t* stage = shared + s % S::kStages * S::kBytes;
+    const int32_t have = min(P::kBlocks, blocks - (begin + s) * P::kBlocks);
+#pragma unroll(P::kX * P::kW <= 2 ? P::kBlocks : 1)
+    for (int b = 0; b < P::kBlocks; b++) {
       if (b >= have) break;
-      int32_t a[P::kW][4];
-      float scale[P::kW][2], least[P::kW][2];
+      int32_t a[P::kW][4], minima[P::kW][4];
+      float scale[P::kW][2], second_scale[P::kW][2], least[P::kW][2];
 #pragma unroll
       for (int m = 0; m < P::kW; m++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const int r = (tile.along_w * P::kW + m) * 16 + h * 8 + tile.group;
-          const int32_t* from = reinterpret_cast<const int32_t*>(stage + r * S::kRowW + b * S::kQuants) + tile.i;
-          if (kType == WKV_Q8_0) a[m][h] = from[0], a[m][2 + h] = from[4];
-          else a[m][h] = from[0] & 0x0f0f0f0f, a[m][2 + h] = from[0] >> 4 & 0x0f0f0f0f;
-          const __half* of = reinterpret_cast<const __half*>(stage + S::kAtScales) + (r * P::kBlocks + b) * (S::kScale / 2);
-          scale[m][h] = __half2float(of[0]);
-          least[m][h] = kType == WKV_Q4_1 ? __half2float(of[S::kScale / 2 - 1]) : kType == WKV_Q4_0 ? -8.0f * scale[m][h] : 0.0f;
+          const int r = (tile.along_w * P::kW + m) * 16 + h * 8 + tile.group, i = tile.i;
+          uint32_t q[2];  // columns 4 i to 4 i + 3, and from 16 on
+          const uint32_t* data = reinterpret_cast<const uint32_t*>(stage + r * S::kRowData + b * data_bytes(kType));
+          if constexpr (S::kForm.low == 8) q[0] = data[i], q[1] = data[4 + i];
+          if constexpr (S::kForm.low == 4) q[0] = data[i] & 0x0f0f0f0fu, q[1] = data[i] >> 4 & 0x0f0f0f0fu;
+          if constexpr (S::kForm.low == 2) q[0] = data[0] >> (2 * i) & 0x03030303u, q[1] = data[1] >> (2 * i) & 0x03030303u;
+          const uint32_t* high = reinterpret_cast<const uint32_t*>(stage + S::kAtHigh + r * S::kRowHigh + b * high_bytes(kType));
+          if constexpr (S::kForm.high == 1) q[0] |= (high[0] >> i & 0x01010101u) << S::kForm.low, q[1] |= (high[0] >> (4 + i) & 0x01010101u) << S::kForm.low;
+          if constexpr (S::kForm.high == 2) q[0] |= (high[0] >> (2 * i) & 0x03030303u) << S::kForm.low, q[1] |= (high[1] >> (2 * i) & 0x03030303u) << S::kForm.low;
+          if constexpr (kType == WKV_IQ4_NL) q[0] = iq4_values(q[0]), q[1] = iq4_values(q[1]);
+          if constexpr (kHalves && S::kForm.middle > 0) q[0] = __vsub4(q[0], S::kForm.middle * 0x01010101u), q[1] = __vsub4(q[1], S::kForm.middle * 0x01010101u);
+
+          const uint8_t* at = stage + S::kAtScales + r * S::kScales + (S::kForm.subs ? 0 : b * scale_bytes(kType));
+          float2 of = make_float2(0, 0);
+          if constexpr (S::kPair) of = __half22float2(*reinterpret_cast<const __half2*>(at));
+          else of.x = __half2float(*reinterpret_cast<const __half*>(at));
+          least[m][h] = S::kForm.least ? of.y : 0.0f;
+          scale[m][h] = second_scale[m][h] = of.x;
+          if constexpr (S::kForm.subs) {
+            const uint32_t subs = *reinterpret_cast<const uint16_t*>(stage + S::kAtSubs + r * S::kSubs + b * 2), first = subs & 255, second = subs >> 8;
+            if constexpr (kType == WKV_Q2_K) {  // products of 2 and 4 bits are of 6
+              q[0] *= first & 15, q[1] *= second & 15;
+              minima[m][h] = static_cast<int32_t>((first >> 4) * 0x01010101u), minima[m][2 + h] = static_cast<int32_t>((second >> 4) * 0x01010101u);
+              least[m][h] = -of.y;
+            } else if constexpr (S::kForm.least) {
+              scale[m][h] = of.x * static_cast<float>(first), least[m][h] = -of.y * static_cast<float>(second);
+            } else {
+              scale[m][h] = of.x * static_cast<float>(static_cast<int8_t>(first)), second_scale[m][h] = of.x * static_cast<float>(static_cast<int8_t>(second));
+            }
+          }
+          if constexpr (kShifted) least[m][h] = -static_cast<float>(S::kForm.middle) * scale[m][h];
+          a[m][h] = static_cast<int32_t>(q[0]), a[m][2 + h] = static_cast<int32_t>(q[1]);
         }
       }
 #pragma unroll
@@ -6365,13 +6471,23 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_int8_kernel
         const float4 of = *reinterpret_cast<const float4*>(stage + S::kAtOf + (b * P::kTokens + t + 2 * tile.i) * 8);
 #pragma unroll
         for (int m = 0; m < P::kW; m++) {
-          int32_t dot[4];
-          mma_int8(dot, a[m], words.x, words.y, large);
+          float (&sum)[4] = total[m][n];
+          int32_t dot[4], other[4];
+          if constexpr (kHalves) {
+            mma_int8_short(dot, a[m][0], a[m][1], words.x, large);
+            mma_int8_short(other, a[m][2], a[m][3], words.y, large);
 #pragma unroll
-          for (int k = 0; k < 4; k++) {
-            float& sum = total[m][n][k];
-            sum = fmaf(__int_as_float(dot[k]) - kLarge, scale[m][k / 2] * (k % 2 ? of.z : of.x), sum);
-            if (kType != WKV_Q8_0) sum = fmaf(least[m][k / 2], k % 2 ? of.w : of.y, sum);
+            for (int k = 0; k < 4; k++) sum[k] = fmaf(fmaf(real(dot[k]), scale[m][k / 2], real(other[k]) * second_scale[m][k / 2]), k % 2 ? of.z : of.x, sum[k]);
+          } else {
+            mma_int8(dot, a[m], words.x, words.y, large);
+            if constexpr (kType == WKV_Q2_K) mma_int8(other, minima[m], words.x, words.y, large);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+              const float x_scale = k % 2 ? of.z : of.x, x_sum = k % 2 ? of.w : of.y;
+              sum[k] = fmaf(real(dot[k]), scale[m][k / 2] * x_scale, sum[k]);
+              if constexpr (kType == WKV_Q2_K) sum[k] = fmaf(real(other[k]), least[m][k / 2] * x_scale, sum[k]);
+              else if constexpr (kLeast) sum[k] = fmaf(least[m][k / 2], x_sum, sum[k]);
+            }
           }
         }
       }
@@ -6384,27 +6500,30 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_int8_kernel
 
 template <int kType, typename P>
 void launch_matmul(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
-  const int32_t gated = up.data != nullptr;
-  const dim3 grid(divide_up(x.rows, P::kTokens), divide_up(w.rows, P::kRows >> gated));
-  launch(ctx, matmul_int8_kernel<kType, P>, {grid, dim3(kTileThreads), Stage<kType, P>::kShared}, x, w, up, gated, to);
+  const int32_t gated = up.data != nullptr, tiles = divide_up(w.rows, P::kRows >> gated), groups = divide_up(x.rows, P::kTokens), stages = divide_up(w.columns / 32, P::kBlocks);
+  int32_t parts = 1;  // so many that all multiprocessors have work, and a part has a few stages
+  while (ctx.capability >= 90 && groups == 1 && parts < kMostParts && tiles * parts * 4 <= ctx.processors * 3 && stages >= parts * 4) parts *= 2;
+  launch(ctx, matmul_int8_kernel<kType, P>, {dim3(groups * parts, tiles), dim3(kTileThreads), Stage<kType, P>::kShared, uint32_t(parts)}, x, w, up, gated, to, parts);
 }
 
 template <int kType>
 void matmul_typed(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (x.rows <= Few::kTokens) return launch_matmul<kType, Few>(ctx, x, w, up, to);
-  if (x.rows <= Some::kTokens) return launch_matmul<kType, Some>(ctx, x, w, up, to);
-  if (x.rows <= More::kTokens) return launch_matmul<kType, More>(ctx, x, w, up, to);
-  launch_matmul<kType, Many>(ctx, x, w, up, to);
+  constexpr int kBlocks = data_bytes(kType) + high_bytes(kType) > 20 ? 4 : 8;
+  if (x.rows <= 8) return launch_matmul<kType, Plan<8, 1, 1, 1, kBlocks, 5, 2>>(ctx, x, w, up, to);
+  if (x.rows <= 16) return launch_matmul<kType, Plan<8, 1, 1, 2, kBlocks, 5, 2>>(ctx, x, w, up, to);
+  if (x.rows <= 32) return launch_matmul<kType, Plan<8, 1, 1, 4, 4, 5, 2>>(ctx, x, w, up, to);
+  if (x.rows <= 64) return launch_matmul<kType, Plan<8, 1, 1, 8, 4, 5, 2>>(ctx, x, w, up, to);
+  launch_matmul<kType, Plan<2, 4, 4, 4, 4, 2, 2>>(ctx, x, w, up, to);
 }
 
 }  // namespace
 
 void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
-  switch (w.dtype) {
-    case WKV_Q8_0: return matmul_typed<WKV_Q8_0>(ctx, x, w, up, to);
-    case WKV_Q4_0: return matmul_typed<WKV_Q4_0>(ctx, x, w, up, to);
-    default: return matmul_typed<WKV_Q4_1>(ctx, x, w, up, to);
-  }
+  const auto typed = [&](auto type) {
+    if constexpr (is_quantised(type.value)) matmul_typed<type.value>(ctx, x, w, up, to);
+  };
+  if (wkv_has_pieces(w.dtype)) by_pieces(w.dtype, typed);
+  else by_type(w.dtype, typed);
 }
 
 }  // namespace wkv
@@ -6418,6 +6537,8 @@ void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const 
  * buffers, one stage ahead of its use. The norm's scale, known at the end, multiplies the finished sums. \`gridDim.x\` blocks share the columns
  * where rows are few; they are a cluster, and add up their sums in a fixed order out of each other's shared memory.
  * Bytes moved: w once, x once a kRows rows of w (from the second level).
+ * Tried and slower (16 rows, Llama-3-8B on an H200: a step of 9.9 ms, not 8.0): one block a multiprocessor that walks over tiles without
+ * emptying its ring, its part of x kept in shared memory and split there.
  */
 #include <algorithm>
 
@@ -6427,7 +6548,7 @@ void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const 
 namespace wkv {
 namespace {
 
-constexpr int kThreads = 256, kMostParts = 8;
+constexpr int kThreads = 256;
 
 /** How a block is laid out: warps along w, the rest along the columns; tiles of 16 rows of w and of 8 of x a warp; blocks of 32 columns a
  *  stage; stages; blocks that share a multiprocessor. */
@@ -6445,22 +6566,6 @@ struct Layout {
 /** Where 16 bytes of a stage's row lie: odd rows have their halves of 128 bytes exchanged, so that a warp's reads touch every bank once. */
 template <int kBlocks>
 __device__ inline int place(int row, int chunk) { return (kBlocks == 1 ? chunk : chunk ^ (row % 2 * 4)) * 16; }
-
-/** A float of shared memory in block \`rank\` of the cluster. */
-__device__ inline float load_peer(const float* own, int32_t rank) {
-  float value = 0.0f;
-#if __CUDA_ARCH__ >= 900
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-#endif
-  return value;
-}
-__device__ inline void sync_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\\n\\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
 
 /** Two floats as the sum of two pairs of w's type. */
 template <bool kBf16>
@@ -6626,7 +6731,7 @@ __global__ void __launch_bounds__(kThreads, P::kResident) skinny_kernel(InputVie
       if (own_four == 0) squares[t] = squared[l];
     }
   }
-  if (parts > 1) sync_cluster();
+  if (parts > 1) arrive_cluster(), wait_cluster();
   else __syncthreads();
   if (threadIdx.x < P::kTokens) {
     double all = 0.0;
@@ -6659,7 +6764,7 @@ __global__ void __launch_bounds__(kThreads, P::kResident) skinny_kernel(InputVie
     const int32_t j = j0 + o % wide;
     if (j < w.rows) to.put(t, j, gated ? activate(to.activation, sum(t, r), sum(t, r + 16)) : sum(t, r));
   }
-  if (parts > 1) sync_cluster();  // the others still read
+  if (parts > 1) arrive_cluster(), wait_cluster();  // the others still read
 }
 
 template <bool kBf16, typename P>
@@ -6709,8 +6814,7 @@ bool matmul_skinny(Context& ctx, const InputView& in, const WeightView& w, const
  * and of up. \`ways\` warps share a pair, each lane with every (32 * ways)th chunk of 16 bytes of both rows; so that small matrices, too, keep
  * all multiprocessors busy. A lane keeps 3 or 4 chunks of each row in flight: it asks for the first before it waits for x, and for another as
  * soon as it has used one. Sums meet in shared memory in a fixed order. Bytes moved: w once a kRows rows.
- * With f32 precision the norm's scale multiplies the finished sum, so it is not waited for; 8 bits are rounded from normed numbers, as the
- * CPU does. Weights are widened in registers.
+ * The norm's scale multiplies the finished sum, so it is not waited for. Weights are widened in registers.
  */
 #include <algorithm>
 
@@ -6813,14 +6917,6 @@ struct Chunk {
   }
 };
 
-/** IQ4_NL's values of the four numbers in the bytes of a word. */
-__device__ inline uint32_t iq4_values(uint32_t q) {
-  const uint32_t selector = (q & 0xf) | (q >> 4 & 0xf0) | (q >> 8 & 0xf00) | (q >> 12 & 0xf000);
-  const uint32_t low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, selector & 0x7777), high = __byte_perm(0x26190d01u, 0x71594535u, selector & 0x7777);
-  const uint32_t upper = (q >> 3 & 0x01010101u) * 255u;  // numbers from 8 on
-  return (low & ~upper) | (high & upper);
-}
-
 /** 32 columns of a type of quants.h; chunk i of the whole tensor. */
 template <int kType>
 struct PieceChunk {
@@ -6904,45 +7000,43 @@ __device__ inline float norm_scale(const double (*area)[kRows], int32_t t, const
   return 1.0f / sqrtf(static_cast<float>((part[0] + part[1] + (part[2] + part[3])) / in.columns) + in.epsilon);
 }
 
-/** x into shared memory in 8 bits; waits for the norm. */
+/** x, times the norm's weight, into shared memory in 8 bits; the scale that norm_scale() gives is left to do, as it moves no rounding. */
 template <int kType, int kRows>
 __device__ inline void stage_int8(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
+  constexpr int kAtOnce = 4;  // loads in flight
   const int32_t fours = in.columns / 4, blocks = in.columns / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = Staged<kType, true>::row(in.columns);
-  const float4* x4 = reinterpret_cast<const float4*>(x);
-  if (in.norm) {
-#pragma unroll
-    for (int t = 0; t < kRows; t++) {
-      double squares = 0.0;
-      if (t < rows) {
-        for (int32_t i = threadIdx.x; i < fours; i += blockDim.x) {
-          const float4 v = x4[int64_t{t} * fours + i];
-          squares += static_cast<double>(v.x) * v.x + static_cast<double>(v.y) * v.y + static_cast<double>(v.z) * v.z + static_cast<double>(v.w) * v.w;
-        }
-      }
-      squares = warp_sum(squares);
-      if (lane == 0) area[warp][t] = squares;
-    }
-    __syncthreads();
-  }
   for (int t = 0; t < kRows; t++) {
-    const float norm = in.norm ? norm_scale(area, t, in) : 1.0f;
+    const float4* from = reinterpret_cast<const float4*>(x) + int64_t{t} * fours;
     int32_t* words = reinterpret_cast<int32_t*>(shared + t * row);
     float2* scales = reinterpret_cast<float2*>(shared + t * row + in.columns / 16);
-    for (int32_t start = warp * 32; start < fours; start += blockDim.x) {
-      const int32_t i = start + lane;
-      const bool inside = i < fours;
-      float4 v = make_float4(0, 0, 0, 0);
-      if (inside && t < rows) v = x4[int64_t{t} * fours + i];
-      if (inside && in.norm) {
-        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
-        v = make_float4(v.x * norm * n.x, v.y * norm * n.y, v.z * norm * n.z, v.w * norm * n.w);
+    float squares = 0.0f;
+    for (int32_t start = warp * 32; start < fours; start += blockDim.x * kAtOnce) {
+      float4 v[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; u++) {
+        const int32_t i = start + lane + u * blockDim.x;
+        v[u] = i < fours && t < rows ? from[i] : make_float4(0, 0, 0, 0);
       }
-      float2 of;
-      const int32_t word = round_four(v, &of.x, &of.y);
-      if (inside) {
-        words[kType == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
-        if (i % 8 == 0) scales[i / 8] = of;
+#pragma unroll
+      for (int u = 0; u < kAtOnce; u++) {
+        const int32_t i = start + lane + u * blockDim.x;
+        if (i - lane >= fours) break;
+        if (in.norm) {
+          squares += v[u].x * v[u].x + v[u].y * v[u].y + (v[u].z * v[u].z + v[u].w * v[u].w);
+          const float4 n = i < fours ? __ldg(reinterpret_cast<const float4*>(in.norm) + i) : make_float4(0, 0, 0, 0);
+          v[u] = make_float4(v[u].x * n.x, v[u].y * n.y, v[u].z * n.z, v[u].w * n.w);
+        }
+        float2 of;
+        const int32_t word = round_four(v[u], &of.x, &of.y);
+        if (i < fours) {
+          words[kType == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
+          if (i % 8 == 0) scales[i / 8] = of;
+        }
       }
+    }
+    if (in.norm) {
+      const double total = warp_sum(static_cast<double>(squares));
+      if (lane == 0) area[warp][t] = total;
     }
   }
 }
@@ -6957,7 +7051,7 @@ __device__ inline void stage_f32(const InputView& in, const float* x, int32_t ro
     const float4* from = reinterpret_cast<const float4*>(x) + int64_t{t} * fours;
     float4* to = reinterpret_cast<float4*>(shared) + t * row;
     float squares = 0.0f;
-#pragma unroll 2
+#pragma unroll 4
     for (int32_t i = threadIdx.x; i < fours; i += blockDim.x) {
       float4 v = t < rows ? from[i] : make_float4(0, 0, 0, 0);
       if (in.norm) {
@@ -7019,7 +7113,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   if constexpr (kInt8) stage_int8<kType, kRows>(in, x, rows, shared, area);
   else stage_f32<kType, kRows>(in, x, rows, shared, area);
   __syncthreads();
-  if (threadIdx.x < kRows) norm_scales[threadIdx.x] = kInt8 || !in.norm ? 1.0f : norm_scale(area, threadIdx.x, in);
+  if (threadIdx.x < kRows) norm_scales[threadIdx.x] = in.norm ? norm_scale(area, threadIdx.x, in) : 1.0f;
 
   float total_a[kRows] = {}, total_b[kRows] = {};
   int32_t pair = group, at = first;
@@ -7124,7 +7218,7 @@ bool matvec(Context& ctx, const InputView& in, const WeightView& w, const Weight
 
 }  // namespace wkv
 `,
-  "cuda/mma.cuh": `/** mma.cuh: copies into shared memory that do not wait, and products of the tensor cores (sm_80 and later). */
+  "cuda/mma.cuh": `/** mma.cuh: copies into shared memory that do not wait, products of the tensor cores (sm_80 and later), and clusters (sm_90). */
 #pragma once
 #include <cstdint>
 
@@ -7149,6 +7243,13 @@ __device__ inline void mma_int8(int32_t (&d)[4], const int32_t (&a)[4], int32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
+/** The same of 16 columns: a without what lies from 16 + 4 i on, b without b1. */
+__device__ inline void mma_int8_short(int32_t (&d)[4], int32_t a0, int32_t a1, int32_t b, const int32_t (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
 /** d = a [16 x 16] . b [16 x 8] + c in f32, a and b f16 or bf16. Lane 4 g + i has a: columns 2 i, 2 i + 1 of row g, of row g + 8, and both from
  *  8 + 2 i; b: rows 2 i, 2 i + 1 of column g, and from 8 + 2 i; c, d as above. */
 template <bool kBf16>
@@ -7164,6 +7265,39 @@ __device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0
   }
 }
 
+/** Blocks that a cluster can have on every GPU that has clusters. */
+constexpr int kMostParts = 8;
+
+__device__ inline void arrive_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void wait_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+/** A float of shared memory in block \`rank\` of the cluster. */
+__device__ inline float load_peer(const float* own, int32_t rank) {
+  float value = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#endif
+  return value;
+}
+/** The sum of this float over the cluster's blocks, in their order. */
+__device__ inline float sum_peers(const float* own, int32_t parts) {
+  float each[kMostParts], all = 0.0f;
+#pragma unroll
+  for (int rank = 0; rank < kMostParts; rank++) each[rank] = rank < parts ? load_peer(own, rank) : 0.0f;
+#pragma unroll
+  for (int rank = 0; rank < kMostParts; rank++) all += each[rank];
+  return all;
+}
+
 }  // namespace wkv
 `,
   "cuda/prefill.cu": `/**
@@ -7173,7 +7307,7 @@ __device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0
  *   (scores capped, and i > len + t - window, where asked)
  *   a[i] += mean_g sum_t p[t, i]
  *
- * Four launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
+ * Six launches; no matrix of rows x length is ever in memory. Columns are counted by entry: the cached slots as they lie, then the new
  * tokens (softmax and sums do not mind the order).
  * 1. arrive: rounds the new k and v to what will be stored, and leaves q, scaled, and all k, both rotated, and all v in scratch, as rows
  *    of one width, so that whatever follows loads plain tiles, or as tiles, with zeros behind the last row. A warp owns a row.
@@ -7181,7 +7315,9 @@ __device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0
  *    row's logarithm of its sum, \`lse\`. Bytes moved: K and V once a block, mostly from the second-level cache.
  * 3. columns: a block owns 64 or 128 entries for one query head and walks over the rows that see them: p = 2^(score - lse). Bytes moved:
  *    q once a block, from the second-level cache.
- * 4. settle: a block owns one KV head, adds its query heads' columns to the scores, and brings it back to its budget.
+ * 4. join: a thread owns an entry and adds its query heads' columns to its score.
+ * 5. settle: a block owns one KV head and brings it back to its budget; nothing to do while tokens fit.
+ * 6. place: a warp owns 8 entries and writes their state, and the rows of new ones, to the cache. Bytes moved: new rows twice.
  * Scores are in units of ln 2: q is scaled by scale / ln 2.
  *
  * 2 and 3 come thrice. With a 16-bit cache: on tensor cores, q, rotated k, v and p rounded to f16 (bf16 values are exact in it unless
@@ -7191,6 +7327,7 @@ __device__ inline void mma_half(float (&d)[4], const int32_t (&a)[4], int32_t b0
 #include <algorithm>
 #include <type_traits>
 
+#include "fours.cuh"
 #include "prefill.cuh"
 #include "settle.cuh"
 
@@ -7303,6 +7440,94 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
       float x = 0.0f;
       if (d < dim) x = to_float(new_value[d] = from_float<T>(from_value[d]));
       value.put(d, x);
+    }
+  }
+}
+
+/** The pairs [i, i + 4) of a row: the four from dimension i on, and those \`pairs\` further. */
+struct Pairs {
+  Four<float> low, high;
+  __device__ Pairs turned(const RopeView& rope, int64_t position, int32_t i) const {
+    Pairs to;
+    if (position < rope.positions) {
+      const int64_t at = position * rope.pairs + i;
+      const Four<float> cosine = four_at(rope.cosines + at), sine = four_at(rope.sines + at);
+#pragma unroll
+      for (int k = 0; k < 4; k++) to.low.x[k] = low.x[k] * cosine.x[k] - high.x[k] * sine.x[k], to.high.x[k] = high.x[k] * cosine.x[k] + low.x[k] * sine.x[k];
+      return to;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const float2 both = wkv::turned(make_float2(low.x[k], high.x[k]), rope.at(position, i + k));
+      to.low.x[k] = both.x, to.high.x[k] = both.y;
+    }
+    return to;
+  }
+};
+
+/** arrive for 16-bit caches whose rows are pairs through and through, a multiple of 4 of them: a thread takes 8 numbers of a row. */
+template <typename T>
+__global__ void __launch_bounds__(256) arrive_fours_kernel(PrefillView p) {
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const RopeView& rope = c.rope;
+  const int32_t which = blockIdx.y, dim = c.head_dim, pairs = rope.pairs, parts = p.width / 8;
+  const int32_t n = which < c.heads ? which / c.group() : which - c.heads;
+  const Counts& counts = c.counts[p.head(n)];
+  const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim, length = kept + p.rows;
+  const int64_t place = c.text ? counts.steps : kept;
+  const auto put = [&](__half* rows, int32_t row, int32_t d, const Four<float>& x) {
+    four_at(rows + (p.tiled ? tiled_at(row, d, p.width) : int64_t{row} * p.width + d)) = each<__half>(x, [](float v, int) { return narrowed<__half>(v); });
+  };
+  const auto put_pairs = [&](__half* rows, int32_t row, int32_t i, const Pairs& x) { put(rows, row, i, x.low), put(rows, row, i + pairs, x.high); };
+  const auto source = [&](const float* from, int32_t i) {
+    if (!rope.interleaved) return Pairs{four_at(from + i), four_at(from + i + pairs)};
+    const Four<float> a = four_at(from + 2 * i), b = four_at(from + 2 * i + 4);
+    return Pairs{{a.x[0], a.x[2], b.x[0], b.x[2]}, {a.x[1], a.x[3], b.x[1], b.x[3]}};
+  };
+  const auto widened = [](const Four<T>& x) { return each<float>(x, [](T v, int) { return to_float(v); }); };
+  const auto narrow = [](const Four<float>& x) { return each<T>(x, [](float v, int) { return from_float<T>(v); }); };
+  const bool query = which < c.heads;
+  const int32_t end = query ? static_cast<int32_t>(p.lines) : p.tiled ? tiles_of(length) * kTile : length, full = query ? p.rows : length;
+  for (int64_t item = int64_t{blockIdx.x} * 256 + threadIdx.x; item < int64_t{end} * parts; item += int64_t{gridDim.x} * 256) {
+    const int32_t row = static_cast<int32_t>(item / parts), part = static_cast<int32_t>(item % parts), i = part * 4, d = part * 8;
+    if (row >= full || d >= dim) {
+      // Behind the last row, and behind a row's end.
+      for (int32_t o = 0; o < 8; o += 4) {
+        if (query) put(p.queries_of<__half>(which), row, d + o, {});
+        else put(p.keys_of<__half>(n), row, d + o, {}), put(p.values_of<__half>(n), row, d + o, {});
+      }
+      continue;
+    }
+    if (query) {
+      Pairs x = source(p.qkv + int64_t{row} * columns + which * dim, i).turned(rope, place + row, i);
+#pragma unroll
+      for (int k = 0; k < 4; k++) x.low.x[k] *= p.scale, x.high.x[k] *= p.scale;
+      put_pairs(p.queries_of<__half>(which), row, i, x);
+      continue;
+    }
+    __half *keys = p.keys_of<__half>(n), *values = p.values_of<__half>(n);
+    if (row < kept) {
+      const T *key = c.keys_of<T>(p.head(n)) + int64_t{row} * dim, *value = c.values_of<T>(p.head(n)) + int64_t{row} * dim;
+      const Pairs x{widened(four_at(key + i)), widened(four_at(key + i + pairs))};
+      put_pairs(keys, row, i, c.text ? x : x.turned(rope, c.ranks[p.head(n) * (c.slots + 1) + row], i));
+      for (int32_t o = 0; o < 8; o += 4) put(values, row, d + o, widened(four_at(value + d + o)));
+      continue;
+    }
+    const int32_t t = row - kept;
+    const float *key = p.qkv + int64_t{t} * columns + (c.heads + n) * dim, *value = key + c.kv_heads * dim;
+    T *new_key = p.new_keys_of<T>(n) + int64_t{t} * dim, *new_value = p.new_values_of<T>(n) + int64_t{t} * dim;
+    Pairs x = source(key, i);
+    if (c.text) x = x.turned(rope, place + t, i);
+    const Four<T> low = narrow(x.low), high = narrow(x.high);
+    four_at(new_key + i) = low, four_at(new_key + i + pairs) = high;
+    x = {widened(low), widened(high)};
+    put_pairs(keys, row, i, c.text ? x : x.turned(rope, place + t, i));
+    for (int32_t o = 0; o < 8; o += 4) {
+      const Four<T> v = narrow(four_at(value + d + o));
+      four_at(new_value + d + o) = v;
+      put(values, row, d + o, widened(v));
     }
   }
 }
@@ -7789,6 +8014,25 @@ __global__ void __launch_bounds__(256) exact_columns_kernel(PrefillView p) {
 
 // ---- settle ----
 
+/** The scores with what the columns add, and the rest of each entry's state; a thread owns an entry. */
+__global__ void __launch_bounds__(256) join_kernel(PrefillView p) {
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t n = blockIdx.y, i = blockIdx.x * 256 + threadIdx.x;
+  const Counts& counts = c.counts[p.head(n)];
+  const int32_t kept = counts.kept;
+  if (i >= kept + p.rows) return;
+  const bool cached = i < kept;
+  const Entries own = c.entries(p.head(n)), e = p.entries_of(n);
+  float sum = 0.0f;
+  for (int32_t g = 0; g < c.group(); g++) sum += p.columns[(n * c.group() + g) * p.entries + i];
+  e.score[i] = (cached ? own.score[i] : 0.0f) + sum / static_cast<float>(c.group());
+  e.birth[i] = cached ? own.birth[i] : counts.steps + 1 + i - kept;
+  e.rank[i] = cached ? own.rank[i] : i;
+  for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = cached ? own.words[w * own.stride + i] : 0;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults faults) {
   __shared__ SettleArea area;
@@ -7796,24 +8040,53 @@ __global__ void __launch_bounds__(512) settle_kernel(PrefillView p, Faults fault
   let_next_start();
   const CacheView& c = p.cache;
   const int32_t n = blockIdx.x;
-  const int64_t head = p.head(n), at = n * p.entries;
+  const int64_t head = p.head(n);
   Counts& counts = c.counts[head];
   const int32_t kept = counts.kept, steps = counts.steps;
-  const Entries own = c.entries(head);
-  const Entries e{p.score + at, p.birth + at, p.rank + at, p.words + at * c.width, p.entries, c.gapped() ? reinterpret_cast<float*>(p.words + at) : nullptr, p.by_rank + at, p.measure + at, nullptr, p.freed + at};
-  for (int32_t i = threadIdx.x; i < kept + p.rows; i += blockDim.x) {
-    const bool cached = i < kept;
-    float sum = 0.0f;
-    for (int32_t g = 0; g < c.group(); g++) sum += p.columns[(n * c.group() + g) * p.entries + i];
-    e.score[i] = (cached ? own.score[i] : 0.0f) + sum / static_cast<float>(c.group());
-    e.birth[i] = cached ? own.birth[i] : steps + 1 + i - kept;
-    e.rank[i] = cached ? own.rank[i] : i;
-    for (int32_t w = 0; w < c.width; w++) e.words[w * e.stride + i] = cached ? own.words[w * own.stride + i] : 0;
+  __syncthreads();
+  if (threadIdx.x == 0) counts.steps = steps + p.rows, p.places_of(n)[0] = -1;
+  __syncthreads();
+  settle<T>(c, head, p.entries_of(n), kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area, p.order + n * Leaving<T>::kScratch * p.entries, p.places_of(n));
+}
+
+constexpr int kPlaced = 8;  // entries of a warp
+
+/** Writes what settle left of the entries to the cache: the state of those that lie there, state and rows of the others. */
+template <typename T>
+__global__ void __launch_bounds__(256) place_kernel(PrefillView p) {
+  wait_for_previous();
+  let_next_start();
+  const CacheView& c = p.cache;
+  const int32_t n = blockIdx.y, lane = threadIdx.x & 31, first = (blockIdx.x * 8 + threadIdx.x / 32) * kPlaced;
+  const int32_t *places = p.places_of(n), kept = places[0], total = kept + p.rows;
+  if (kept < 0 || first >= total) return;
+  const Entries own = c.entries(p.head(n)), e = p.entries_of(n);
+  int32_t to = -1;
+  if (lane < kPlaced && first + lane < total) {
+    const int32_t i = first + lane, rank = e.rank[i];
+    to = i >= kept ? places[1 + i - kept] : rank >= 0 ? i : -1;
+    if (to >= 0) {
+      own.score[to] = e.score[i], own.birth[to] = e.birth[i], own.rank[to] = rank;
+      for (int32_t w = 0; w < c.width; w++) own.words[w * own.stride + to] = e.words[w * e.stride + i];
+    }
   }
-  __syncthreads();
-  if (threadIdx.x == 0) counts.steps = steps + p.rows;
-  __syncthreads();
-  settle<T>(c, head, e, kept, p.rows, p.new_keys_of<T>(n), p.new_values_of<T>(n), -1, faults, area, p.order + n * Leaving<T>::kScratch * p.entries);
+  const auto copy = [&](auto word) {
+    using Word = decltype(word);
+    const int32_t words = static_cast<int32_t>(c.head_dim * sizeof(T) / sizeof(Word));
+    const Word *keys = reinterpret_cast<const Word*>(p.new_keys_of<T>(n)), *values = reinterpret_cast<const Word*>(p.new_values_of<T>(n));
+    Word *to_keys = reinterpret_cast<Word*>(c.keys_of<T>(p.head(n))), *to_values = reinterpret_cast<Word*>(c.values_of<T>(p.head(n)));
+    for (int32_t i = 0; i < kPlaced; i++) {
+      const int32_t slot = __shfl_sync(0xffffffffu, to, i), t = first + i - kept;
+      if (slot < 0 || t < 0) continue;
+      for (int32_t d = lane; d < 2 * words; d += 32) {
+        const bool value = d >= words;
+        const int64_t at = d - (value ? words : 0);
+        (value ? to_values : to_keys)[int64_t{slot} * words + at] = (value ? values : keys)[int64_t{t} * words + at];
+      }
+    }
+  };
+  if (c.head_dim * sizeof(T) % 16 == 0) copy(uint4());
+  else copy(T());
 }
 
 // ---- launches ----
@@ -7826,6 +8099,12 @@ dim3 entry_blocks(const PrefillView& p, int32_t size) {
 
 template <typename T, typename S>
 void arrive(Context& ctx, const PrefillView& p) {
+  const RopeView& rope = p.cache.rope;
+  if constexpr (sizeof(T) == 2 && std::is_same_v<S, __half>) {
+    if (rope.pairs % 4 == 0 && 2 * rope.pairs == p.cache.head_dim) {
+      return launch(ctx, arrive_fours_kernel<T>, {dim3(std::min(divide_up(p.entries, 16), 64), p.cache.heads + p.cache.kv_heads), 256}, p);
+    }
+  }
   launch(ctx, arrive_kernel<T, S>, {dim3(std::min(divide_up(p.entries, 32), 64), p.cache.heads + p.cache.kv_heads), 256}, p);
 }
 
@@ -7876,7 +8155,9 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
     else if (p.width == 128) attend<128>(ctx, p);
     else attend<256>(ctx, p);
   }
+  launch(ctx, join_kernel, {dim3(divide_up(p.entries, 256), cache.kv_heads), 256}, p);
   launch(ctx, settle_kernel<T>, {cache.kv_heads, 512}, p, ctx.faults());
+  launch(ctx, place_kernel<T>, {dim3(divide_up(p.entries, 8 * kPlaced), cache.kv_heads), 256}, p);
 }
 
 }  // namespace
@@ -7938,6 +8219,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       p.rank = ints(states);
       p.freed = ints(states);
       p.order = ints(states * Leaving<float>::kScratch);
+      p.places = ints(cache->kv_heads * (int64_t{rows} + 1));
       if (pass == 0) scratch = ctx.reserve(bytes);
     }
     by_cache_type(cache->dtype, [&](auto type) { run<decltype(type)>(ctx, *cache, p); });
@@ -7972,6 +8254,7 @@ struct PrefillView {
   uint32_t* words;                  // [N, words a token, entries]
   int32_t *birth, *rank, *freed;
   int32_t* order;                   // [N, 6, entries]
+  int32_t* places;                  // [N, 1 + rows]: as of Settling::place, first -1 where nothing is to be written
 
   /** Whether scores are more than products. */
   __host__ __device__ bool bent() const { return softcap > 0.0f || window > 0; }
@@ -7983,6 +8266,13 @@ struct PrefillView {
       if (rank <= kept + t - window) return -1.0e30f;
     }
     return softcap > 0.0f ? softcap * tanhf(s / softcap) : s;
+  }
+  __device__ int32_t* places_of(int32_t n) const { return places + n * (int64_t{rows} + 1); }
+  /** The state of one head's entries. */
+  __device__ Entries entries_of(int32_t n) const {
+    const int64_t at = n * entries;
+    uint32_t* own = words + at * cache.width;
+    return {score + at, birth + at, rank + at, own, entries, cache.gapped() ? reinterpret_cast<float*>(own) : nullptr, by_rank + at, measure + at, nullptr, freed + at};
   }
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
   template <typename T>
@@ -9858,11 +10148,13 @@ struct Settling {
     if (lane == 0) own.score[slot] = e.score[from], own.birth[slot] = e.birth[from], own.rank[slot] = e.rank[from];
   }
 
-  /** Gives the tokens that arrived slots: freed ones in the order of leaving, then unused ones. Used slots stay the first ones. */
-  __device__ void place(int32_t arrived) const {
+  /** Gives the tokens that arrived slots: freed ones in the order of leaving, then unused ones. Used slots stay the first ones. With
+   *  \`places\` their slots are told, -1 for those that have left, behind \`kept\`, and neither they nor the state of those that stayed are
+   *  written. */
+  __device__ void place(int32_t arrived, int32_t* places) const {
     const int32_t freed = area.freed, stayed = kept - freed, left = stayed + area.arrived_left;
     const Entries own = c.entries(head);
-    if (own.rank != e.rank) {
+    if (!places && own.rank != e.rank) {
       for (int32_t i = tid; i < kept; i += threads) {
         if (!there(i)) continue;
         own.score[i] = e.score[i], own.birth[i] = e.birth[i], own.rank[i] = e.rank[i];
@@ -9881,11 +10173,18 @@ struct Settling {
     }
     __syncthreads();
     const int32_t holes = area.holes;
-    for (int32_t t = warp; t < arrived; t += warps) {
-      const int32_t rank = e.rank[kept + t];
-      if (rank < 0) continue;
-      const int32_t order = rank - stayed;
-      fill(own, order >= holes ? kept + order - holes : e.freed ? e.freed[order] : area.first_freed, kept + t);
+    const auto slot_of = [&](int32_t t) {
+      const int32_t rank = e.rank[kept + t], order = rank - stayed;
+      return rank < 0 ? -1 : order >= holes ? kept + order - holes : e.freed ? e.freed[order] : area.first_freed;
+    };
+    if (places) {
+      for (int32_t t = tid; t < arrived; t += threads) places[1 + t] = slot_of(t);
+      if (tid == 0) places[0] = kept;
+    } else {
+      for (int32_t t = warp; t < arrived; t += warps) {
+        const int32_t slot = slot_of(t);
+        if (slot >= 0) fill(own, slot, kept + t);
+      }
     }
     if (tid == 0) c.counts[head].kept = left;
     if (left >= kept) return;
@@ -9906,8 +10205,8 @@ struct Settling {
  * to the right with a later T. So each token takes in, one after the other, x - 1, then p(x - 1), p(p(x - 1)), ... as long as they leave
  * before x, p being the next rank to the left with a later T. Runs of ranks with rising T are walked by a warp each, the value of the
  * moment in registers, from left to right, waiting for the ends of runs further left: the same sums in the same order as one by one.
- * Where a merge changes the costs of two neighbours a warp keeps the lowest cost of each 32 and each 1024 ranks and the ranks' order as a
- * list. Where the oldest leaves and gives to ranks behind it, the block does that turn by turn.
+ * Where the oldest leaves and gives to ranks behind it, the block does that turn by turn. Rules by cost, whose merges change the costs of two
+ * neighbours, go one by one.
  */
 template <typename T>
 struct Leaving {
@@ -9929,7 +10228,7 @@ struct Leaving {
     const bool stays = c.select == WKV_SELECT_OLDEST || c.select == WKV_SELECT_LOWEST_AVERAGE || c.select == WKV_SELECT_LITERAL_AVERAGE || c.select == WKV_SELECT_LOWEST_SUM ||
                        c.select == WKV_SELECT_LEAST_OFTEN || c.select == WKV_SELECT_KEY_NORM || c.select == WKV_SELECT_SUM_VALUE_NORM;
     if (c.merge == WKV_MERGE_SPREAD) return c.select == WKV_SELECT_OLDEST;
-    return c.merge == WKV_MERGE_RIGHT ? stays || c.gapped() : stays && c.merge == WKV_MERGE_NONE;
+    return stays && (c.merge == WKV_MERGE_NONE || c.merge == WKV_MERGE_RIGHT);
   }
 
   /** The sum over the threads before this one, and over all in area.into; exact, as all are whole numbers. */
@@ -10096,12 +10395,6 @@ struct Leaving {
     }
   }
 
-  /** What the first token of a rule with costs would cost; ranks as they were. */
-  __device__ float cost(int32_t rank, int32_t right, float gap) const {
-    const int32_t entry = entries()[rank];
-    return wkv_select_value(s.c.select, {rank, e.score[entry], e.by_rank[rank], e.by_rank[right], 0.0f, gap});
-  }
-
   /** The rank whose value is none, or INT_MAX; \`values\` of evictable ranks go to array 0 as keys, the ranks to array 1. */
   __device__ int32_t value_all(int32_t first, int32_t evictable) const {
     const CacheView& c = s.c;
@@ -10109,121 +10402,12 @@ struct Leaving {
     __syncthreads();
     for (int32_t i = tid; i < evictable; i += threads) {
       const int32_t rank = first + i, entry = entries()[rank];
-      float value;
-      if (c.gapped()) value = rank + 1 < total ? cost(rank, rank + 1, e.gap[entry]) : INFINITY;
-      else value = wkv_select_value(c.select, {rank, e.score[entry], e.by_rank[rank], 0.0f, e.now ? e.now[entry] : 0.0f, c.later ? e.measure[entry] : 0.0f});
+      const float value = wkv_select_value(c.select, {rank, e.score[entry], e.by_rank[rank], 0.0f, e.now ? e.now[entry] : 0.0f, c.later ? e.measure[entry] : 0.0f});
       if (isnan(value)) atomicMin(&area.bad[0], rank);
       array(0)[i] = static_cast<int32_t>(key_of(value)), array(1)[i] = rank;
     }
     __syncthreads();
     return area.bad[0];
-  }
-
-  /** Merges the cheapest, \`leaving\` times over, by the first warp; gives the last to leave, or -1 with the rank that has no cost in
-   *  area.bad[0]. Array 0 has the costs of \`evictable\` ranks from \`first\` on; what had no right neighbour to go to is counted in
-   *  area.holes. */
-  __device__ int32_t merge_cheapest(int32_t first, int32_t evictable, int32_t leaving) const {
-    constexpr uint32_t kGone = 0xffffffffu;
-    const int32_t groups = (evictable + 31) / 32, tops = (groups + 31) / 32;
-    uint32_t* const keys = reinterpret_cast<uint32_t*>(array(0));
-    uint32_t* const lows = groups + tops <= 2048 ? reinterpret_cast<uint32_t*>(area.part) : reinterpret_cast<uint32_t*>(array(1));
-    uint32_t* const lowest = lows + groups;
-    int32_t *const before = array(2), *const behind = array(3);  // by rank; -1, total: none
-    const auto low_of = [&](const uint32_t* of, int32_t count, int32_t group) {
-      const int32_t i = group * 32 + lane;
-      return __reduce_min_sync(0xffffffffu, i < count ? of[i] : kGone);
-    };
-    for (int32_t r = tid; r < total; r += threads) before[r] = r - 1, behind[r] = r + 1;
-    for (int32_t g = warp; g < groups; g += warps) {
-      const uint32_t low = low_of(keys, evictable, g);
-      if (lane == 0) lows[g] = low;
-    }
-    __syncthreads();
-    for (int32_t g = warp; g < tops; g += warps) {
-      const uint32_t low = low_of(lows, groups, g);
-      if (lane == 0) lowest[g] = low;
-    }
-    __syncthreads();
-    if (warp == 0) {
-      int32_t freed = 0, dropped = 0, victim = -1;
-      for (int32_t turn = 0; turn < leaving; turn++) {
-        // The lowest key, the lowest rank of equals.
-        uint32_t low = kGone;
-        int32_t top = 0;
-        for (int32_t base = 0; base < tops; base += 32) {
-          const uint32_t key = base + lane < tops ? lowest[base + lane] : kGone, least = __reduce_min_sync(0xffffffffu, key);
-          if (least < low) low = least, top = base + __ffs(__ballot_sync(0xffffffffu, key == least)) - 1;
-        }
-        const auto find = [&](const uint32_t* of, int32_t count, int32_t group) {
-          const int32_t i = group * 32 + lane;
-          return group * 32 + __ffs(__ballot_sync(0xffffffffu, i < count && of[i] == low)) - 1;
-        };
-        victim = first + find(keys, evictable, find(lows, groups, top));
-        const int32_t left = before[victim], right = behind[victim], entry = entries()[victim];
-        if (lane == 0) {
-          turns()[victim] = turn;
-          keys[victim - first] = kGone;
-          if (entry < s.kept) e.freed[freed] = entry;
-        }
-        freed += entry < s.kept, dropped += right == total;
-        float costs[2] = {INFINITY, INFINITY};  // of the left and of the right neighbour
-        if (right < total) {
-          const int32_t far = behind[right], into = entries()[right];
-          const float w_v = e.by_rank[victim], w_r = e.by_rank[right];
-          const T *from = s.value_of(entry), *row_left = left >= 0 ? s.value_of(entries()[left]) : from, *row_far = far < total ? s.value_of(entries()[far]) : from;
-          T* const to = s.value_of(into);
-          const bool merges = w_v + w_r > 0.0f;
-          float gaps[2] = {};
-#pragma unroll 4
-          for (int32_t d = lane; d < s.dim; d += 32) {
-            T merged = to[d];
-            if (merges) to[d] = merged = from_float<T>(wkv_merged(w_v, to_float(from[d]), w_r, to_float(merged)));
-            const float x = to_float(row_left[d]) - to_float(merged), y = to_float(merged) - to_float(row_far[d]);
-            gaps[0] += x * x, gaps[1] += y * y;
-          }
-          gaps[0] = warp_sum(gaps[0]), gaps[1] = warp_sum(gaps[1]);
-          if (left >= 0) costs[0] = cost(left, right, gaps[0]);
-          if (far < total) costs[1] = cost(right, far, gaps[1]);
-          if (lane == 0) {
-            before[right] = left;
-            if (left >= 0) e.gap[entries()[left]] = gaps[0];
-            if (far < total) e.gap[into] = gaps[1];
-          }
-        }
-        if (lane == 0 && left >= 0) behind[left] = right;
-        const auto may = [&](int32_t rank) { return rank >= first && rank < first + evictable; };
-        if (lane == 0) {
-          if (may(left)) keys[left - first] = key_of(costs[0]);
-          if (may(right)) keys[right - first] = key_of(costs[1]);
-        }
-        const bool bad[2] = {may(left) && isnan(costs[0]), may(right) && isnan(costs[1])};
-        if ((bad[0] || bad[1]) && turn + 1 < leaving) {
-          if (lane == 0) area.bad[0] = bad[0] ? left : right;
-          victim = -1;
-          break;
-        }
-        __syncwarp();
-        const int32_t ranks[3] = {victim, may(left) ? left : victim, may(right) ? right : victim};
-        uint32_t least[3];
-#pragma unroll
-        for (int k = 0; k < 3; k++) least[k] = low_of(keys, evictable, (ranks[k] - first) / 32);
-        if (lane == 0) {
-#pragma unroll
-          for (int k = 0; k < 3; k++) lows[(ranks[k] - first) / 32] = least[k];
-        }
-        __syncwarp();
-#pragma unroll
-        for (int k = 0; k < 3; k++) least[k] = low_of(lows, groups, (ranks[k] - first) / 1024);
-        if (lane == 0) {
-#pragma unroll
-          for (int k = 0; k < 3; k++) lowest[(ranks[k] - first) / 1024] = least[k];
-        }
-        __syncwarp();
-      }
-      if (lane == 0) area.into = victim, area.freed = freed, area.holes = dropped;
-    }
-    __syncthreads();
-    return area.into;
   }
 
   /** Has the oldest leave, \`leaving\` times over, each giving its value to ranks behind it or not; counts them and says what the last did. */
@@ -10257,72 +10441,56 @@ struct Leaving {
       e.by_rank[rank] = s.weight(i);
     }
     __syncthreads();
-    int32_t bad = value_all(first, evictable), last = -1;
-    if (bad == INT_MAX && c.gapped()) {
-      last = merge_cheapest(first, evictable, leaving);
-      if (last < 0) {
-        // Its rank among those that are left.
-        bad = 0;
-        for (int32_t base = 0; base < area.bad[0]; base += threads) {
-          sum_before(base + tid < area.bad[0] && turns()[base + tid] == kNever);
-          bad += area.into;
-        }
-      }
-    }
+    const int32_t bad = value_all(first, evictable);
     if (bad != INT_MAX) {
       if (tid == 0) faults.report(Fault::NanScore, bad);
       return false;
     }
-    int32_t dropped = 0;
-    if (!c.gapped()) {
-      const int32_t* order = c.select == WKV_SELECT_OLDEST ? array(1) : sort(evictable);
-      // The victims' slots in the order of leaving.
-      int32_t freed = 0;
-      for (int32_t base = 0; base < leaving; base += threads) {
-        const int32_t i = base + tid;
-        int32_t entry = INT_MAX;
-        if (i < leaving) turns()[order[i]] = i, entry = entries()[order[i]];
-        const int32_t at = freed + sum_before(entry < s.kept);
-        if (entry < s.kept) e.freed[at] = entry;
-        freed += area.into;
+    const int32_t* order = c.select == WKV_SELECT_OLDEST ? array(1) : sort(evictable);
+    // The victims' slots in the order of leaving.
+    int32_t freed = 0;
+    for (int32_t base = 0; base < leaving; base += threads) {
+      const int32_t i = base + tid;
+      int32_t entry = INT_MAX;
+      if (i < leaving) turns()[order[i]] = i, entry = entries()[order[i]];
+      const int32_t at = freed + sum_before(entry < s.kept);
+      if (entry < s.kept) e.freed[at] = entry;
+      freed += area.into;
+    }
+    const int32_t last = order[leaving - 1];
+    if (tid == 0) area.freed = freed;
+    __syncthreads();
+    int32_t dropped = c.merge == WKV_MERGE_NONE ? leaving : 0;
+    if (c.merge == WKV_MERGE_SPREAD) spread_oldest(first, leaving);
+    if (c.merge == WKV_MERGE_RIGHT) {
+      // The sort's arrays are free again.
+      int32_t *highs = array(0), *lefts = array(2), *done = array(3), *highest = highs + (total + 31) / 32;
+      for (int32_t k = warp; k * 32 < total; k += warps) {
+        const int32_t r = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, r < total ? turns()[r] : 0);
+        if (lane == 0) highs[k] = high;
       }
-      last = order[leaving - 1];
-      if (tid == 0) area.freed = freed;
       __syncthreads();
-      if (c.merge == WKV_MERGE_NONE) dropped = leaving;
-      if (c.merge == WKV_MERGE_SPREAD) spread_oldest(first, leaving);
-      if (c.merge == WKV_MERGE_RIGHT) {
-        // The sort's arrays are free again.
-        int32_t *highs = array(0), *lefts = array(2), *done = array(3), *highest = highs + (total + 31) / 32;
-        for (int32_t k = warp; k * 32 < total; k += warps) {
-          const int32_t r = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, r < total ? turns()[r] : 0);
-          if (lane == 0) highs[k] = high;
-        }
-        __syncthreads();
-        for (int32_t k = warp; k * 1024 < total; k += warps) {
-          const int32_t i = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, i * 32 < total ? highs[i] : 0);
-          if (lane == 0) highest[k] = high;
-        }
-        __syncthreads();
-        for (int32_t r = tid; r < total; r += threads) {
-          const int32_t turn = turns()[r];
-          if (turn == kNever) continue;
-          lefts[r] = later_left(r, highs, highest);
-          // What takes nothing in is ready.
-          done[r] = r > 0 && turns()[r - 1] < turn ? 0 : INT_MAX;
-        }
-        __syncthreads();
-        merge(lefts, done);
-        // Those behind whom nobody stays or leaves later have nobody to go to.
-        if (tid == 0) {
-          for (int32_t r = total - 1; r >= 0 && turns()[r] != kNever; r = lefts[r]) dropped++;
-          area.into = dropped;
-        }
-        __syncthreads();
-        dropped = area.into;
+      for (int32_t k = warp; k * 1024 < total; k += warps) {
+        const int32_t i = k * 32 + lane, high = __reduce_max_sync(0xffffffffu, i * 32 < total ? highs[i] : 0);
+        if (lane == 0) highest[k] = high;
       }
-    } else {
-      dropped = area.holes;
+      __syncthreads();
+      for (int32_t r = tid; r < total; r += threads) {
+        const int32_t turn = turns()[r];
+        if (turn == kNever) continue;
+        lefts[r] = later_left(r, highs, highest);
+        // What takes nothing in is ready.
+        done[r] = r > 0 && turns()[r - 1] < turn ? 0 : INT_MAX;
+      }
+      __syncthreads();
+      merge(lefts, done);
+      // Those behind whom nobody stays or leaves later have nobody to go to.
+      if (tid == 0) {
+        for (int32_t r = total - 1; r >= 0 && turns()[r] != kNever; r = lefts[r]) dropped++;
+        area.into = dropped;
+      }
+      __syncthreads();
+      dropped = area.into;
     }
     // The right neighbour of the last one: all others have left.
     if (tid == 0) area.around[0] = INT_MAX, area.arrived_left = arrived - (leaving - area.freed), area.first_freed = area.freed > 0 ? e.freed[0] : 0;
@@ -10356,10 +10524,10 @@ struct Leaving {
  * Steps 4 to 6 for one head; scores already have this step's weights, counts->steps counts it. While too many tokens are left the
  * policy's victim (rank \`forced\` at first, -1: none) leaves; what is left of the incoming tokens, whose rows are in_keys and in_values,
  * then goes into free slots. \`e\` is the head's own state or a copy, which is written back. \`order\`: scratch of Leaving, of e's stride; null:
- * there is none, and tokens leave one by one.
+ * there is none, and tokens leave one by one. \`places\`: as of Settling::place; untouched after a fault.
  */
 template <typename T>
-__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area, int32_t* order = nullptr) {
+__device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32_t kept, int32_t arrived, T* in_keys, T* in_values, int32_t forced, const Faults& faults, SettleArea& area, int32_t* order = nullptr, int32_t* places = nullptr) {
   const int32_t tid = threadIdx.x, total = kept + arrived, target = wkv_target(total, c.slots, c.interval);
   const Settling<T> s{c, head, e, kept, total, in_keys, in_values, area};
   if (tid == 0) area.freed = 0, area.arrived_left = arrived;
@@ -10380,7 +10548,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
   if (total > target && c.later) s.measure_all();
   if (order && total - target >= kMany && Leaving<T>::takes(c)) {
     __syncthreads();
-    if (Leaving<T>{s, e, area, e.stride, order}.run(total - target, arrived, faults)) s.place(arrived);
+    if (Leaving<T>{s, e, area, e.stride, order}.run(total - target, arrived, faults)) s.place(arrived, places);
     return;
   }
   for (int32_t count = total, turn = 0; count > target; count--, turn++, forced = -1) {
@@ -10402,7 +10570,7 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
     s.leave(j, count, turn);
   }
   __syncthreads();
-  s.place(arrived);
+  s.place(arrived, places);
 }
 
 }  // namespace wkv
@@ -10416,36 +10584,35 @@ namespace wkv {
 
 constexpr int kTileThreads = 256;
 
-/** How a block is laid out: warps along w and x, the rest along C; tiles of 16 rows of w and of 8 of x a warp; blocks of 32 columns a
- *  stage; blocks that share a multiprocessor. */
+/** How a block is laid out: warps along w and x; tiles of 16 rows of w and of 8 of x a warp; blocks of 32 columns a stage; at most so many
+ *  stages; blocks that share a multiprocessor. */
 template <int kWarpsW, int kWarpsX, int kTilesW, int kTilesX, int kBlocks_, int kStages_, int kResident_>
 struct Plan {
-  static constexpr int kAlongX = kWarpsX, kAlongC = 8 / kWarpsW / kWarpsX, kW = kTilesW, kX = kTilesX, kBlocks = kBlocks_, kStages = kStages_, kResident = kResident_;
+  static_assert(kWarpsW * kWarpsX * 32 == kTileThreads);
+  static constexpr int kAlongX = kWarpsX, kW = kTilesW, kX = kTilesX, kBlocks = kBlocks_, kStages = kStages_, kResident = kResident_;
   static constexpr int kRows = 16 * kTilesW * kWarpsW, kTokens = 8 * kTilesX * kWarpsX;
-  static constexpr int kStride = kRows + 4;                                           // of the sums of warps along C, in shared memory
-  static constexpr int kSums = kAlongC > 1 ? kAlongC * kTokens * kStride * 4 : 0;  // bytes
+  static constexpr int kStride = kRows + 4, kSums = kTokens * kStride * 4;  // of the sums of a cluster's blocks, in shared memory; bytes
 };
 
-/** The rows of w (gated: 16 of gate, 16 of up, in turn) and of x that a block owns. */
+/** The rows of w (gated: 16 of gate, 16 of up, in turn) and of x that a block owns. \`parts\` blocks, a cluster, share their columns. */
 template <typename P>
 struct Tile {
   WeightView w, up;
-  int32_t gated, rows, t0, j0;
-  int along_w, along_x, along_c, group, i;  // the warp's place; the lane is 4 group + i
-  __device__ Tile(const WeightView& w, const WeightView& up, int32_t gated, int32_t rows) : w(w), up(up), gated(gated), rows(rows) {
-    t0 = blockIdx.x * P::kTokens, j0 = blockIdx.y * (P::kRows >> gated);
+  int32_t gated, rows, parts, part, t0, j0;
+  int along_w, along_x, group, i;  // the warp's place; the lane is 4 group + i
+  __device__ Tile(const WeightView& w, const WeightView& up, int32_t gated, int32_t rows, int32_t parts) : w(w), up(up), gated(gated), rows(rows), parts(parts) {
+    part = blockIdx.x % parts, t0 = blockIdx.x / parts * P::kTokens, j0 = blockIdx.y * (P::kRows >> gated);
     const int warp = threadIdx.x / 32;
-    along_w = warp / (P::kAlongX * P::kAlongC), along_x = warp / P::kAlongC % P::kAlongX, along_c = warp % P::kAlongC;
-    group = threadIdx.x % 32 / 4, i = threadIdx.x % 4;
+    along_w = warp / P::kAlongX, along_x = warp % P::kAlongX, group = threadIdx.x % 32 / 4, i = threadIdx.x % 4;
   }
   __device__ int32_t row_out(int r) const { return j0 + (gated ? r / 32 * 16 + r % 16 : r); }
   /** Past the end the last row stands in. */
   __device__ int64_t row_in(int r) const { return min(w.rows - 1, row_out(r)); }
   __device__ int64_t token_in(int t) const { return min(rows - 1, t0 + t); }
-  __device__ const uint8_t* data(int r) const { return gated && r / 16 % 2 ? up.data : w.data; }
-  __device__ const __half* scales(int r) const { return gated && r / 16 % 2 ? up.scales : w.scales; }
+  __device__ const WeightView& weight(int r) const { return gated && r / 16 % 2 ? up : w; }
 
-  /** Adds up the warps along C and gives the results to \`to\`, those of x's row t times factors[t] (null: as they are). \`shared\` is free. */
+  /** Adds up the cluster's blocks and gives the results to \`to\`, those of x's row t times factors[t] (null: as they are). \`shared\` is free
+   *  once all of the block's threads have come here. */
   __device__ void finish(const float (&total)[P::kW][P::kX][4], const float* factors, float* shared, const OutputView& to) const {
     const auto put = [&](int t, int r, float first, float second) {
       const int32_t j = row_out(r);
@@ -10453,44 +10620,35 @@ struct Tile {
       const float factor = factors ? factors[t0 + t] : 1.0f;
       to.put(t0 + t, j, gated ? activate(to.activation, first * factor, second * factor) : first * factor);
     };
-    if constexpr (P::kAlongC == 1) {
-#pragma unroll
-      for (int m = 0; m < P::kW; m++) {
-        if (gated && m % 2) continue;
-#pragma unroll
-        for (int n = 0; n < P::kX; n++) {
-#pragma unroll
-          for (int k = 0; k < 4; k++) {
-            put((along_x * P::kX + n) * 8 + 2 * i + k % 2, (along_w * P::kW + m) * 16 + k / 2 * 8 + group, total[m][n][k], total[(m + 1) % P::kW][n][k]);
-          }
-        }
-      }
-    } else {
-      __syncthreads();
+    const auto each = [&](auto body) {
 #pragma unroll
       for (int m = 0; m < P::kW; m++) {
 #pragma unroll
         for (int n = 0; n < P::kX; n++) {
 #pragma unroll
-          for (int k = 0; k < 4; k++) {
-            const int t = (along_x * P::kX + n) * 8 + 2 * i + k % 2, r = (along_w * P::kW + m) * 16 + k / 2 * 8 + group;
-            shared[(along_c * P::kTokens + t) * P::kStride + r] = total[m][n][k];
-          }
+          for (int k = 0; k < 4; k++) body((along_x * P::kX + n) * 8 + 2 * i + k % 2, (along_w * P::kW + m) * 16 + k / 2 * 8 + group, m, n, k);
         }
       }
-      __syncthreads();
-      const auto sum = [&](int t, int r) {
-        float all = 0.0f;
-#pragma unroll
-        for (int c = 0; c < P::kAlongC; c++) all += shared[(c * P::kTokens + t) * P::kStride + r];
-        return all;
-      };
-      const int wide = P::kRows >> gated;
-      for (int o = threadIdx.x; o < P::kTokens * wide; o += kTileThreads) {
-        const int t = o / wide, r = gated ? o % wide / 16 * 32 + o % 16 : o % wide;
-        put(t, r, sum(t, r), gated ? sum(t, r + 16) : 0.0f);
-      }
+    };
+    if (parts == 1 && (!gated || P::kW % 2 == 0)) {
+      return each([&](int t, int r, int m, int n, int k) {
+        if (!gated || m % 2 == 0) put(t, r, total[m][n][k], total[(m + 1) % P::kW][n][k]);
+      });
     }
+    __syncthreads();
+    each([&](int t, int r, int m, int n, int k) { shared[t * P::kStride + r] = total[m][n][k]; });
+    if (parts > 1) arrive_cluster(), wait_cluster();
+    else __syncthreads();
+    const auto sum = [&](int t, int r) {
+      const float* at = shared + t * P::kStride + r;
+      return parts == 1 ? *at : sum_peers(at, parts);
+    };
+    const int wide = P::kRows >> gated, outputs = P::kTokens * wide;
+    for (int o = outputs * part / parts + threadIdx.x; o < outputs * (part + 1) / parts; o += kTileThreads) {
+      const int t = o / wide, r = gated ? o % wide / 16 * 32 + o % 16 : o % wide;
+      if (t0 + t < rows) put(t, r, sum(t, r), gated ? sum(t, r + 16) : 0.0f);
+    }
+    if (parts > 1) arrive_cluster(), wait_cluster();  // the others still read
   }
 };
 
