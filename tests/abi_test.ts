@@ -428,10 +428,10 @@ describe("a function", () => {
       ["wkv_linear", 4, [-1, 1, HUGE, LOWEST], /row/],
       ["wkv_linear", 5, [0, -1, 5, HUGE, LOWEST], /row/],
       ["wkv_linear", 10, [-1, 2, HUGE, LOWEST], /add/],
-      ["wkv_linear", 11, [-1, 2, HUGE, LOWEST], /precision/],
+      ["wkv_linear", 11, [-1, 3, HUGE, LOWEST], /precision/],
       ["wkv_gated", 3, [0, -1, 5, HUGE, LOWEST], /rows/],
       ["wkv_gated", 8, [-1, 2, HUGE, LOWEST], /activation/],
-      ["wkv_gated", 9, [-1, 2, HUGE, LOWEST], /precision/],
+      ["wkv_gated", 9, [-1, 3, HUGE, LOWEST], /precision/],
       ["wkv_rope_open", 1, [-1, 0, 1, 14, 513, HUGE, LOWEST], /head_dim/],
       ["wkv_rope_open", 2, [-1, 2, HUGE, LOWEST], /pairs/],
       ["wkv_rope_open", 5, [-1, 2 ** 21 + 1, HUGE, LOWEST], /positions/],
@@ -847,6 +847,15 @@ describe("a run that is started", () => {
     }
     raw("wkv_tensor_write", context, things.ids, 0, 1, tokens.fill(9), 16);
     assertEquals(read(), [9, 9, 9, 9]);
+    // What is written while the graph runs is written after it.
+    for (let i = 0; i < 20; i++) {
+      draw(i);
+      raw("wkv_graph_begin", context);
+      assertEquals(raw("wkv_graph_start", context, graph), WKV_OK);
+      raw("wkv_tensor_write", context, things.ids, 0, 1, tokens.fill(7), 16);
+      assertEquals(read(), [7, 7, 7, 7]);
+      open("wkv_graph_end", context);
+    }
     // A refused start is no failure of what is recorded.
     raw("wkv_graph_begin", context);
     assertEquals(raw("wkv_graph_start", context, 0), WKV_HANDLE);

@@ -555,6 +555,26 @@ describe("runs", () => {
     });
   }
 
+  for (const cacheType of ["f32", "f16", "bf16"] as const) {
+    it(`forget at reset() values that were no numbers, in ${cacheType}`, () => {
+      const shape: Layer = { heads: 4, kvHeads: 2, headDim: 64 };
+      const options: CacheOptions = { budget: 30, cacheType, sequences: 2 };
+      using spoilt = openCache(backend, shape, options);
+      using fresh = openCache(backend, shape, options);
+      const random = new Random(31);
+      const width = qkvWidth(shape);
+      const values = width - shape.kvHeads * shape.headDim;
+      const bad = random.qkv(shape, 2 * 25, 2).map((x, i) =>
+        i % width < values ? x : NaN
+      );
+      assert(decode(spoilt, bad, shape).some(Number.isNaN));
+      spoilt.reset(0);
+      spoilt.reset();
+      const rows = random.qkv(shape, 2 * 40, 2);
+      assertEquals(decode(spoilt, rows, shape), decode(fresh, rows, shape));
+    });
+  }
+
   it("of one layer leave the others alone", () => {
     const deep: Layer = { ...layer, layers: 2 };
     using two = openCache(backend, deep, { budget: 8 });

@@ -831,10 +831,11 @@ void start_attend(Context& ctx, const Cache& cache, AttendView a) {
   plan.q_at = Way::kWarps * Way::kRegion;
   plan.rows_at = plan.q_at + Way::kQuery;
   plan.outputs_at = plan.rows_at + 3 * Way::kDim * static_cast<int32_t>(sizeof(typename Way::T));
-  // Blocks enough to fill the processors twice, each warp with a chunk or more; clusters that all find room at once.
+  // Blocks enough to fill the processors twice, each warp with a chunk or more, or two where clusters are larger than any GPU need have;
+  // clusters that all find room at once.
   const int32_t most = ctx.capability < 90 ? 1 : kMostBlocks;
   int32_t blocks = 1;
-  while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * Way::kWarps * kChunk) blocks *= 2;
+  while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * Way::kWarps * kChunk * (blocks < 8 ? 1 : 2)) blocks *= 2;
   const size_t limit = std::min<size_t>(ctx.shared_limit, 112 * 1024) - sizeof(typename Way::Area);
   for (;; blocks = std::max(1, blocks / 2)) {
     plan.blocks_log = log2_up(blocks), plan.slice_log = log2_up(divide_up(outputs, blocks));

@@ -161,11 +161,14 @@ int32_t wkv_cache_reset(int32_t context, int32_t handle, int32_t sequence) {
     const size_t a_layer = size_t(cache->sequences) * cache->kv_heads, count = sequence < 0 ? a_layer * cache->layers : size_t(cache->kv_heads);
     const std::vector<Counts> empty(count, kEmpty);
     Counts* counts = cache->memory->as<Counts>(cache->counts_at);
-    if (sequence < 0) {
-      ctx.copy(counts, empty.data(), count * sizeof(Counts));
-      return;
-    }
-    for (int32_t layer = 0; layer < cache->layers; layer++) ctx.copy(counts + cache->head(layer, sequence, 0), empty.data(), count * sizeof(Counts));
+    // wkv_attend weighs values behind the last token with 0, so a failed step must leave none there that are no numbers.
+    const size_t values = size_t(cache->slots) * cache->row_bytes();
+    const auto empty_heads = [&](int64_t first) {
+      ctx.copy(counts + first, empty.data(), count * sizeof(Counts));
+      ctx.zero(cache->memory->as<void>(cache->values_at + first * values), count * values);
+    };
+    if (sequence < 0) return empty_heads(0);
+    for (int32_t layer = 0; layer < cache->layers; layer++) empty_heads(cache->head(layer, sequence, 0));
   });
 }
 

@@ -300,7 +300,10 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
     check_rows(*tensor, row, rows);
     const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
-    if (tensor->mirror) std::memcpy(tensor->mirror->as<void>(row * bytes), data, size_t(rows * bytes));
+    if (tensor->mirror) {
+      ctx.settle();  // a graph that runs while another is recorded may be about to write it
+      std::memcpy(tensor->mirror->as<void>(row * bytes), data, size_t(rows * bytes));
+    }
     if (!is_quantised(tensor->dtype)) {
       ctx.copy(tensor->memory->as<uint8_t>(row * bytes), data, size_t(rows * bytes));
       return;

@@ -3792,10 +3792,11 @@ void start_attend(Context& ctx, const Cache& cache, AttendView a) {
   plan.q_at = Way::kWarps * Way::kRegion;
   plan.rows_at = plan.q_at + Way::kQuery;
   plan.outputs_at = plan.rows_at + 3 * Way::kDim * static_cast<int32_t>(sizeof(typename Way::T));
-  // Blocks enough to fill the processors twice, each warp with a chunk or more; clusters that all find room at once.
+  // Blocks enough to fill the processors twice, each warp with a chunk or more, or two where clusters are larger than any GPU need have;
+  // clusters that all find room at once.
   const int32_t most = ctx.capability < 90 ? 1 : kMostBlocks;
   int32_t blocks = 1;
-  while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * Way::kWarps * kChunk) blocks *= 2;
+  while (blocks < most && int64_t{units} * blocks * 2 <= 2 * ctx.processors && cache.slots >= blocks * 2 * Way::kWarps * kChunk * (blocks < 8 ? 1 : 2)) blocks *= 2;
   const size_t limit = std::min<size_t>(ctx.shared_limit, 112 * 1024) - sizeof(typename Way::Area);
   for (;; blocks = std::max(1, blocks / 2)) {
     plan.blocks_log = log2_up(blocks), plan.slice_log = log2_up(divide_up(outputs, blocks));
@@ -4663,11 +4664,14 @@ int32_t wkv_cache_reset(int32_t context, int32_t handle, int32_t sequence) {
     const size_t a_layer = size_t(cache->sequences) * cache->kv_heads, count = sequence < 0 ? a_layer * cache->layers : size_t(cache->kv_heads);
     const std::vector<Counts> empty(count, kEmpty);
     Counts* counts = cache->memory->as<Counts>(cache->counts_at);
-    if (sequence < 0) {
-      ctx.copy(counts, empty.data(), count * sizeof(Counts));
-      return;
-    }
-    for (int32_t layer = 0; layer < cache->layers; layer++) ctx.copy(counts + cache->head(layer, sequence, 0), empty.data(), count * sizeof(Counts));
+    // wkv_attend weighs values behind the last token with 0, so a failed step must leave none there that are no numbers.
+    const size_t values = size_t(cache->slots) * cache->row_bytes();
+    const auto empty_heads = [&](int64_t first) {
+      ctx.copy(counts + first, empty.data(), count * sizeof(Counts));
+      ctx.zero(cache->memory->as<void>(cache->values_at + first * values), count * values);
+    };
+    if (sequence < 0) return empty_heads(0);
+    for (int32_t layer = 0; layer < cache->layers; layer++) empty_heads(cache->head(layer, sequence, 0));
   });
 }
 
@@ -8737,7 +8741,10 @@ int32_t wkv_tensor_write(int32_t context, int32_t handle, int32_t row, int32_t r
     check_rows(*tensor, row, rows);
     const int64_t bytes = wkv_row_bytes(tensor->dtype, tensor->columns);
     require_buffer(data, data_bytes, rows * bytes, "data");
-    if (tensor->mirror) std::memcpy(tensor->mirror->as<void>(row * bytes), data, size_t(rows * bytes));
+    if (tensor->mirror) {
+      ctx.settle();  // a graph that runs while another is recorded may be about to write it
+      std::memcpy(tensor->mirror->as<void>(row * bytes), data, size_t(rows * bytes));
+    }
     if (!is_quantised(tensor->dtype)) {
       ctx.copy(tensor->memory->as<uint8_t>(row * bytes), data, size_t(rows * bytes));
       return;
