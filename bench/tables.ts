@@ -1,19 +1,26 @@
 /**
  * Prints tables of docs/results.md from the study's files, with differences
- * paired by window, or by question, from a policy of the same file.
+ * paired by window, or by question, from a policy.
  *
  *   deno run -A bench/tables.ts FILE... [--against eviction]
+ *     [--beside FILE]
+ *
+ * Rows of `--beside` are what others are paired with: those of the policy that
+ * `--against` names, without one those of the same policy.
  *
  * Intervals are one standard error of the sum of the windows' differences; the
- * 95% ones in brackets are of 10,000 draws of windows.
+ * 95% ones in brackets are of 10,000 draws of windows. Those of g, the share of a
+ * host's gap that docs/candidates.md defines, are Student's, of g with one window
+ * left out at a time: rules were run on as few as six windows.
  */
 
 import { parseArgs } from "@std/cli/parse-args";
 import { Random } from "../mod.ts";
 
-/** A row of windows or of questions, as study.ts writes it. */
+/** A row of windows, of questions or of a candidate rule. */
 interface Row {
   policy: string;
+  positions: string;
   targets: number;
   perplexity: number;
   stderr: number;
@@ -29,26 +36,60 @@ interface Row {
   scores: number[];
   nll: number;
   nlls: number[];
+  /** A candidate's name; its host is a rule of these files too. */
+  rule?: string;
+  host?: string;
+  hostPositions?: string;
+  /** The g, in per cent, that it is kept above. */
+  bound: number;
+  /** Which windows of the tuning text it was run on. */
+  picked: number[];
 }
 
+/** Student's 97.5% quantiles, by the number of windows. */
+const STUDENT: Readonly<Record<number, number>> = {
+  6: 2.571,
+  12: 2.201,
+  40: 2.023,
+};
+
 const args = parseArgs(Deno.args, {
-  string: ["against"],
-  default: { against: "eviction" },
-}) as unknown as { _: string[]; against: string };
+  string: ["against", "beside"],
+}) as unknown as { _: string[]; against?: string; beside?: string };
+const beside = args.beside === undefined ? null : await read(args.beside);
+const against = args.against ?? (beside ? null : "eviction");
+const rules: Row[] = [];
 
 for (const path of args._) {
-  const { rows } = JSON.parse(await Deno.readTextFile(path)) as { rows: Row[] };
-  console.log(`\n${path}, against ${args.against}\n`);
+  const rows = await read(path);
+  if (rows[0]?.rule !== undefined) {
+    rules.push(...rows);
+    continue;
+  }
+  const of = args.beside === undefined ? "" : ` of ${args.beside}`;
+  console.log(`\n${path}, against ${against ?? "the same policy"}${of}\n`);
   if (rows[0]?.task === undefined) windows(rows);
   else questions(rows);
 }
+if (rules.length > 0) candidates(rules);
+
+async function read(path: string): Promise<Row[]> {
+  return JSON.parse(await Deno.readTextFile(path)).rows;
+}
+
+/** What a row is paired with: of `--beside`, or of its own file. */
+function hostOf(row: Row, rows: readonly Row[]): Row | undefined {
+  return (beside ?? rows).find(({ policy, task }) =>
+    policy === (against ?? row.policy) && task === row.task
+  );
+}
 
 function windows(rows: Row[]): void {
-  const host = rows.find(({ policy }) => policy === args.against)!;
-  const full = rows.find(({ policy }) => policy === "full");
-  const gap = full && host.perplexity - full.perplexity;
+  const full = (beside ?? rows).find(({ policy }) => policy === "full");
   rows.sort((a, b) => a.perplexity - b.perplexity);
   for (const row of rows) {
+    const host = hostOf(row, rows)!;
+    const gap = full && host.perplexity - full.perplexity;
     const { policy, perplexity, stderr, kl, klStderr, sameTop } = row;
     const cells = [policy, `${perplexity.toFixed(2)} ± ${stderr.toFixed(2)}`];
     if (full && gap) {
@@ -58,17 +99,100 @@ function windows(rows: Row[]): void {
       cells.push(`${(100 * own / gap).toFixed(0)}%`);
     }
     const { mean, error, low, high } = pair(row, host);
-    const percent = (x: number) => (100 * Math.expm1(x)).toFixed(2);
     cells.push(
       `${percent(mean)}% ± ${(100 * error).toFixed(2)}% [${percent(low)}, ${
         percent(high)
       }]`,
     );
+    if (full && against === null) cells.push(gain(row, host, full));
     if (kl !== null) cells.push(`${kl.toFixed(3)} ± ${klStderr!.toFixed(3)}`);
     if (sameTop !== null) cells.push(`${(100 * sameTop).toFixed(1)}%`);
     cells.push(row.seconds.toFixed(1), `${row.targets}`);
     console.log(`| ${cells.join(" | ")} |`);
   }
+}
+
+function percent(difference: number): string {
+  const percent = 100 * Math.expm1(difference);
+  return `${percent < 0 ? "" : "+"}${percent.toFixed(2)}`;
+}
+
+/** Every rule beside its host on the windows that the rule was run on. */
+function candidates(rows: readonly Row[]): void {
+  const find = (name: string, where?: string) =>
+    rows.find(({ rule, positions }) =>
+      rule === name && (where === undefined || positions === where)
+    )!;
+  const full = find("full");
+  console.log("\nRules, against their hosts\n");
+  for (const row of rows) {
+    if (row.host === undefined) continue;
+    const host = on(row.picked, find(row.host, row.hostPositions));
+    const { mean, error } = pair(row, host);
+    const none = on(row.picked, full);
+    const { low, high } = closed(row, host, none);
+    const verdict = 100 * high < row.bound
+      ? "refuted"
+      : 100 * low > row.bound
+      ? "above"
+      : "undecided";
+    const cells = [
+      row.rule,
+      `${row.positions}, ${row.hostPositions}`,
+      row.picked.length,
+      `${row.perplexity.toFixed(2)}, ${host.perplexity.toFixed(2)}`,
+      `${percent(mean)}% ± ${(100 * error).toFixed(2)}%`,
+      gain(row, host, none),
+      `${row.bound}%`,
+      verdict,
+    ];
+    console.log(`| ${cells.join(" | ")} |`);
+  }
+}
+
+/** A row on some of its windows. */
+function on(picked: readonly number[], row: Row): Row {
+  const pick = <T>(list: readonly T[]) =>
+    picked.map((window) => list[row.picked.indexOf(window)]!);
+  const own = {
+    ...row,
+    windowTargets: pick(row.windowTargets),
+    windowNll: pick(row.windowNll),
+  };
+  return { ...own, perplexity: perplexityWithout(own) };
+}
+
+function perplexityWithout(row: Row, left?: number): number {
+  const sum = (list: readonly number[]) =>
+    list.reduce((sum, x, w) => w === left ? sum : sum + x, 0);
+  return Math.exp(sum(row.windowNll) / sum(row.windowTargets));
+}
+
+/** g with its interval, as a cell. */
+function gain(row: Row, host: Row, full: Row): string {
+  const { g, low, high } = closed(row, host, full);
+  const share = (x: number) => `${x < 0 ? "" : "+"}${(100 * x).toFixed(1)}`;
+  return `${share(g)}% [${share(low)}, ${share(high)}]`;
+}
+
+/** The share of the host's gap that a rule closes, and its 95% interval. */
+function closed(
+  row: Row,
+  host: Row,
+  full: Row,
+): { g: number; low: number; high: number } {
+  const share = (left?: number) => {
+    const [own, hosts, none] = [row, host, full].map((row) =>
+      perplexityWithout(row, left)
+    ) as [number, number, number];
+    return (hosts - own) / (hosts - none);
+  };
+  const g = share(), n = row.windowNll.length;
+  const without = row.windowNll.map((_, w) => share(w));
+  const mean = without.reduce((a, b) => a + b) / n;
+  const squares = without.reduce((sum, x) => sum + (x - mean) ** 2, 0);
+  const reach = STUDENT[n]! * Math.sqrt((n - 1) / n * squares);
+  return { g, low: g - reach, high: g + reach };
 }
 
 /** The mean difference of two rows' nll, its standard error and 95% interval. */
@@ -106,10 +230,10 @@ function paired(
 function questions(rows: Row[]): void {
   for (const task of new Set(rows.map(({ task }) => task))) {
     const own = rows.filter((row) => row.task === task);
-    const host = own.find(({ policy }) => policy === args.against);
     own.sort((a, b) => a.nll - b.nll);
     console.log(`${task}, ${own[0]!.questions} questions`);
     for (const row of own) {
+      const host = hostOf(row, own);
       const cells = [
         row.policy,
         ...[row.scores.map((x) => 100 * x), row.nlls]
