@@ -47,7 +47,7 @@ export const loadOptions = {
   device: choice(["auto", "cpu", "cuda"], "Where it runs (default auto)"),
   activations: choice(
     PRECISIONS,
-    "How activations meet weights (default int8, of quantised ones)",
+    "How activations meet weights (default int8, of quantised ones; half: once rounded, of 16-bit ones)",
   ),
   "kv-heads": choice(
     ["model", "query"],
