@@ -3721,11 +3721,13 @@ __global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(c
   const auto ahead = my.read_ahead();
   const auto shares = my.join_softmax();
   const Candidate mine = my.accumulate(shares, ahead, selects, forced);
-  if (selects) my.tell_candidate(mine);
   for (int32_t pass = 0;; pass++) {
+    // A candidate also says that its warp has read its values for the last time: the victim's may then be written over.
+    const bool ends = (pass + 1) * Way::kPass >= Way::kGroup;
+    if (ends && selects) my.tell_candidate(mine);
     __syncthreads();
     my.tell_output(pass);
-    if ((pass + 1) * Way::kPass >= Way::kGroup) break;
+    if (ends) break;
     __syncthreads();
     my.sum_values(pass + 1);
     my.keep_sums(pass + 1);

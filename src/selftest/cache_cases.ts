@@ -43,7 +43,8 @@ export interface CacheCase {
 /**
  * Which ranks are forced to leave: the new token, the one before it (its value
  * goes into the new token's), the first, the newest and the oldest slot in
- * turns, ranks at the ends of blocks of 64, or any, some left free.
+ * turns, ranks at the ends of blocks of 64 or of chunks of 8, or any, some left
+ * free.
  */
 export type Victims =
   | "new"
@@ -51,6 +52,7 @@ export type Victims =
   | "first"
   | "across"
   | "block ends"
+  | "chunk ends"
   | "any";
 
 /** Decode steps. */
@@ -245,6 +247,35 @@ const forced: AttendCase[] = pairwise(
   steps: 3,
 }));
 
+/**
+ * Values that are read again for more query heads, while their slot may be given
+ * away: victims whose neighbours lie in another block, which has less to do.
+ */
+const again: AttendCase[] = ([
+  ["f32", 128, 16],
+  ["f32", 256, 16],
+  ["f32", 256, 4],
+  ["bf16", 66, 16],
+] as const).flatMap(([cacheType, headDim, group]) =>
+  [136, 520].map((budget, i): AttendCase => ({
+    kernel: "attend",
+    cacheType,
+    headDim,
+    policy: i === 0 ? "weighted-kv" : "h2o",
+    positions: i === 0 ? "cache" : "text",
+    victims: "chunk ends",
+    budget,
+    sinks: 0,
+    recent: 0,
+    sequences: 1,
+    group,
+    kvHeads: 1,
+    pairs: pairsOf(i),
+    kept: budget,
+    steps: 3,
+  }))
+);
+
 /** Prompts that fit, that do not, and chunks behind them. */
 const prefill: PrefillCase[] = pairwise(
   {
@@ -430,6 +461,7 @@ export const cacheCases: CacheRow[] = [
   ...edges,
   ...odd,
   ...forced,
+  ...again,
   ...prefill,
   ...wide,
   ...capped,

@@ -176,6 +176,8 @@ function ranksOf(
         return step === 0 ? 0 : Math.max(0, budget - 2);
       case "block ends":
         return Math.min(budget, 64 * (1 + random.integer(budget / 64 + 1)) - 1);
+      case "chunk ends":
+        return 8 * (1 + random.integer(budget / 8)) - 1;
       case "any":
         return random.integer(budget + 2) - 1;
     }
