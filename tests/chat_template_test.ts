@@ -73,7 +73,9 @@ describe("a chat template", () => {
     for (
       const [source, says] of [
         ["{% if %}", "The chat template is wrong: "],
-        ["{% for x in messages %}", "The chat template is wrong: "],
+        ["{% for x in messages %}", "The chat template is wrong: It ends"],
+        ["{% if messages %}a{% else %}", "The chat template is wrong: It ends"],
+        ["{% endfor %}", "Unknown statement type: endfor"],
         ["{{ 'open", "The chat template is wrong: "],
         ["x".repeat(300_000), "expected at most 262144"],
         [`a${" ".repeat(200_000)}b`, "1024 blanks in a row"],

@@ -466,6 +466,29 @@ describe("pull from the Hub", () => {
     }]);
   });
 
+  it("removes a link to elsewhere, and leaves what it leads to", async () => {
+    const hubCache = fresh("hub"), elsewhere = fresh("own.gguf");
+    const folder = `${hubCache}/models--org--repo`;
+    const snapshot = `${folder}/snapshots/${COMMIT}`;
+    for (const part of ["blobs", "refs", `snapshots/${COMMIT}`]) {
+      await Deno.mkdir(`${folder}/${part}`, { recursive: true });
+    }
+    await Deno.writeTextFile(`${folder}/refs/main`, COMMIT);
+    await Deno.writeFile(elsewhere, CONTENT);
+    await Deno.symlink(elsewhere, `${snapshot}/x.gguf`);
+    await Deno.writeFile(`${snapshot}/y.gguf`, CONTENT.slice(5));
+    const options = { hubCache, cacheDir: fresh("cache") };
+    const { files } = await describeModel("hf:org/repo:x.gguf", options);
+    assertEquals(files.map(({ hash }) => hash), [null]);
+    assertEquals(await removeModel("hf:org/repo:x.gguf", options), 0);
+    assertEquals(
+      await removeModel("hf:org/repo:y.gguf", options),
+      CONTENT.length - 5,
+    );
+    assertEquals(await tree(hubCache), []);
+    assertEquals(await Deno.readFile(elsewhere), CONTENT);
+  });
+
   it("gets a folder that loads, with every file that it needs", async () => {
     const source = new URL("golden/models/llama/", import.meta.url).pathname;
     await using hub = new FakeHub();

@@ -60,7 +60,14 @@ export function parseTemplate(source: string): Program {
       tokenize(source, { lstrip_blocks: true, trim_blocks: true }),
     );
   } catch (cause) {
-    throw new TemplateFault(reason(cause), { cause });
+    // Behind the last token the parser finds nothing, and takes it for one.
+    const ends = cause instanceof TypeError;
+    throw new TemplateFault(
+      ends
+        ? "It ends before all that it opens is closed, such as a loop"
+        : reason(cause),
+      { cause },
+    );
   }
 }
 

@@ -21,7 +21,7 @@ export interface CachedFile {
   readonly file: string;
   /** Its size in bytes. */
   readonly bytes: number;
-  /** The name of its blob: a hash, as the Hub has it; null where it is no link. */
+  /** The name of its blob: a hash, as the Hub has it; null where it is no link to one. */
   readonly hash: string | null;
 }
 
@@ -39,6 +39,8 @@ export interface Snapshot {
 
 /** A commit's name. */
 export const COMMIT = /^[0-9a-f]{40}$/;
+/** A link of a snapshot into `blobs`, as all clients write it. */
+const BLOB = /^(?:\.\.\/)+blobs\/([^/]+)$/;
 
 /**
  * The folder of the cache: `HF_HUB_CACHE`, `HF_HOME/hub`, or
@@ -163,14 +165,18 @@ export async function removeFiles(
   files: readonly CachedFile[],
 ): Promise<number> {
   const folder = repoFolder(cache, snapshot.repo);
-  for (const { file } of files) await Deno.remove(`${snapshot.path}/${file}`);
+  let freed = 0;
+  for (const { file, hash, bytes } of files) {
+    const path = `${snapshot.path}/${file}`;
+    // What a link to elsewhere leads to stays there.
+    if (hash === null && (await Deno.lstat(path)).isFile) freed += bytes;
+    await Deno.remove(path);
+  }
   const used = new Set<string | null>();
   for (const other of await snapshotsOf(cache, snapshot.repo)) {
     for (const { hash } of await snapshotFiles(other)) used.add(hash);
   }
-  let freed = 0;
   for (const { hash, bytes } of files) {
-    if (hash === null) freed += bytes;
     if (hash === null || used.has(hash)) continue;
     used.add(hash);
     await Deno.remove(`${folder}/blobs/${hash}`);
@@ -215,7 +221,7 @@ async function filesBelow(folder: string, inner = ""): Promise<CachedFile[]> {
     } else {
       const { isSymlink } = await Deno.lstat(path);
       const hash = isSymlink
-        ? (await Deno.readLink(path)).split("/").at(-1)!
+        ? BLOB.exec(await Deno.readLink(path))?.[1] ?? null
         : null;
       files.push({ file, bytes: info.size, hash });
     }
