@@ -68,6 +68,7 @@ function seedOf(name: string): number {
 export function isLarge(row: KernelCase): boolean {
   if ("times" in row) return row.times * row.budget > 5000;
   if (isHuge(row)) return true;
+  if ("outputs" in row) return row.rows * row.columns * row.outputs > 2e6;
   return "budget" in row && row.budget * row.headDim * row.sequences > 3e5;
 }
 
