@@ -1,7 +1,6 @@
 /** `wkv compare`: continues one prompt under several policies, side by side. */
 
 import type { CacheOptions } from "../src/cache/layout.ts";
-import { resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import {
   compare,
@@ -11,7 +10,6 @@ import {
 import { htmlReport } from "../src/evaluate/html.ts";
 import { describeRun } from "../src/evaluate/run_folder.ts";
 import type { Model } from "../src/model.ts";
-import { chunkSize } from "../src/session.ts";
 import { sideBySide } from "./columns.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readPrompt } from "./input.ts";
@@ -22,6 +20,7 @@ import {
   budgetsOption,
   cacheOptions,
   cacheSettingsOf,
+  checkedPolicy,
   load,
   loadOptions,
   noteFull,
@@ -135,11 +134,9 @@ ${policyList()}`,
 function columnsOf(values: Values<typeof options>): CacheOptions[] {
   const common = cacheSettingsOf(values);
   return (values.policy ?? DEFAULT_POLICIES).flatMap((name) => {
-    const policy = findPolicy(name);
-    chunkSize(values.prefill ?? "exact", policy);
-    const full = policy.select === "none";
+    const full = findPolicy(name).select === "none";
     return (full ? [undefined] : values.budget ?? [256]).map((budget) => {
-      if (typeof budget === "number") resolveBudget(policy, budget, common);
+      const policy = checkedPolicy(name, { ...values, budget });
       return { ...common, policy: policy.name, budget };
     });
   });

@@ -30,6 +30,7 @@ import {
   modelOption,
   noteFull,
   outputOptions,
+  spreadOptions,
 } from "./shared_options.ts";
 import { formatBytes, formatTable } from "./units.ts";
 
@@ -92,9 +93,7 @@ for the driver.`,
       throw new UsageError("Say what it must fit with --memory BYTES");
     }
     // What is a budget of others is room here.
-    await noteFull([values.policy], values, terminal, [
-      ...["sinks", "recent", "interval", "layer-budgets"],
-    ]);
+    await noteFull([values.policy], values, terminal, spreadOptions);
     const name = operands[0] ?? values.model ?? DEFAULT_MODEL;
     const path = await resolveModel(name, { offline: true });
     using file = await openModelFile(path);

@@ -159,14 +159,15 @@ export function checkedPolicy(
   return policy;
 }
 
+/** Options of how a budget is spread. */
+export const spreadOptions = ["sinks", "recent", "interval", "layer-budgets"];
+
 /** Says which options have no meaning when `full` is the only policy. */
 export async function noteFull(
   policies: readonly (string | undefined)[],
   values: { quiet?: boolean | undefined; [name: string]: unknown },
   terminal: Terminal,
-  names: readonly string[] = [
-    ...["budget", "sinks", "recent", "interval", "layer-budgets"],
-  ],
+  names: readonly string[] = ["budget", ...spreadOptions],
 ): Promise<void> {
   const given = names.filter((name) => values[name] !== undefined)
     .map((name) => `--${name}`);
