@@ -8,7 +8,8 @@
  * and of up. `ways` warps share a pair, each lane with every (32 * ways)th chunk of 16 bytes of both rows; so that small matrices, too, keep
  * all multiprocessors busy. A lane keeps 3 or 4 chunks of each row in flight: it asks for the first before it waits for x, and for another as
  * soon as it has used one. Sums meet in shared memory in a fixed order. Bytes moved: w once a kRows rows.
- * The norm's scale multiplies the finished sum, so it is not waited for. Weights are widened in registers.
+ * With f32 precision the norm's scale multiplies the finished sum, so it is not waited for; 8 bits are rounded from normed numbers, as the
+ * CPU does. Weights are widened in registers.
  */
 #include <algorithm>
 
@@ -194,43 +195,45 @@ __device__ inline float norm_scale(const double (*area)[kRows], int32_t t, const
   return 1.0f / sqrtf(static_cast<float>((part[0] + part[1] + (part[2] + part[3])) / in.columns) + in.epsilon);
 }
 
-/** x, times the norm's weight, into shared memory in 8 bits; the scale that norm_scale() gives is left to do, as it moves no rounding. */
+/** x into shared memory in 8 bits; waits for the norm. */
 template <int kType, int kRows>
 __device__ inline void stage_int8(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
-  constexpr int kAtOnce = 4;  // loads in flight
   const int32_t fours = in.columns / 4, blocks = in.columns / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = Staged<kType, true>::row(in.columns);
+  const float4* x4 = reinterpret_cast<const float4*>(x);
+  if (in.norm) {
+#pragma unroll
+    for (int t = 0; t < kRows; t++) {
+      double squares = 0.0;
+      if (t < rows) {
+        for (int32_t i = threadIdx.x; i < fours; i += blockDim.x) {
+          const float4 v = x4[int64_t{t} * fours + i];
+          squares += static_cast<double>(v.x) * v.x + static_cast<double>(v.y) * v.y + static_cast<double>(v.z) * v.z + static_cast<double>(v.w) * v.w;
+        }
+      }
+      squares = warp_sum(squares);
+      if (lane == 0) area[warp][t] = squares;
+    }
+    __syncthreads();
+  }
   for (int t = 0; t < kRows; t++) {
-    const float4* from = reinterpret_cast<const float4*>(x) + int64_t{t} * fours;
+    const float norm = in.norm ? norm_scale(area, t, in) : 1.0f;
     int32_t* words = reinterpret_cast<int32_t*>(shared + t * row);
     float2* scales = reinterpret_cast<float2*>(shared + t * row + in.columns / 16);
-    float squares = 0.0f;
-    for (int32_t start = warp * 32; start < fours; start += blockDim.x * kAtOnce) {
-      float4 v[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; u++) {
-        const int32_t i = start + lane + u * blockDim.x;
-        v[u] = i < fours && t < rows ? from[i] : make_float4(0, 0, 0, 0);
+    for (int32_t start = warp * 32; start < fours; start += blockDim.x) {
+      const int32_t i = start + lane;
+      const bool inside = i < fours;
+      float4 v = make_float4(0, 0, 0, 0);
+      if (inside && t < rows) v = x4[int64_t{t} * fours + i];
+      if (inside && in.norm) {
+        const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
+        v = make_float4(v.x * norm * n.x, v.y * norm * n.y, v.z * norm * n.z, v.w * norm * n.w);
       }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; u++) {
-        const int32_t i = start + lane + u * blockDim.x;
-        if (i - lane >= fours) break;
-        if (in.norm) {
-          squares += v[u].x * v[u].x + v[u].y * v[u].y + (v[u].z * v[u].z + v[u].w * v[u].w);
-          const float4 n = i < fours ? __ldg(reinterpret_cast<const float4*>(in.norm) + i) : make_float4(0, 0, 0, 0);
-          v[u] = make_float4(v[u].x * n.x, v[u].y * n.y, v[u].z * n.z, v[u].w * n.w);
-        }
-        float2 of;
-        const int32_t word = round_four(v[u], &of.x, &of.y);
-        if (i < fours) {
-          words[kType == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
-          if (i % 8 == 0) scales[i / 8] = of;
-        }
+      float2 of;
+      const int32_t word = round_four(v, &of.x, &of.y);
+      if (inside) {
+        words[kType == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
+        if (i % 8 == 0) scales[i / 8] = of;
       }
-    }
-    if (in.norm) {
-      const double total = warp_sum(static_cast<double>(squares));
-      if (lane == 0) area[warp][t] = total;
     }
   }
 }
@@ -245,7 +248,7 @@ __device__ inline void stage_f32(const InputView& in, const float* x, int32_t ro
     const float4* from = reinterpret_cast<const float4*>(x) + int64_t{t} * fours;
     float4* to = reinterpret_cast<float4*>(shared) + t * row;
     float squares = 0.0f;
-#pragma unroll 4
+#pragma unroll 2
     for (int32_t i = threadIdx.x; i < fours; i += blockDim.x) {
       float4 v = t < rows ? from[i] : make_float4(0, 0, 0, 0);
       if (in.norm) {
@@ -307,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, resident(kRows)) matvec_kernel(Input
   if constexpr (kInt8) stage_int8<kType, kRows>(in, x, rows, shared, area);
   else stage_f32<kType, kRows>(in, x, rows, shared, area);
   __syncthreads();
-  if (threadIdx.x < kRows) norm_scales[threadIdx.x] = in.norm ? norm_scale(area, threadIdx.x, in) : 1.0f;
+  if (threadIdx.x < kRows) norm_scales[threadIdx.x] = kInt8 || !in.norm ? 1.0f : norm_scale(area, threadIdx.x, in);
 
   float total_a[kRows] = {}, total_b[kRows] = {};
   int32_t pair = group, at = first;
