@@ -2,7 +2,7 @@
 
 import { layerRows, rowBytes } from "../src/cache/layout.ts";
 import { MAX_SLOTS } from "../src/cache/policy.ts";
-import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
+import { DEFAULT_MODEL, resolveHere } from "../src/hub/models.ts";
 import { FormatError } from "../src/formats/error.ts";
 import { type ModelFile, openModelFile } from "../src/models/file.ts";
 import { defineCommand } from "./command.ts";
@@ -32,7 +32,7 @@ export const infoCommand = defineCommand({
   permissions: async ({ model }) => toFlags([await readGrants(model)]),
   async run({ values, operands, terminal }) {
     const name = operands[0] ?? values.model ?? DEFAULT_MODEL;
-    const path = await resolveModel(name, { offline: true });
+    const path = await resolveHere(name);
     using file = await openModelFile(path);
     const { config } = file;
     const types: Record<string, { tensors: number; bytes: number }> = {};

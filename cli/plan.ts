@@ -3,7 +3,7 @@
 import { MAX_SLOTS } from "../src/cache/policy.ts";
 import { policyNames } from "../src/cache/registry.ts";
 import { parseBudget } from "../src/cache/budget.ts";
-import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
+import { DEFAULT_MODEL, resolveHere } from "../src/hub/models.ts";
 import { openModelFile } from "../src/models/file.ts";
 import {
   type MemoryPlan,
@@ -95,7 +95,7 @@ for the driver.`,
     // What is a budget of others is room here.
     await noteFull([values.policy], values, terminal, spreadOptions);
     const name = operands[0] ?? values.model ?? DEFAULT_MODEL;
-    const path = await resolveModel(name, { offline: true });
+    const path = await resolveHere(name);
     using file = await openModelFile(path);
     const model = plannedModel(file);
     if (model.weights > values.memory) {
