@@ -4,7 +4,8 @@ import { MAX_SLOTS } from "../src/cache/policy.ts";
 import { policyNames } from "../src/cache/registry.ts";
 import { parseBudget } from "../src/cache/budget.ts";
 import { DEFAULT_MODEL, resolveHere } from "../src/hub/models.ts";
-import { openModelFile } from "../src/models/file.ts";
+import { FormatError } from "../src/formats/error.ts";
+import { type ModelFile, openModelFile } from "../src/models/file.ts";
 import {
   type MemoryPlan,
   mostBudget,
@@ -97,6 +98,7 @@ for the driver.`,
     const name = operands[0] ?? values.model ?? DEFAULT_MODEL;
     const path = await resolveHere(name);
     using file = await openModelFile(path);
+    await refuseUnrunnable(file);
     const model = plannedModel(file);
     if (model.weights > values.memory) {
       throw new RangeError(
@@ -142,6 +144,21 @@ for the driver.`,
     return 0;
   },
 });
+
+/**
+ * Refuses what `wkv info` says does not run.
+ *
+ * @throws {SyntaxError} It does not.
+ */
+async function refuseUnrunnable(file: ModelFile): Promise<void> {
+  try {
+    await file.check();
+  } catch (cause) {
+    if (!(cause instanceof FormatError)) throw cause;
+    const text = `The model does not run: ${cause.message}`;
+    throw new SyntaxError(text, { cause });
+  }
+}
 
 /** The given budgets and batches, or the largest of what is not given. */
 function rowsOf(

@@ -183,7 +183,7 @@ describe("models", () => {
     assertStringIncludes(text.stdout, "22.5 KiB a token");
   });
 
-  it("info says from headers alone whether and why a model does not run", async () => {
+  it("info says from headers alone whether and why a model does not run, and plan refuses it", async () => {
     const drop = (name: string) => (tensors: Map<string, TensorInput>) =>
       void tensors.delete(name);
     const cases: Record<string, [TinyOptions, string | null]> = {
@@ -244,6 +244,12 @@ describe("models", () => {
       // What loading says is what info said.
       assertEquals(run.code, why === null ? 0 : 2, run.stderr);
       if (why !== null) assertEquals(run.stderr, `wkv: ${reason}\n`);
+      // What can't run is not planned for.
+      const plan = await wkv(["plan", path, "--memory", "1GiB"]);
+      assertEquals(plan.code, run.code, name);
+      if (why === null) continue;
+      assertEquals(plan.stdout, "", name);
+      assertEquals(plan.stderr, `wkv: The model does not run: ${reason}\n`);
     }
     const text = await ok(["info", `${temporary}/missing.gguf`]);
     assertMatch(text.stdout, /\nruns +no: .*ffn_down/);
