@@ -326,6 +326,12 @@ describe("models", () => {
         code: 2,
         says: ["The weights alone take 92.1 MiB"],
       },
+      {
+        args: ["plan", model, "--memory", "1GB", "--policy", "snapkv"]
+          .concat("--prefill", "chunk:64"),
+        code: 2,
+        says: ["must be exact for snapkv"],
+      },
     ]);
   });
 
