@@ -9,7 +9,8 @@ import {
   LIBRARY_VARIABLE,
 } from "../src/backend/library.ts";
 import { ABI_VERSION } from "../src/backend/symbols.ts";
-import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
+import { isOffline } from "../src/hub/hub_cache.ts";
+import { DEFAULT_MODEL, resolveHere } from "../src/hub/models.ts";
 import { openNative } from "../src/tokenizer/addon.ts";
 import { defineCommand } from "./command.ts";
 import { commands } from "./commands.ts";
@@ -67,7 +68,7 @@ export const doctorCommand = defineCommand({
         version("python3", ["--version"]),
         version("python3", ["-m", "pip", "--version"]),
         openTokenizer(),
-        attempt(() => resolveModel(name, { offline: true })),
+        attempt(() => resolveHere(name)),
       ]);
     const device = library.path !== null
       ? await openDevice(library.path, "cpu")
@@ -78,8 +79,8 @@ export const doctorCommand = defineCommand({
     const gpu = cuda.path !== null
       ? await openDevice(cuda.path, "cuda")
       : { ok: false, text: "known once the CUDA library is built" };
-    const pullable = name.startsWith("hf:") ||
-      (name === DEFAULT_MODEL && pip.ok);
+    const pullable = !isOffline() && (name.startsWith("hf:") ||
+      (name === DEFAULT_MODEL && pip.ok));
     const ok = device.ok && tokenizer.ok && (model.ok || pullable);
     const permissions = await allPermissions();
     if (values.json) {

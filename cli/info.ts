@@ -1,8 +1,8 @@
 /** `wkv info`: what a model file holds and what its cache takes, from the header alone. */
 
-import { layerRows, rowBytes } from "../src/cache/layout.ts";
+import { type CacheType, layerRows, rowBytes } from "../src/cache/layout.ts";
 import { MAX_SLOTS } from "../src/cache/policy.ts";
-import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
+import { DEFAULT_MODEL, resolveHere } from "../src/hub/models.ts";
 import { FormatError } from "../src/formats/error.ts";
 import { type ModelFile, openModelFile } from "../src/models/file.ts";
 import { defineCommand } from "./command.ts";
@@ -32,102 +32,17 @@ export const infoCommand = defineCommand({
   permissions: async ({ model }) => toFlags([await readGrants(model)]),
   async run({ values, operands, terminal }) {
     const name = operands[0] ?? values.model ?? DEFAULT_MODEL;
-    const path = await resolveModel(name, { offline: true });
+    const path = await resolveHere(name);
     using file = await openModelFile(path);
-    const { config } = file;
-    const types: Record<string, { tensors: number; bytes: number }> = {};
-    let parameters = 0;
-    for (const { type, shape, bytes } of file.tensors) {
-      const count = types[type] ??= { tensors: 0, bytes: 0 };
-      count.tensors++;
-      count.bytes += bytes;
-      parameters += shape.reduce((all, n) => all * n, 1);
-    }
-    const { architecture, layers, width, hidden, heads, kvHeads } = config;
-    const { headDim, vocabulary, context } = config;
-    const cacheType = values["cache-type"] ?? "f16";
-    const budget = values.budget ?? 256;
-    const perLayer = rowBytes(config, cacheType);
-    const bytesPerToken = layers * perLayer;
-    const bytesOf = (tokens: number): number =>
-      perLayer * layerRows(config, tokens).reduce((a, b) => a + b);
-    const { window } = config;
-    const { reason, tokenizer } = await judge(file);
-    const info = {
-      name,
-      path,
-      bytes: file.size,
-      files: file.parts,
-      architecture,
-      parameters,
-      layers,
-      width,
-      hidden,
-      heads,
-      kvHeads,
-      headDim,
-      vocabulary,
-      context,
-      window: window?.tokens ?? null,
-      windowLayers: window?.layers.filter((has) => has).length ?? 0,
-      types,
-      tokenizer,
-      runs: reason === null,
-      reason,
-      cache: {
-        cacheType,
-        bytesPerToken,
-        budget,
-        budgetBytes: bytesOf(budget),
-        contextBytes: bytesOf(context),
-      },
-    };
+    const info = await infoOf(name, path, file, {
+      cacheType: values["cache-type"] ?? "f16",
+      budget: values.budget ?? 256,
+    });
     if (values.json) {
       await terminal.out.write(`${JSON.stringify(info)}\n`);
       return 0;
     }
-    const rows: [string, string][] = [
-      ["file", path],
-      [
-        "size",
-        `${formatBytes(file.size)}${
-          file.parts === 1 ? "" : ` in ${file.parts} files`
-        }`,
-      ],
-      ["architecture", architecture],
-      ["parameters", `${(parameters / 1e6).toFixed(1)} million`],
-      ["layers", `${layers}`],
-      ["width", `${width}, ${hidden} inside the feed-forward part`],
-      ["heads", `${heads} query, ${kvHeads} KV, of ${headDim} dimensions`],
-      ["vocabulary", `${vocabulary}`],
-      ["context", `${context} tokens`],
-      ...window
-        ? [[
-          "sliding window",
-          `${window.tokens} tokens in ${info.windowLayers} of ${layers} layers`,
-        ] as [string, string]]
-        : [],
-      ...Object.entries(types).map(([type, { tensors, bytes }]): [
-        string,
-        string,
-      ] => [
-        type,
-        `${tensors} tensor${tensors === 1 ? "" : "s"}, ${formatBytes(bytes)}`,
-      ]),
-      [
-        "keys and values",
-        `${formatBytes(bytesPerToken)} a token in ${cacheType}`,
-      ],
-      [
-        `at budget ${budget}`,
-        `${formatBytes(bytesOf(budget))}, whatever the text's length`,
-      ],
-      ["at full context", formatBytes(bytesOf(context))],
-      ...tokenizer === false
-        ? [["tokenizer", "none: give token ids"] as [string, string]]
-        : [],
-      ["runs", reason === null ? "yes" : `no: ${reason}`],
-    ];
+    const rows = rowsOf(info);
     const wide = Math.max(...rows.map(([left]) => left.length));
     await terminal.out.write(
       rows.map(([left, right]) => `${left.padEnd(wide)}  ${right}\n`).join(""),
@@ -135,6 +50,103 @@ export const infoCommand = defineCommand({
     return 0;
   },
 });
+
+/** What `--json` prints. */
+type Info = Awaited<ReturnType<typeof infoOf>>;
+
+async function infoOf(
+  name: string,
+  path: string,
+  file: ModelFile,
+  { cacheType, budget }: { cacheType: CacheType; budget: number },
+) {
+  const { config } = file;
+  const types: Record<string, { tensors: number; bytes: number }> = {};
+  let parameters = 0;
+  for (const { type, shape, bytes } of file.tensors) {
+    const count = types[type] ??= { tensors: 0, bytes: 0 };
+    count.tensors++;
+    count.bytes += bytes;
+    parameters += shape.reduce((all, n) => all * n, 1);
+  }
+  const { architecture, layers, width, hidden, heads, kvHeads } = config;
+  const { headDim, vocabulary, context, window } = config;
+  const perLayer = rowBytes(config, cacheType);
+  const bytesOf = (tokens: number): number =>
+    perLayer * layerRows(config, tokens).reduce((a, b) => a + b);
+  const { reason, tokenizer } = await judge(file);
+  return {
+    name,
+    path,
+    bytes: file.size,
+    files: file.parts,
+    architecture,
+    parameters,
+    layers,
+    width,
+    hidden,
+    heads,
+    kvHeads,
+    headDim,
+    vocabulary,
+    context,
+    window: window?.tokens ?? null,
+    windowLayers: window?.layers.filter((has) => has).length ?? 0,
+    types,
+    tokenizer,
+    runs: reason === null,
+    reason,
+    cache: {
+      cacheType,
+      bytesPerToken: layers * perLayer,
+      budget,
+      budgetBytes: bytesOf(budget),
+      contextBytes: bytesOf(context),
+    },
+  };
+}
+
+/** The same in words. */
+function rowsOf(info: Info): [string, string][] {
+  const { files, layers, window, types, cache, tokenizer, reason } = info;
+  const parts = files === 1 ? "" : ` in ${files} files`;
+  const rows: [string, string][] = [
+    ["file", info.path],
+    ["size", `${formatBytes(info.bytes)}${parts}`],
+    ["architecture", info.architecture],
+    ["parameters", `${(info.parameters / 1e6).toFixed(1)} million`],
+    ["layers", `${layers}`],
+    ["width", `${info.width}, ${info.hidden} inside the feed-forward part`],
+    [
+      "heads",
+      `${info.heads} query, ${info.kvHeads} KV, of ${info.headDim} dimensions`,
+    ],
+    ["vocabulary", `${info.vocabulary}`],
+    ["context", `${info.context} tokens`],
+  ];
+  if (window !== null) {
+    const some = `${info.windowLayers} of ${layers} layers`;
+    rows.push(["sliding window", `${window} tokens in ${some}`]);
+  }
+  for (const [type, { tensors, bytes }] of Object.entries(types)) {
+    const count = `${tensors} tensor${tensors === 1 ? "" : "s"}`;
+    rows.push([type, `${count}, ${formatBytes(bytes)}`]);
+  }
+  rows.push(
+    [
+      "keys and values",
+      `${formatBytes(cache.bytesPerToken)} a token in ${cache.cacheType}`,
+    ],
+    [
+      `at budget ${cache.budget}`,
+      `${formatBytes(cache.budgetBytes)}, whatever the text's length`,
+    ],
+    ["at full context", formatBytes(cache.contextBytes)],
+  );
+  if (tokenizer === false) rows.push(["tokenizer", "none: give token ids"]);
+  rows.push(["runs", reason === null ? "yes" : `no: ${reason}`]);
+  return rows;
+}
 
 /** Why a model would be refused when it is loaded, and whether it takes text; null where that is not known. */
 async function judge(

@@ -9,9 +9,14 @@ import {
 } from "../src/backend/library.ts";
 import { compilerOf, type LibraryKind } from "../src/backend/build.ts";
 import { partNames } from "../src/formats/part_names.ts";
-import { hubCacheDir, hubTokenPath, repoFolder } from "../src/hub/hub_cache.ts";
+import {
+  hubCacheDir,
+  hubTokenPath,
+  OFFLINE_VARIABLE,
+  repoFolder,
+} from "../src/hub/hub_cache.ts";
 import { parseHubName } from "../src/hub/huggingface.ts";
-import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
+import { DEFAULT_MODEL, resolveHere } from "../src/hub/models.ts";
 import { tokenizerPermissions } from "../src/tokenizer/addon.ts";
 import { cacheDir, modelsDir } from "../src/user_cache.ts";
 
@@ -33,7 +38,8 @@ export async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
   return {
     ffi: await libraries(),
     read: [...await modelPaths(model), ...buildFolders(), ...named],
-    env: [...variables, ...FOLDERS, ...hubFolders(model)],
+    // The last is asked when the model is not here.
+    env: [...variables, ...FOLDERS, ...hubFolders(model), OFFLINE_VARIABLE],
   };
 }
 
@@ -74,10 +80,10 @@ export function pullGrants(model = DEFAULT_MODEL): Grants {
       net: [],
       env: [
         ...[...FOLDERS, ...HUB_FOLDERS],
-        ...["HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH"],
+        ...["HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", OFFLINE_VARIABLE],
       ],
     }
-    : { ...all, run: ["python3"], env: FOLDERS };
+    : { ...all, run: ["python3"], env: [...FOLDERS, OFFLINE_VARIABLE] };
 }
 
 /** Compiling the libraries. */
@@ -154,7 +160,7 @@ async function modelPaths(model: string): Promise<string[]> {
     if (model.startsWith("hf:")) {
       return [repoFolder(hubCacheDir(), parseHubName(model).repo)];
     }
-    return partNames(await resolveModel(model, { offline: true }));
+    return partNames(await resolveHere(model));
   } catch (error) {
     if (error instanceof Deno.errors.NotCapable) throw error;
     return [model === DEFAULT_MODEL ? modelsDir() : model];

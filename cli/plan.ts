@@ -1,10 +1,11 @@
 /** `wkv plan`: the largest budget or batch that fits a memory size, from the header alone. */
 
 import { MAX_SLOTS } from "../src/cache/policy.ts";
-import { policyNames } from "../src/cache/registry.ts";
+import { findPolicy, policyNames } from "../src/cache/registry.ts";
 import { parseBudget } from "../src/cache/budget.ts";
-import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
-import { openModelFile } from "../src/models/file.ts";
+import { DEFAULT_MODEL, resolveHere } from "../src/hub/models.ts";
+import { FormatError } from "../src/formats/error.ts";
+import { type ModelFile, openModelFile } from "../src/models/file.ts";
 import {
   type MemoryPlan,
   mostBudget,
@@ -14,6 +15,7 @@ import {
   plannedModel,
   type PlanOptions,
 } from "../src/plan.ts";
+import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import {
   choice,
@@ -53,7 +55,6 @@ const memory: Option<number> = {
   },
 };
 
-const { prefill: _, ...ofCache } = cacheOptions;
 const options = {
   ...modelOption,
   memory,
@@ -65,7 +66,7 @@ const options = {
   ),
   budget: wholes(1, "Tokens kept a KV head: plans the batch", MAX_SLOTS),
   batch: wholes(1, "Sequences side by side: plans the budget", 4096),
-  ...ofCache,
+  ...cacheOptions,
   ...outputOptions,
 };
 
@@ -84,8 +85,8 @@ export const planCommand = defineCommand({
   description:
     `Says which budget fits a memory size at some batches, or which batch at some
 budgets, and what the memory is for; full's budget is the tokens it has room for.
-It reads the file's header and needs no library. On a GPU leave half a gigabyte
-for the driver.`,
+"between" and "shared" are what passes of a prompt and steps work in. It reads the
+file's header and needs no library. On a GPU leave half a gigabyte for the driver.`,
   options,
   permissions: async ({ model }) => toFlags([await readGrants(model)]),
   async run({ values, operands, terminal }) {
@@ -95,8 +96,9 @@ for the driver.`,
     // What is a budget of others is room here.
     await noteFull([values.policy], values, terminal, spreadOptions);
     const name = operands[0] ?? values.model ?? DEFAULT_MODEL;
-    const path = await resolveModel(name, { offline: true });
+    const path = await resolveHere(name);
     using file = await openModelFile(path);
+    await refuseUnrunnable(file);
     const model = plannedModel(file);
     if (model.weights > values.memory) {
       throw new RangeError(
@@ -143,6 +145,21 @@ for the driver.`,
   },
 });
 
+/**
+ * Refuses what `wkv info` says does not run.
+ *
+ * @throws {SyntaxError} It does not.
+ */
+async function refuseUnrunnable(file: ModelFile): Promise<void> {
+  try {
+    await file.check();
+  } catch (cause) {
+    if (!(cause instanceof FormatError)) throw cause;
+    const text = `The model does not run: ${cause.message}`;
+    throw new SyntaxError(text, { cause });
+  }
+}
+
 /** The given budgets and batches, or the largest of what is not given. */
 function rowsOf(
   model: PlannedModel,
@@ -152,6 +169,10 @@ function rowsOf(
   const common: PlanOptions = {
     ...cacheSettingsOf(values),
     policy: values.policy,
+    chunk: chunkSize(
+      values.prefill ?? "exact",
+      findPolicy(values.policy ?? "weighted-kv"),
+    ),
     device: values.device,
     threads: values.threads,
   };

@@ -54,7 +54,9 @@ export const loadOptions = {
     "One cache a KV head, or one a query head as in the paper (default model)",
   ),
   threads: whole(0, "Threads of the CPU; 0 is one a core (default 0)", 1024),
-  offline: flag("Take a model that is here and ask nobody"),
+  offline: flag(
+    "Take a model that is here and ask nobody, as with HF_HUB_OFFLINE=1",
+  ),
 };
 
 const prefill: Option<Prefill> = {

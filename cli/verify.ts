@@ -40,7 +40,9 @@ export const verifyCommand = defineCommand({
   operands: "FOLDER",
   most: { count: 1, what: "one folder" },
   description:
-    `Repeats a run that was kept with --out, and says whether its results are bit-equal, within a tolerance of ${TOLERANCE} relative, or different and where first. Exits 1 when they are different.`,
+    `Repeats a run that was kept with --out, and says whether its results are
+bit-equal, within ${TOLERANCE} (relative for numbers above 1), or different and where
+first. Exits 1 when they are different.`,
   options,
   permissions: (values) =>
     // The folder and the text that it names may lie anywhere.

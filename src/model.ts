@@ -47,7 +47,7 @@ export interface LoadOptions {
   onProgress?: ((progress: Progress) => void) | undefined;
   /** Ends the load. */
   signal?: AbortSignal | undefined;
-  /** Takes pulled models only. @default `false` */
+  /** Takes pulled models only. @default what `HF_HUB_OFFLINE` says */
   offline?: boolean | undefined;
   /** The project's cache folder. @default `~/.cache/weightedkv` */
   cacheDir?: string | undefined;

@@ -17,6 +17,8 @@ export interface PlanOptions extends CacheOptions {
   device?: "cpu" | "cuda" | undefined;
   /** Threads of the CPU. @default one a core */
   threads?: number | undefined;
+  /** Tokens of a chunk, where a prompt beyond the room is fed in chunks. @default none */
+  chunk?: number | null | undefined;
 }
 
 /** Bytes that generation takes, the tokenizer and the process itself aside. */
@@ -82,13 +84,14 @@ export function planMemory(
     0,
   );
   // A pass's rows, a step's, and what is drawn from.
-  const rows = passMemory(Math.min(PASS_ROWS[device], mostSlots(plan)));
+  const rows = rowsOfPass(plan, device, options.chunk ?? 0);
+  const memory = rows === 0 ? 0 : passMemory(rows);
   const activations = 4 *
-    ((rows + sequences) * row + sequences * (config.vocabulary + 32));
+    ((memory + sequences) * row + sequences * (config.vocabulary + 32));
   const threads = options.threads ?? navigator.hardwareConcurrency;
   const scratch = device === "cpu"
     ? cpuScratch(model, plan, rows, threads)
-    : cudaScratch(model, plan, rows);
+    : cudaScratch(model, plan, memory);
   const total = weights + cache + activations + scratch;
   return { weights, cache, activations, scratch, total };
 }
@@ -216,7 +219,20 @@ function inOneLaunch({ select, merge }: Policy, interval: number): boolean {
     ].includes(select);
 }
 
-// ---- what ops share, of passes of `rows` rows ----
+// ---- what ops share, of passes of `rows` rows, 0 where tokens go one by one ----
+
+/** The most rows of a pass, as Session feeds prompts. */
+function rowsOfPass(
+  { policy, layers }: CachePlan,
+  device: "cpu" | "cuda",
+  chunk: number,
+): number {
+  if (policy.prefill === "steps") return 0;
+  // A layer that keeps its window always has room.
+  const room = layers.map(({ whole, slots }) => whole ? Infinity : slots);
+  const rows = Math.max(Math.min(PASS_ROWS[device], ...room), chunk);
+  return rows === 1 ? 0 : rows;
+}
 
 /** Columns of what a step moves. */
 function sizesOf(config: ModelConfig): Record<
@@ -256,11 +272,14 @@ function cpuScratch(
     stretches * group * (2 + headDim);
   const attend = plan.sequences * kvHeads * roundUp(4 * own + stored, 64);
   const length = roundUp(slots + rows, 16);
-  const prefill = 4 * length * (2 * headDim + 8 * group + 16 * threads + 4) +
-    64 * threads * headDim + rows * stored;
+  const prefill = rows === 0
+    ? 0
+    : 4 * length * (2 * headDim + 8 * group + 16 * threads + 4) +
+      64 * threads * headDim + rows * stored;
   const { width, widest } = sizesOf(config);
   // Normed rows, and rounded ones with scale and sum of each 32.
-  const linear = rows * (4 * width + (quantised ? 1.25 * widest : 0));
+  const linear = Math.max(rows, plan.sequences) *
+    (4 * width + (quantised ? 1.25 * widest : 0));
   return Math.max(attend, prefill) + linear;
 }
 
@@ -278,15 +297,18 @@ function cudaScratch(
   // Whole tiles of 128.
   const entries = roundUp(mostSlots(plan) + rows, 128);
   const words = wordsOf(plan.policy);
-  const prefill = wide * (heads * rows + 2 * kvHeads * entries) +
-    rows * (rowBytes(config, plan.cacheType) + 4 * heads) +
-    4 * heads * entries + 4 * kvHeads * entries * (12 + words);
+  const prefill = rows === 0
+    ? 0
+    : wide * (heads * rows + 2 * kvHeads * entries) +
+      rows * (rowBytes(config, plan.cacheType) + 4 * heads) +
+      4 * heads * entries + 4 * kvHeads * entries * (12 + words);
   const { qkv, width, hidden, widest } = sizesOf(config);
   // Rows made ready, twice where a product writes over them; cuBLASLt's
   // workspace and results for weights that it takes.
-  const linear = 4 * rows * (widest + 1) +
+  const most = Math.max(rows, plan.sequences);
+  const linear = 4 * most * (widest + 1) +
     (quantised
-      ? 4 * rows * (width + 1)
-      : (32 << 20) + 4 * rows * Math.max(2 * hidden, qkv, width));
+      ? 4 * most * (width + 1)
+      : (32 << 20) + 4 * most * Math.max(2 * hidden, qkv, width));
   return roundUp(Math.max(prefill, linear), 1 << 20);
 }

@@ -183,7 +183,7 @@ describe("models", () => {
     assertStringIncludes(text.stdout, "22.5 KiB a token");
   });
 
-  it("info says from headers alone whether and why a model does not run", async () => {
+  it("info says from headers alone whether and why a model does not run, and plan refuses it", async () => {
     const drop = (name: string) => (tensors: Map<string, TensorInput>) =>
       void tensors.delete(name);
     const cases: Record<string, [TinyOptions, string | null]> = {
@@ -244,6 +244,12 @@ describe("models", () => {
       // What loading says is what info said.
       assertEquals(run.code, why === null ? 0 : 2, run.stderr);
       if (why !== null) assertEquals(run.stderr, `wkv: ${reason}\n`);
+      // What can't run is not planned for.
+      const plan = await wkv(["plan", path, "--memory", "1GiB"]);
+      assertEquals(plan.code, run.code, name);
+      if (why === null) continue;
+      assertEquals(plan.stdout, "", name);
+      assertEquals(plan.stderr, `wkv: The model does not run: ${reason}\n`);
     }
     const text = await ok(["info", `${temporary}/missing.gguf`]);
     assertMatch(text.stdout, /\nruns +no: .*ffn_down/);
@@ -319,6 +325,12 @@ describe("models", () => {
         args: ["plan", model, "--memory", "1MB"],
         code: 2,
         says: ["The weights alone take 92.1 MiB"],
+      },
+      {
+        args: ["plan", model, "--memory", "1GB", "--policy", "snapkv"]
+          .concat("--prefill", "chunk:64"),
+        code: 2,
+        says: ["must be exact for snapkv"],
       },
     ]);
   });
@@ -405,9 +417,64 @@ describe("models", () => {
     await expectErrors([{
       args: ["generate", "x", "--offline"],
       code: 2,
-      says: ["pull smollm2"],
+      says: ["`offline` is set", "pull smollm2"],
       setting: { env: empty },
     }]);
+  });
+
+  it("HF_HUB_OFFLINE is --offline, where its other clients take it for yes", async () => {
+    // Nothing answers here: who asks ends with 1.
+    const env = {
+      XDG_CACHE_HOME: `${temporary}/none`,
+      HF_HUB_CACHE: `${temporary}/none`,
+      HF_ENDPOINT: "http://127.0.0.1:9",
+      PATH: `${temporary}/none`,
+    };
+    const says = ["HF_HUB_OFFLINE is set"];
+    const run = (name: string) => ["generate", "x", "--model", name, "--quiet"];
+    const cases = ["smollm2-135m-instruct", "hf:org/none"].flatMap((name) => {
+      const setting = { env: { ...env, HF_HUB_OFFLINE: "1" } };
+      return [
+        { args: run(name), code: 2, says: [...says, `pull ${name}`], setting },
+        { args: ["pull", name], code: 2, says, setting },
+        {
+          args: [...run(name), "--offline"],
+          code: 2,
+          says: ["`offline` is set"],
+          setting,
+        },
+      ];
+    });
+    const of = (HF_HUB_OFFLINE: string) => ({
+      args: run("hf:org/none"),
+      setting: { env: { ...env, HF_HUB_OFFLINE } },
+    });
+    await expectErrors([
+      ...cases,
+      ...["ON", "yes", "True"].map((yes) => ({ ...of(yes), code: 2, says })),
+      ...["0", "", "off", "2", " 1"].map((no) => ({
+        ...of(no),
+        code: 1,
+        says: ["could not be asked"],
+      })),
+    ]);
+  });
+
+  it("info and plan say that a model is not here, and what brings it", async () => {
+    const env = {
+      XDG_CACHE_HOME: `${temporary}/none`,
+      HF_HUB_CACHE: `${temporary}/none`,
+    };
+    for (const name of ["smollm2-135m-instruct", "hf:org/none:Q4_0"]) {
+      for (const args of [["info", name], ["plan", name, "--memory", "1GiB"]]) {
+        const { code, stdout, stderr } = await wkv(args, { env });
+        assertEquals([code, stdout], [2, ""]);
+        assertEquals(
+          stderr,
+          `wkv: ${name}: The model is not here; \`wkv pull ${name}\` brings it\n`,
+        );
+      }
+    }
   });
 });
 

@@ -6,18 +6,26 @@ import {
   assertLessOrEqual,
   assertThrows,
 } from "@std/assert";
-import { type CacheOptions, generate, loadModel, policyNames } from "../mod.ts";
+import {
+  type CacheOptions,
+  generate,
+  loadModel,
+  policyNames,
+  Session,
+} from "../mod.ts";
 import {
   mostBudget,
   mostSequences,
   planMemory,
   type PlannedModel,
   plannedModel,
+  type PlanOptions,
 } from "../src/plan.ts";
 import { openModelFile } from "../src/models/file.ts";
 import { describe, it, testDevice } from "./device.ts";
 import { LibraryCopy } from "./isolated.ts";
 import { testModel } from "./model.ts";
+import { tinyModel } from "./tiny_model.ts";
 
 const tiny = new URL("golden/models/", import.meta.url).pathname;
 
@@ -72,7 +80,7 @@ describe("planMemory()", () => {
     for (
       const options of [
         { budget: 1024 },
-        { budget: 64, cacheType: "f32" },
+        { budget: 64, cacheType: "f32", chunk: 512 },
         { policy: "full", capacity: 2048 },
       ] as const
     ) {
@@ -99,6 +107,67 @@ describe("planMemory()", () => {
     }
   });
 });
+
+/** Bytes that the library holds once a sequence's prompt was fed, which are enough for each sequence's, and all took two steps. */
+async function heldBy(
+  name: string,
+  { chunk = null, ...options }: PlanOptions,
+): Promise<number> {
+  await using copy = await LibraryCopy.make();
+  using model = await loadModel(name, { ...options, library: copy.path });
+  using cache = model.createCache(options);
+  using session = new Session(model, cache);
+  session.setSampler({});
+  // Of a prompt of 600 tokens what goes in passes.
+  for (let at = 0, rows; at < 600; at += rows) {
+    rows = Math.min(session.passRows(chunk), 600 - at);
+    if (rows === 1) break;
+    const ids = Int32Array.from({ length: rows }, (_, i) => 5 + i * 7 % 200);
+    await session.feedPass(0, ids);
+  }
+  await session.feed(new Int32Array(cache.sequences).fill(9));
+  await session.next();
+  return model.backend.memory;
+}
+
+// On a GPU the room for passes is a bound from above.
+if (testDevice === "cpu") {
+  describe("planMemory() of sequences side by side", () => {
+    it("counts what they take, the weights aside", async () => {
+      const folder = await Deno.makeTempDir({ prefix: "wkv_plan_" });
+      const small = `${folder}/small.gguf`;
+      const shape = { width: 256, hidden: 512, heads: 8, kvHeads: 4 };
+      await Deno.writeFile(small, tinyModel({ ...shape, context: 4096 }).bytes);
+      const cases: PlanOptions[] = [
+        { budget: 64 },
+        { budget: 64, chunk: 512 },
+        { budget: 1024 },
+        { budget: 256, cacheType: "f32", policy: "tova" },
+        // Tokens of these go one by one.
+        { budget: 256, policy: "snapkv" },
+        { budget: 1024, policy: "scissorhands" },
+        { policy: "full", capacity: 2048 },
+      ];
+      const all: [string, PlanOptions][] = cases.map((one) => [small, one]);
+      for (
+        const [name, one] of [...all, [await testModel(), cases[0]!] as const]
+      ) {
+        const file = await planned(name);
+        for (const sequences of [1, 4, 16]) {
+          const options = { ...one, sequences, threads: 2 };
+          const held = await heldBy(name, options) - file.weights;
+          const plan = planMemory(file, options).total - file.weights;
+          const off = (plan - held) / held;
+          assert(
+            Math.abs(off) < 0.02,
+            `${name} ${JSON.stringify(options)}: planned ${plan}, held ${held}`,
+          );
+        }
+      }
+      await Deno.remove(folder, { recursive: true });
+    });
+  });
+}
 
 describe("mostBudget() and mostSequences()", () => {
   it("give the largest that fits, and null where none does", async () => {

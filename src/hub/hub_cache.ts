@@ -59,6 +59,15 @@ export function hubTokenPath(): string {
   return Deno.env.get("HF_TOKEN_PATH")?.trim() || `${hubHome()}/token`;
 }
 
+/** The variable that forbids the Hub's clients to ask it. */
+export const OFFLINE_VARIABLE = "HF_HUB_OFFLINE";
+
+/** Whether it does, by the words that Python's client takes for yes. */
+export function isOffline(): boolean {
+  const value = Deno.env.get(OFFLINE_VARIABLE)?.toUpperCase() ?? "";
+  return ["1", "ON", "YES", "TRUE"].includes(value);
+}
+
 function hubHome(): string {
   const home = Deno.env.get("HF_HOME")?.trim();
   if (home) return home.replace(/\/+$/, "");

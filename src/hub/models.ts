@@ -7,6 +7,8 @@ import {
   type CachedFile,
   findSnapshot,
   hubCacheDir,
+  isOffline,
+  OFFLINE_VARIABLE,
   removeFiles,
   type Snapshot,
   snapshotFiles,
@@ -49,7 +51,7 @@ export interface ModelOptions {
   onProgress?: ((progress: Progress) => void) | undefined;
   /** Ends a pull when it aborts; nothing half-done stays. */
   signal?: AbortSignal | undefined;
-  /** Takes what is there and asks nobody. @default `false` */
+  /** Takes what is there and asks nobody. @default what `HF_HUB_OFFLINE` says */
   offline?: boolean | undefined;
   /**
    * The Hub's cache folder, shared with other clients of the Hub.
@@ -110,17 +112,39 @@ export async function resolveModel(
   name: string,
   options: ModelOptions = {},
 ): Promise<string> {
-  checkName(name);
   options.signal?.throwIfAborted();
+  return await resolve(name, options, () => offlineReason(options));
+}
+
+/**
+ * Finds a model that is here, as {@linkcode resolveModel} does, and pulls none.
+ *
+ * @throws {Deno.errors.NotFound} If it is not here.
+ */
+export async function resolveHere(
+  name: string,
+  options: Pick<ModelOptions, "cacheDir" | "hubCache"> = {},
+): Promise<string> {
+  return await resolve(name, options, () => "");
+}
+
+/** `reason` says why an absent model is not pulled; null when it is. */
+async function resolve(
+  name: string,
+  options: ModelOptions,
+  reason: () => string | null,
+): Promise<string> {
+  checkName(name);
   const entry = REGISTRY.find((entry) => entry.name === name);
-  if (entry !== undefined) return await resolveEntry(entry, options);
+  if (entry !== undefined) return await resolveEntry(entry, options, reason);
   const models = modelsDir(options.cacheDir);
   if (!name.startsWith("hf:")) return await resolvePath(name, models);
   const hubName = parseHubName(name);
   const cache = options.hubCache ?? hubCacheDir();
   const here = await chooseHere(cache, hubName);
   if (here !== null) return here.path;
-  if (options.offline) throw notPulled(name);
+  const why = reason();
+  if (why !== null) throw notPulled(name, why);
   return await pullModel(name, options);
 }
 
@@ -131,14 +155,16 @@ export async function resolveModel(
 export async function resolveEntry(
   entry: RegistryEntry,
   options: ModelOptions = {},
+  reason: () => string | null = () => offlineReason(options),
 ): Promise<string> {
   const path = `${modelsDir(options.cacheDir)}/${entry.file}`;
   const bytes = await fileSize(path);
   if (bytes === entry.bytes) return path;
-  if (!options.offline) return await pullEntry(entry, options);
-  if (bytes === null) throw notPulled(entry.name);
+  const why = reason();
+  if (why === null) return await pullEntry(entry, options);
+  if (bytes === null) throw notPulled(entry.name, why);
   throw new RangeError(
-    `${path}: its size is ${bytes} bytes, it should be ${entry.bytes}; run \`pull ${entry.name}\` when online`,
+    `${path}: its size is ${bytes} bytes, it should be ${entry.bytes}; run \`wkv pull ${entry.name}\` when online`,
   );
 }
 
@@ -163,7 +189,7 @@ export async function pullModel(
     throw new RangeError(`${JSON.stringify(name)} can't be pulled; ${forms()}`);
   }
   const hubName = parseHubName(name);
-  if (options.offline) throw offlinePull(name);
+  refuseOffline(name, options);
   const cache = options.hubCache ?? hubCacheDir();
   const { commit, files } = await askHub(hubName, options);
   const choice = chooseFiles(hubName, files.map(({ file }) => file));
@@ -184,7 +210,7 @@ export async function pullEntry(
   entry: RegistryEntry,
   options: ModelOptions = {},
 ): Promise<string> {
-  if (options.offline) throw offlinePull(entry.name);
+  refuseOffline(entry.name, options);
   const { signal, onProgress } = options;
   signal?.throwIfAborted();
   const models = modelsDir(options.cacheDir);
@@ -477,14 +503,25 @@ function forms(): string {
   return `known names: ${known}; other forms: ${HUB_FORM}, or the path of a GGUF file`;
 }
 
-function notPulled(name: string): Error {
+function notPulled(name: string, reason: string): Error {
   return new Deno.errors.NotFound(
-    `${name}: The model is not here and \`offline\` is set; run \`pull ${name}\` when online`,
+    reason === ""
+      ? `${name}: The model is not here; \`wkv pull ${name}\` brings it`
+      : `${name}: The model is not here and ${reason}; run \`wkv pull ${name}\` when online`,
   );
 }
 
-function offlinePull(name: string): Error {
-  return new RangeError(`${name}: Nothing can be pulled with \`offline\` set`);
+function refuseOffline(name: string, options: ModelOptions): void {
+  const reason = offlineReason(options);
+  if (reason === null) return;
+  throw new RangeError(`${name}: Nothing can be pulled while ${reason}`);
+}
+
+/** What forbids to ask anybody; null where nothing does. */
+function offlineReason({ offline }: ModelOptions): string | null {
+  if (offline) return "`offline` is set";
+  if (offline === false || !isOffline()) return null;
+  return `${OFFLINE_VARIABLE} is set`;
 }
 
 /** Every GGUF file below `folder`, but for what is hidden. */

@@ -65,113 +65,17 @@ export async function loadDecoder(
   loader: WeightSource,
   { fused = false }: DecoderOptions = {},
 ): Promise<Network> {
-  const { layers, width, hidden, heads, headDim, vocabulary } = config;
-  const { biases = "none", norms = "before", normOffset = 0 } = config;
-  const norm = async (
-    name: string,
-    columns = width,
-    repeat = (weight: Float32Array<ArrayBuffer>) => weight,
-  ): Promise<Norm> => {
-    const stored = await loader.floats(name, columns);
-    const weight = repeat(stored.map((w) => w + normOffset));
-    return { weight: Tensor.from(backend, weight), epsilon: config.epsilon };
-  };
-  const before = (name: string) =>
-    norms === "after" ? undefined : norm(`${name}.weight`);
-  const after = (name: string) =>
-    norms === "before" ? undefined : norm(`${name}.weight`);
-  const normsOfQk = async (block: string) => {
-    if (config.qkNorm === undefined) return undefined;
-    const { kvHeads, storedKvHeads = kvHeads, qkNorm } = config;
-    const all = qkNorm === "all";
-    return {
-      q: await norm(`${block}.attn_q_norm.weight`, (all ? heads : 1) * headDim),
-      k: await norm(
-        `${block}.attn_k_norm.weight`,
-        (all ? storedKvHeads : 1) * headDim,
-        all
-          ? (weight) => repeatHeads(weight, storedKvHeads, kvHeads)
-          : undefined,
-      ),
-    };
-  };
+  const { layers, width, vocabulary } = config;
+  const from: Reading = { backend, config, loader, fused };
   await loadRopeFactors(config.rope, loader);
   const tied = config.tied ?? !loader.has("output.weight");
-  const vectors = async (parts: readonly Part[]) => {
-    const all: number[] = [];
-    for (const [name, rows, { from, of } = { from: 0, of: rows }] of parts) {
-      const whole = await loader.floats(name, of);
-      all.push(...whole.subarray(from, from + rows));
-    }
-    return Tensor.from(backend, Float32Array.from(all));
-  };
-  /** Parts with their biases, as one matrix where their types are the same. */
-  const projections = async (
-    block: number,
-    parts: readonly Part[],
-    columns: number,
-    biases: boolean,
-  ): Promise<Projection[]> => {
-    const of = (kind: string) =>
-      parts.map(([name, ...rest]): Part => [
-        `blk.${block}.${name}.${kind}`,
-        ...rest,
-      ]);
-    const weights = await loader.matrices(of("weight"), columns);
-    const bias = of("bias");
-    const all: Projection[] = [];
-    for (const [i, weight] of weights.entries()) {
-      const own = weights.length === 1 ? bias : [bias[i]!];
-      all.push({ weight, bias: biases ? await vectors(own) : undefined });
-    }
-    return all;
-  };
   const embedding = await loader.matrix("token_embd.weight", vocabulary, width);
-  const gateAndUp = async (block: number) => {
-    const name = `blk.${block}.ffn_up.weight`;
-    if (!fused) {
-      const gate = `blk.${block}.ffn_gate.weight`;
-      return {
-        gate: await loader.matrix(gate, hidden, width),
-        up: await loader.matrix(name, hidden, width),
-      };
-    }
-    const half = async (from: number) =>
-      (await loader.matrices(
-        [[name, hidden, { from, of: 2 * hidden }]],
-        width,
-      ))[0]!;
-    return { gate: await half(0), up: await half(hidden) };
-  };
   const blocks: Block[] = [];
-  for (let i = 0; i < layers; i++) {
-    const block = `blk.${i}`;
-    blocks.push({
-      attentionNorm: await before(`${block}.attn_norm`),
-      qkv: await projections(
-        i,
-        attentionParts(config, fused),
-        width,
-        biases !== "none",
-      ),
-      qkNorm: await normsOfQk(block),
-      output: (await projections(
-        i,
-        [["attn_output", width]],
-        heads * headDim,
-        biases === "all",
-      ))[0]!,
-      postAttentionNorm: await after(`${block}.post_attention_norm`),
-      feedForwardNorm: await before(`${block}.ffn_norm`),
-      ...await gateAndUp(i),
-      down: await loader.matrix(`${block}.ffn_down.weight`, width, hidden),
-      postFeedForwardNorm: await after(`${block}.post_ffw_norm`),
-    });
-  }
+  for (let i = 0; i < layers; i++) blocks.push(await loadBlock(from, i));
   const weights: Weights = {
     embedding,
     blocks,
-    norm: await norm("output_norm.weight"),
+    norm: await loadNorm(from, "output_norm.weight"),
     head: tied
       ? embedding
       : await loader.matrix("output.weight", vocabulary, width),
@@ -183,6 +87,131 @@ export async function loadDecoder(
       (weights.head === embedding ? 0 : embedding.rowBytes * vocabulary),
     forward: (pass) => forward(backend, config, weights, pass),
   };
+}
+
+/** What weights are read from, and for. */
+interface Reading {
+  backend: Backend;
+  config: ModelConfig;
+  loader: WeightSource;
+  fused: boolean;
+}
+
+async function loadBlock(from: Reading, index: number): Promise<Block> {
+  const { config, loader, fused } = from;
+  const { width, hidden, heads, headDim } = config;
+  const { biases = "none", norms = "before" } = config;
+  const block = `blk.${index}`;
+  const before = (name: string) =>
+    norms === "after" ? undefined : loadNorm(from, `${block}.${name}.weight`);
+  const after = (name: string) =>
+    norms === "before" ? undefined : loadNorm(from, `${block}.${name}.weight`);
+  const projections = (parts: Part[], columns: number, biased: boolean) =>
+    loadProjections(from, block, parts, columns, biased);
+  const ofAttention = attentionParts(config, fused);
+  return {
+    attentionNorm: await before("attn_norm"),
+    qkv: await projections(ofAttention, width, biases !== "none"),
+    qkNorm: await loadQkNorm(from, block),
+    output: (await projections(
+      [["attn_output", width]],
+      heads * headDim,
+      biases === "all",
+    ))[0]!,
+    postAttentionNorm: await after("post_attention_norm"),
+    feedForwardNorm: await before("ffn_norm"),
+    ...await loadGateAndUp(from, block),
+    down: await loader.matrix(`${block}.ffn_down.weight`, width, hidden),
+    postFeedForwardNorm: await after("post_ffw_norm"),
+  };
+}
+
+async function loadNorm(
+  { backend, config, loader }: Reading,
+  name: string,
+  columns = config.width,
+  repeat = (weight: Float32Array<ArrayBuffer>) => weight,
+): Promise<Norm> {
+  const { epsilon, normOffset = 0 } = config;
+  const stored = await loader.floats(name, columns);
+  const weight = repeat(stored.map((w) => w + normOffset));
+  return { weight: Tensor.from(backend, weight), epsilon };
+}
+
+async function loadQkNorm(
+  from: Reading,
+  block: string,
+): Promise<Block["qkNorm"]> {
+  const { heads, headDim, kvHeads, storedKvHeads = kvHeads, qkNorm } =
+    from.config;
+  if (qkNorm === undefined) return undefined;
+  const all = qkNorm === "all";
+  const of = (part: string) => `${block}.attn_${part}_norm.weight`;
+  return {
+    q: await loadNorm(from, of("q"), (all ? heads : 1) * headDim),
+    k: await loadNorm(
+      from,
+      of("k"),
+      (all ? storedKvHeads : 1) * headDim,
+      all ? (weight) => repeatHeads(weight, storedKvHeads, kvHeads) : undefined,
+    ),
+  };
+}
+
+/** Parts with their biases, as one matrix where their types are the same. */
+async function loadProjections(
+  { backend, loader }: Reading,
+  block: string,
+  parts: readonly Part[],
+  columns: number,
+  biased: boolean,
+): Promise<Projection[]> {
+  const of = (kind: string) =>
+    parts.map(([name, ...rest]): Part => [`${block}.${name}.${kind}`, ...rest]);
+  const weights = await loader.matrices(of("weight"), columns);
+  const bias = of("bias");
+  const all: Projection[] = [];
+  for (const [i, weight] of weights.entries()) {
+    const own = weights.length === 1 ? bias : [bias[i]!];
+    all.push({
+      weight,
+      bias: biased ? await loadVectors(backend, loader, own) : undefined,
+    });
+  }
+  return all;
+}
+
+async function loadVectors(
+  backend: Backend,
+  loader: WeightSource,
+  parts: readonly Part[],
+): Promise<Tensor> {
+  const all: number[] = [];
+  for (const [name, rows, { from, of } = { from: 0, of: rows }] of parts) {
+    const whole = await loader.floats(name, of);
+    all.push(...whole.subarray(from, from + rows));
+  }
+  return Tensor.from(backend, Float32Array.from(all));
+}
+
+async function loadGateAndUp(
+  { config: { width, hidden }, loader, fused }: Reading,
+  block: string,
+): Promise<Pick<Block, "gate" | "up">> {
+  const name = `${block}.ffn_up.weight`;
+  if (!fused) {
+    const gate = `${block}.ffn_gate.weight`;
+    return {
+      gate: await loader.matrix(gate, hidden, width),
+      up: await loader.matrix(name, hidden, width),
+    };
+  }
+  const half = async (from: number) =>
+    (await loader.matrices(
+      [[name, hidden, { from, of: 2 * hidden }]],
+      width,
+    ))[0]!;
+  return { gate: await half(0), up: await half(hidden) };
 }
 
 /** Divides frequencies by the factors that are tensors: one list, or LongRoPE's two. */
