@@ -100,11 +100,6 @@ __device__ inline uint32_t ordered(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-/** The angle at a position, in turns of 2^32 from -1/2 to 1/2. */
-__device__ inline float phase_at(uint32_t position, uint32_t high, uint32_t low) {
-  return static_cast<float>(static_cast<int32_t>(position * high + __umulhi(position, low)));
-}
-
 // ---- between the blocks of a cluster ----
 
 /** Writes into another block's memory, at the place of one's own `at`, and counts the bytes on its barrier. */
@@ -274,10 +269,7 @@ struct AttendStep {
     local = mine * kChunk, count = local + (home ? 1 : 0), fresh_warp = chunks_of(blocks - 1) % kWarps;
     const int32_t n = mine > warp ? (mine - warp + kWarps - 1) / kWarps * kItems : 0;
     length = (n + Cut::kAtOnce - 1) / Cut::kAtOnce * Cut::kAtOnce;
-    const auto position = static_cast<uint32_t>(c.text ? step - 1 : kept);
-    float2 turn;
-    sincospif(phase_at(position, static_cast<uint32_t>(phase >> 32), static_cast<uint32_t>(phase)) * 0x1p-31f, &turn.y, &turn.x);
-    return turn;
+    return turn_at(static_cast<uint32_t>(c.text ? step - 1 : kept), phase);
   }
 
   __device__ Own read_own(int32_t slot) const {
@@ -330,11 +322,10 @@ struct AttendStep {
   __device__ void prepare(const Rows& rows, float2 turn, const Keep& keep_q) {
     const int32_t x = tid % kHalf;
     const float scale = a.scale * 1.4426950408889634f;  // powers of two from here on
-    const auto rotate = [&](float2 p) { return make_float2(p.x * turn.x - p.y * turn.y, p.x * turn.y + p.y * turn.x); };
-    float2 turned = c.text ? rotate(rows.k) : rows.k;
+    float2 turned = c.text ? rotated(rows.k, turn) : rows.k;
     const T first = from_float<T>(turned.x), second = from_float<T>(turned.y);
     turned = make_float2(to_float(first), to_float(second));
-    if (!c.text) turned = rotate(turned);
+    if (!c.text) turned = rotated(turned, turn);
     if (tid < half) {
       key[first_of(x)] = first, key[second_of(x)] = second;
       value[2 * x] = from_float<T>(rows.v.x), value[2 * x + 1] = from_float<T>(rows.v.y);
@@ -343,7 +334,7 @@ struct AttendStep {
     for (int t = 0; t < Rows::kTurns; t++) {
       const int32_t i = tid + t * kThreads;
       if (i >= kGroup * kHalf) break;
-      float2 out = rotate(rows.q[t]);
+      float2 out = rotated(rows.q[t], turn);
       out.x *= scale, out.y *= scale;
       keep_q(x, i / kHalf, out);
       if (home) {

@@ -133,6 +133,21 @@ using CacheRef = std::shared_ptr<Cache>;
 CacheRef find_cache(int32_t context, int32_t handle, int32_t layer);
 TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache);
 
+/** The angle at a position, in turns of 2^32 from -1/2 to 1/2. */
+__device__ inline float phase_at(uint32_t position, uint32_t high, uint32_t low) {
+  return static_cast<float>(static_cast<int32_t>(position * high + __umulhi(position, low)));
+}
+
+/** Cosine and sine of a pair at a position, and a pair turned by them: the same bits wherever a decode step stores a key. */
+__device__ inline float2 turn_at(uint32_t position, uint64_t phase) {
+  float2 turn;
+  sincospif(phase_at(position, static_cast<uint32_t>(phase >> 32), static_cast<uint32_t>(phase)) * 0x1p-31f, &turn.y, &turn.x);
+  return turn;
+}
+__device__ inline float2 rotated(float2 pair, float2 turn) {
+  return make_float2(fmaf(pair.x, turn.x, -(pair.y * turn.y)), fmaf(pair.x, turn.y, pair.y * turn.x));
+}
+
 /** Calls body with a value of the cache's element type. */
 template <typename Body>
 void by_cache_type(int32_t dtype, Body body) {

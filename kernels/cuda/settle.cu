@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* k
     float x = k[c.rope.source(i)];
     if (c.text && i < 2 * c.rope.pairs) {
       const int32_t pair = i % c.rope.pairs;
-      const float2 turn = c.rope.at(step - 1, pair);
-      const float other = k[c.rope.source(i < c.rope.pairs ? i + c.rope.pairs : pair)];
-      x = i < c.rope.pairs ? x * turn.x - other * turn.y : other * turn.y + x * turn.x;
+      const float2 both = make_float2(k[c.rope.source(pair)], k[c.rope.source(pair + c.rope.pairs)]);
+      const float2 turned = rotated(both, turn_at(static_cast<uint32_t>(step - 1), c.rope.phases[pair]));
+      x = i < c.rope.pairs ? turned.x : turned.y;
     }
     key[i] = from_float<T>(x);
     value[i] = from_float<T>(v[i]);

@@ -3061,11 +3061,6 @@ __device__ inline uint32_t ordered(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-/** The angle at a position, in turns of 2^32 from -1/2 to 1/2. */
-__device__ inline float phase_at(uint32_t position, uint32_t high, uint32_t low) {
-  return static_cast<float>(static_cast<int32_t>(position * high + __umulhi(position, low)));
-}
-
 // ---- between the blocks of a cluster ----
 
 /** Writes into another block's memory, at the place of one's own \`at\`, and counts the bytes on its barrier. */
@@ -3235,10 +3230,7 @@ struct AttendStep {
     local = mine * kChunk, count = local + (home ? 1 : 0), fresh_warp = chunks_of(blocks - 1) % kWarps;
     const int32_t n = mine > warp ? (mine - warp + kWarps - 1) / kWarps * kItems : 0;
     length = (n + Cut::kAtOnce - 1) / Cut::kAtOnce * Cut::kAtOnce;
-    const auto position = static_cast<uint32_t>(c.text ? step - 1 : kept);
-    float2 turn;
-    sincospif(phase_at(position, static_cast<uint32_t>(phase >> 32), static_cast<uint32_t>(phase)) * 0x1p-31f, &turn.y, &turn.x);
-    return turn;
+    return turn_at(static_cast<uint32_t>(c.text ? step - 1 : kept), phase);
   }
 
   __device__ Own read_own(int32_t slot) const {
@@ -3291,11 +3283,10 @@ struct AttendStep {
   __device__ void prepare(const Rows& rows, float2 turn, const Keep& keep_q) {
     const int32_t x = tid % kHalf;
     const float scale = a.scale * 1.4426950408889634f;  // powers of two from here on
-    const auto rotate = [&](float2 p) { return make_float2(p.x * turn.x - p.y * turn.y, p.x * turn.y + p.y * turn.x); };
-    float2 turned = c.text ? rotate(rows.k) : rows.k;
+    float2 turned = c.text ? rotated(rows.k, turn) : rows.k;
     const T first = from_float<T>(turned.x), second = from_float<T>(turned.y);
     turned = make_float2(to_float(first), to_float(second));
-    if (!c.text) turned = rotate(turned);
+    if (!c.text) turned = rotated(turned, turn);
     if (tid < half) {
       key[first_of(x)] = first, key[second_of(x)] = second;
       value[2 * x] = from_float<T>(rows.v.x), value[2 * x + 1] = from_float<T>(rows.v.y);
@@ -3304,7 +3295,7 @@ struct AttendStep {
     for (int t = 0; t < Rows::kTurns; t++) {
       const int32_t i = tid + t * kThreads;
       if (i >= kGroup * kHalf) break;
-      float2 out = rotate(rows.q[t]);
+      float2 out = rotated(rows.q[t], turn);
       out.x *= scale, out.y *= scale;
       keep_q(x, i / kHalf, out);
       if (home) {
@@ -4878,6 +4869,21 @@ using CacheRef = std::shared_ptr<Cache>;
 
 CacheRef find_cache(int32_t context, int32_t handle, int32_t layer);
 TensorRef find_victims(int32_t context, int32_t handle, const Cache& cache);
+
+/** The angle at a position, in turns of 2^32 from -1/2 to 1/2. */
+__device__ inline float phase_at(uint32_t position, uint32_t high, uint32_t low) {
+  return static_cast<float>(static_cast<int32_t>(position * high + __umulhi(position, low)));
+}
+
+/** Cosine and sine of a pair at a position, and a pair turned by them: the same bits wherever a decode step stores a key. */
+__device__ inline float2 turn_at(uint32_t position, uint64_t phase) {
+  float2 turn;
+  sincospif(phase_at(position, static_cast<uint32_t>(phase >> 32), static_cast<uint32_t>(phase)) * 0x1p-31f, &turn.y, &turn.x);
+  return turn;
+}
+__device__ inline float2 rotated(float2 pair, float2 turn) {
+  return make_float2(fmaf(pair.x, turn.x, -(pair.y * turn.y)), fmaf(pair.x, turn.y, pair.y * turn.x));
+}
 
 /** Calls body with a value of the cache's element type. */
 template <typename Body>
@@ -9697,9 +9703,9 @@ __global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* k
     float x = k[c.rope.source(i)];
     if (c.text && i < 2 * c.rope.pairs) {
       const int32_t pair = i % c.rope.pairs;
-      const float2 turn = c.rope.at(step - 1, pair);
-      const float other = k[c.rope.source(i < c.rope.pairs ? i + c.rope.pairs : pair)];
-      x = i < c.rope.pairs ? x * turn.x - other * turn.y : other * turn.y + x * turn.x;
+      const float2 both = make_float2(k[c.rope.source(pair)], k[c.rope.source(pair + c.rope.pairs)]);
+      const float2 turned = rotated(both, turn_at(static_cast<uint32_t>(step - 1), c.rope.phases[pair]));
+      x = i < c.rope.pairs ? turned.x : turned.y;
     }
     key[i] = from_float<T>(x);
     value[i] = from_float<T>(v[i]);
