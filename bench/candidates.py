@@ -680,7 +680,7 @@ def replay(step, steps, scored_from, device, until=math.inf):
 
 # ---- budgets and metrics that are measured ----
 
-GRID = [1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1, 3 / 2, 2, 5 / 2, 3]
+GRID = [1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1, 3 / 2, 2, 5 / 2, 3]
 
 
 class Measured:
@@ -712,7 +712,7 @@ class Measured:
             curve = np.take_along_axis(curve, parts[:, :, None], 2)[:, :, 0]
             if kind == "layers":
                 curve = curve.sum(1, keepdims=True)
-            caps = shared(curve.reshape(-1, len(GRID)), self.grid, self.budget)
+            caps = shared(curve.reshape(-1, len(self.grid)), self.grid, self.budget)
             caps = np.broadcast_to(caps.reshape(layers, -1), (layers, heads)).copy()
             # A head takes the recent part of the nearest budget that was measured.
             near = np.abs(caps[:, :, None] - np.array(self.grid)).argmin(-1)
@@ -725,7 +725,8 @@ class Measured:
     def measure(self, windows):
         model, count = self.model, len(windows)
         self.cached = {}
-        self.grid = [int(share * self.budget) for share in GRID]
+        # A head needs room for its first tokens, one that may leave and the newest.
+        self.grid = [int(share * self.budget) for share in GRID if share * self.budget >= SINKS + 2]
         tape, begin = [], time.time()
         for tokens in windows:
             one = []
@@ -794,7 +795,7 @@ class Measured:
         sums = sums.sum(3).double().cpu().numpy() / (count * (length - length // 2))
         # [2, layers, rules, heads] -> [layers, heads, 2 parts, grid]
         sums = sums[:, :, [own.index(rule.name) for rule in probes]]
-        sums = sums.reshape(2, model.layers, 2, len(GRID), heads).transpose(0, 1, 4, 2, 3)
+        sums = sums.reshape(2, model.layers, 2, len(self.grid), heads).transpose(0, 1, 4, 2, 3)
         self.curves = dict(residual=sums[0], loss=sums[1])
 
 
