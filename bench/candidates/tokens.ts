@@ -1,10 +1,10 @@
 /**
- * Writes the windows that bench/candidates.py reads, as token ids of the default
+ * Writes the windows that run.py beside this file reads, as token ids of the default
  * model: Python needs no tokenizer. What it measures, bench/tables.ts prints.
  *
- *   deno run -A bench/candidates.ts --text FILE[,FILE...] --out FILE
+ *   deno run -A bench/candidates/tokens.ts --text FILE[,FILE...] --out FILE
  *     [--window 4096] [--windows 12] [--model NAME]
- *   deno run -A bench/candidates.ts --tasks passkey,... --out FILE
+ *   deno run -A bench/candidates/tokens.ts --tasks passkey,... --out FILE
  *     [--length 1024] [--samples 10]
  *
  * Each text gives its share of the windows from its beginning, half a window
@@ -13,8 +13,8 @@
  */
 
 import { parseArgs } from "@std/cli/parse-args";
-import { DEFAULT_MODEL, loadModel } from "../mod.ts";
-import { ask, tasks } from "../src/evaluate/evaluate.ts";
+import { DEFAULT_MODEL, loadModel } from "../../mod.ts";
+import { ask, tasks } from "../../src/evaluate/evaluate.ts";
 
 const DEPTHS = [0, 0.25, 0.5, 0.75, 1];
 

@@ -1,8 +1,8 @@
 """
-Compares every rule of bench/candidates.py with plain lists in f64, over random
+Compares every rule of rules.py with plain lists in f64, over random
 queries, keys and values: the same tokens kept at each step, the same values.
 
-  python bench/candidates_check.py [FIRST]
+  python bench/candidates/check.py [FIRST]
 """
 
 import math
@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import torch
-
-from candidates import SINKS, Caches, Rule, attend_all, even, rotate, rules, turn_all, turns
+from caches import SINKS, Caches, attend_all, rotate, turn_all, turns
+from rules import Rule, rules
 
 LAYERS, HEADS, GROUP, DIM, BUDGET, STEPS = 2, 3, 2, 8, 32, 90
 BASE = 100.0
@@ -105,10 +105,17 @@ class Plain:
         return found
 
     def lend(self, worth):
-        heads = [(l, h) for (l, h), own in worth.items() if own and len(self.lists[l][h]) >= self.caps[l, h]]
+        heads = [
+            (l, h)
+            for (l, h), own in worth.items()
+            if own and len(self.lists[l][h]) >= self.caps[l, h]
+        ]
         least = {at: min(worth[at])[0] for at in heads}
         donors = sorted((least[at], at) for at in heads if self.caps[at] > self.floors[at])
-        takers = sorted(((least[at], at) for at in heads if self.caps[at] < self.rule.most * BUDGET), reverse=True)
+        takers = sorted(
+            ((least[at], at) for at in heads if self.caps[at] < self.rule.most * BUDGET),
+            reverse=True,
+        )
         for (low, donor), (high, taker) in list(zip(donors, takers))[: self.rule.moves]:
             if low < high:
                 self.caps[donor] -= 1
@@ -130,7 +137,9 @@ class Plain:
                 )
                 if far(tokens[rank - 1]) < far(r):
                     r = tokens[rank - 1]
-            alike = rule.gate and cos(*((j.key, r.key) if rule.gate[0] == "key" else (j.value, r.value)))
+            alike = rule.gate and cos(
+                *((j.key, r.key) if rule.gate[0] == "key" else (j.value, r.value))
+            )
             if rule.gate is None or alike > rule.gate[1]:
                 part = rule.merge * j.w
                 r.value = (part * j.value + r.w * r.value) / (part + r.w)
@@ -143,7 +152,9 @@ class Plain:
 
 def turn(x, place):
     one, two = x[: DIM // 2], x[DIM // 2 :]
-    angles = place * np.array([np.float32(BASE ** (-2 * i / DIM)) for i in range(DIM // 2)], np.float64)
+    angles = place * np.array(
+        [np.float32(BASE ** (-2 * i / DIM)) for i in range(DIM // 2)], np.float64
+    )
     cos, sin = np.cos(angles), np.sin(angles)
     return np.concatenate([one * cos - two * sin, one * sin + two * cos])
 
@@ -176,17 +187,31 @@ def check(rule, measured, metric):
         caches.finish(t.int())
         for w, plain in enumerate(plains):
             n = first + w
-            plain.step(step, qk[:, n, : HEADS * GROUP].numpy(), qk[:, n, HEADS * GROUP :].numpy(), v[:, n].numpy())
+            plain.step(
+                step,
+                qk[:, n, : HEADS * GROUP].numpy(),
+                qk[:, n, HEADS * GROUP :].numpy(),
+                v[:, n].numpy(),
+            )
             for l in range(LAYERS):
                 for h, tokens in enumerate(plain.lists[l]):
                     places = caches.place[l, n, h].tolist()
-                    assert sorted(x for x in places if x >= 0) == [x.place for x in tokens], (rule.name, step, l, h)
+                    assert sorted(x for x in places if x >= 0) == [x.place for x in tokens], (
+                        rule.name,
+                        step,
+                        l,
+                        h,
+                    )
                     left += len(tokens) <= step
-                    ranks, values, a = (x[l, n, h].numpy() for x in (caches.rank, caches.values, caches.a))
+                    ranks, values, a = (
+                        x[l, n, h].numpy() for x in (caches.rank, caches.values, caches.a)
+                    )
                     for rank, token in enumerate(tokens):
                         slot = places.index(token.place)
                         assert ranks[slot] == rank
-                        worst = max(worst, np.abs(values[slot] - token.value).max(), abs(a[slot] - token.a))
+                        worst = max(
+                            worst, np.abs(values[slot] - token.value).max(), abs(a[slot] - token.a)
+                        )
     assert left > 0 and worst < 1e-9, (rule.name, left, worst)
     return worst
 
