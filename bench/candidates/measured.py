@@ -14,9 +14,10 @@ def spread(kind, budget, layers, heads):
     """Budgets [layers, heads] that the library knows, as src/cache/budget.ts spreads them."""
     least = max(1, budget / 20)
     line = np.linspace(2 * budget - least, least, layers)
-    if kind != "pyramid":
-        line = line[::-1] if kind == "inverse" else np.full(layers, budget)
+    if kind == "even":
+        line = np.full(layers, budget)
     caps = np.diff(np.floor(np.cumsum(line) + 0.5), prepend=0).astype(int)
+    caps = caps[::-1] if kind == "inverse" else caps
     caps = np.repeat(caps[:, None], heads, 1)
     return caps, caps // 2 - SINKS
 
