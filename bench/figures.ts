@@ -2,8 +2,8 @@
  * Measures what the paper's Fig. 2 and Fig. 4 show, and writes a file for each.
  *
  *   deno run -A bench/figures.ts --figure 2|4 --text FILE[,FILE...]
- *     [--device cpu|cuda] [--kv-heads model,query] [--out bench/results]
- *     [--seconds N] [--model NAME]
+ *     [--device cpu|cuda] [--kv-heads model,query] [--budget 256,...]
+ *     [--out bench/results] [--svg FILE] [--seconds N] [--model NAME]
  *
  * Fig. 2: how alike the weights of attention stay after one merge. At token 100
  * every head merges one value; then 800 tokens are fed to that cache and to a
@@ -11,7 +11,8 @@
  * merged pair added up; `behind` leaves the first 4 tokens out.
  *
  * Fig. 4: eviction beside weighted-kv over the first 32,768 tokens of each text,
- * from one cache that is never emptied.
+ * from one cache that is never emptied. `--budget` and `--svg`, which
+ * draws it, are for this one.
  */
 
 import { parseArgs } from "@std/cli/parse-args";
@@ -25,6 +26,7 @@ import {
   Session,
 } from "../mod.ts";
 import { Tensor } from "../src/backend/tensor.ts";
+import { lineChart } from "../src/evaluate/chart.ts";
 import { frame, writeResult } from "./record.ts";
 
 /** Weights of single steps, as differences of the sums that caches keep. */
@@ -69,11 +71,13 @@ class Weights {
 
 const args = parseArgs(Deno.args, {
   string: [
-    ...["figure", "text", "device", "kv-heads", "out", "seconds", "model"],
+    ...["figure", "text", "device", "kv-heads", "budget", "out", "svg"],
+    ...["seconds", "model"],
   ],
   default: {
     device: "cuda",
     "kv-heads": "model,query",
+    budget: "256",
     out: "bench/results",
     seconds: "1e9",
     model: DEFAULT_MODEL,
@@ -83,6 +87,8 @@ const args = parseArgs(Deno.args, {
   text: string;
   device: Device;
   "kv-heads": string;
+  budget: string;
+  svg?: string;
   out: string;
   seconds: string;
   model: string;
@@ -108,17 +114,24 @@ for (const kvHeads of args["kv-heads"].split(",")) {
     );
   }
   const parts = args.figure === "2"
-    ? ["weighted-kv"]
-    : ["eviction", "weighted-kv"];
-  for (const policy of parts) {
-    if (rows.some((row) => row.kvHeads === kvHeads && row.policy === policy)) {
-      continue;
-    }
+    ? [{ policy: "weighted-kv", budget: FIRST }]
+    : args.budget.split(",").flatMap((budget) =>
+      ["eviction", "weighted-kv"].map((policy) => ({
+        policy,
+        budget: Number(budget),
+      }))
+    );
+  for (const { policy, budget } of parts) {
+    const known = rows.some((row) =>
+      row.kvHeads === kvHeads && row.policy === policy &&
+      (row.budget ?? budget) === budget
+    );
+    if (known) continue;
     if ((end - performance.now()) / 1000 < longest) continue;
     const begin = performance.now();
     const row = args.figure === "2"
       ? await likeness(model, tokens)
-      : await stream(model, policy, tokens);
+      : await stream(model, policy, budget, tokens);
     longest = Math.max(longest, (performance.now() - begin) / 1000);
     rows.push({ kvHeads, policy, ...row });
     await writeResult(path, {
@@ -134,6 +147,10 @@ for (const kvHeads of args["kv-heads"].split(",")) {
   }
 }
 
+if (args.figure === "4" && args.svg !== undefined) {
+  await Deno.writeTextFile(args.svg, drawn(rows as unknown as Stream[]));
+}
+
 async function readRows(path: string): Promise<Row[]> {
   try {
     return JSON.parse(await Deno.readTextFile(path)).rows;
@@ -143,13 +160,42 @@ async function readRows(path: string): Promise<Row[]> {
   }
 }
 
+/** A row of Fig. 4. */
+interface Stream {
+  kvHeads: string;
+  policy: string;
+  budget: number;
+  bucket: number;
+  /** Of each text, by bucket. */
+  nll: number[][];
+}
+
+/** Perplexity of all texts along their tokens, a point a bucket. */
+function drawn(rows: readonly Stream[]): string {
+  return lineChart({
+    title: "Perplexity along a book, by what becomes of the victim's value",
+    xLabel: "tokens read",
+    yLabel: "perplexity of the last 2,048 tokens",
+    series: rows.map(({ kvHeads, policy, budget, bucket, nll }) => ({
+      name: `${policy}, ${budget} tokens a ${
+        kvHeads === "query" ? "query" : "KV"
+      } head`,
+      points: nll[0]!.map((_, i) => ({
+        x: (i + 1) * bucket,
+        y: Math.exp(nll.reduce((sum, own) => sum + own[i]!, 0) / nll.length),
+      })),
+    })),
+  });
+}
+
 /** Each text's mean negative log probability by bucket of its tokens. */
 async function stream(
   model: Model,
   policy: string,
+  budget: number,
   texts: readonly number[][],
 ): Promise<Row> {
-  const sequences = texts.length, budget = 256;
+  const sequences = texts.length;
   using cache = model.createCache({ policy, budget, sequences });
   using session = new Session(model, cache);
   const sums = texts.map(() =>

@@ -51,6 +51,9 @@ const SIX = [
   "keepkv",
 ];
 const RECALL = ["passkey", "niah_single_1", "key_value", "variable_tracking"];
+const RULER = [
+  ...["niah_multikey_2", "frequent_words", "common_words", "niah_multikey_3"],
+];
 
 const columns: readonly Column[] = [
   {
@@ -79,6 +82,24 @@ const columns: readonly Column[] = [
     budget,
     questions: { tasks: RECALL, length: 4 * budget, samples: 10 },
   })),
+  // RULER's other tasks; longer questions take longer, so there are fewer.
+  {
+    name: "ruler-256",
+    groups: [
+      ...["full", "eviction", "weighted-kv", "weighted-kv-ward:linear"],
+      ...["keydiff", "snapkv"],
+    ].map((policy) => [policy]),
+    budget: 256,
+    questions: { tasks: RULER, length: 1024, samples: 10 },
+  },
+  {
+    name: "ruler-1024",
+    groups: ["full", "eviction", "weighted-kv", "keydiff"].map((policy) => [
+      policy,
+    ]),
+    budget: 1024,
+    questions: { tasks: RULER, length: 4096, samples: 5 },
+  },
   {
     name: "4096-1024",
     groups: [

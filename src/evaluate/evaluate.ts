@@ -135,7 +135,7 @@ export interface EvaluateRow {
 }
 
 /** A question with its ids. */
-interface Asked {
+export interface Asked {
   task: Task;
   length: number;
   depth: number | null;
@@ -336,7 +336,7 @@ function missing(
 }
 
 /** Makes a question as long as fits its length. */
-async function ask(
+export async function ask(
   tokenizer: Tokenizer,
   task: Task,
   length: number,
