@@ -162,6 +162,18 @@ describe("lineChart()", () => {
     }
   });
 
+  it("names no place across that lies beyond the first and last points", () => {
+    const points = Array.from({ length: 16 }, (_, i) => ({
+      x: (i + 1) * 2048,
+      y: 25 + i,
+    }));
+    const svg = draw({ series: [{ name: "p", points }] });
+    const ticks = svg.matchAll(/y="384" text-anchor="middle">([\d,]+)</g);
+    assertEquals([...ticks].map(([, text]) => text), [
+      ...["10,000", "20,000", "30,000"],
+    ]);
+  });
+
   it("keeps room for the longest name, and draws a bound of a line", () => {
     const name = "a name of more letters than usual";
     const svg = draw({

@@ -98,7 +98,7 @@ export function lineChart(options: ChartOptions): string {
   // scale, where round numbers lie anywhere; the last one has room first.
   const own = [...new Set(xs)].sort((a, b) => a - b);
   const xTicks = own.length > 8 && xScale === "linear"
-    ? roundTicks(Math.min(...xs), Math.max(...xs))
+    ? roundTicks(x0, x1).filter((x) => x >= x0 && x <= x1)
     : apart(own, left);
   const parts = [
     `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="13">`,
