@@ -753,7 +753,7 @@ __global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(c
   const Candidate mine = my.accumulate(shares, ahead, selects, forced);
   for (int32_t pass = 0;; pass++) {
     // A candidate also says that its warp has read its values for the last time: the victim's may then be written over.
-    const bool ends = (pass + 1) * Way::kPass >= Way::kGroup;
+    const bool ends = (pass + 1) * Way::kPass >= my.group;
     if (ends && selects) my.tell_candidate(mine);
     __syncthreads();
     my.tell_output(pass);

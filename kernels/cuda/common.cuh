@@ -221,10 +221,10 @@ int32_t entry(int32_t handle, Body body) {
   });
 }
 
-/** Lets a kernel use this much shared memory: what it declares itself, 24 KB at most, counts towards the 48 KB that need no leave. */
+/** Lets a kernel use this much shared memory: what it declares itself, 26 KB at most, counts towards the 48 KB that need no leave. */
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes > 24 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
+  if (bytes > 22 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
 }
 
 /** How a kernel is launched; `cluster`: blocks along x that share their memory. */

@@ -3714,7 +3714,7 @@ __global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(c
   const Candidate mine = my.accumulate(shares, ahead, selects, forced);
   for (int32_t pass = 0;; pass++) {
     // A candidate also says that its warp has read its values for the last time: the victim's may then be written over.
-    const bool ends = (pass + 1) * Way::kPass >= Way::kGroup;
+    const bool ends = (pass + 1) * Way::kPass >= my.group;
     if (ends && selects) my.tell_candidate(mine);
     __syncthreads();
     my.tell_output(pass);
@@ -5135,10 +5135,10 @@ int32_t entry(int32_t handle, Body body) {
   });
 }
 
-/** Lets a kernel use this much shared memory: what it declares itself, 24 KB at most, counts towards the 48 KB that need no leave. */
+/** Lets a kernel use this much shared memory: what it declares itself, 26 KB at most, counts towards the 48 KB that need no leave. */
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes > 24 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
+  if (bytes > 22 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), "Shared memory");
 }
 
 /** How a kernel is launched; \`cluster\`: blocks along x that share their memory. */
