@@ -270,7 +270,7 @@ function describe({ model, cache }: Chat): string {
 function cacheLines(chat: Chat): string {
   const { cache } = chat;
   const { seen, kept, merged, evicted } = cache.stats();
-  const layers = cache.layerSlots.map((_, i) => cache.stats(0, i).kept);
+  const layers = cache.layerSlots.map((_, layer) => cache.layerKept(layer));
   return `${describe(chat)}
 ${seen} tokens seen: ${
     cache.uneven

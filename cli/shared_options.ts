@@ -78,18 +78,23 @@ const spreads = ["constant", "pyramid", "inverse"] as const;
 
 const spread: Option<LayerBudgets> = {
   summary:
-    "How the budget is spread over the layers, at the same total; numbers are shares (default constant)",
+    "How the budget is spread over the layers, at the same total; numbers are shares, a layer's or N/N/... of its KV heads (default constant)",
   value: `${spreads.join("|")}|N,N,...`,
   choices: spreads,
   read(texts, name) {
     const typed = texts.at(-1)!;
     const word = spreads.find((spread) => spread === typed);
     if (word !== undefined) return word;
-    if (/^\d+(,\d+)+$/.test(typed)) return typed.split(",").map(Number);
+    if (/^\d+([,/]\d+)+$/.test(typed)) {
+      return typed.split(",").map((layer) => {
+        const own = layer.split("/").map(Number);
+        return own.length === 1 ? own[0]! : own;
+      });
+    }
     throw new UsageError(
       `--${name} must be one of ${
         spreads.join(", ")
-      }, or a whole number a layer separated by commas: current value is "${typed}"`,
+      }, or a whole number a layer separated by commas, or one a KV head separated by slashes: current value is "${typed}"`,
     );
   },
 };

@@ -16,7 +16,7 @@
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 4
+#define WKV_ABI_VERSION 5
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -222,8 +222,10 @@ WKV_API int32_t wkv_cache_read(int32_t context, int32_t cache, int32_t field, in
  *  rank `kept`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks
  *  `interval` victims, merges or drops them, and the new token takes a freed slot. k and v are rounded to the cache's type first.
  *  softcap: 0, or the scores s = scale q . k become softcap tanh(s / softcap) before the softmax.
- *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice). */
-WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, float softcap, int32_t victims);
+ *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice).
+ *  kv_head: the row's KV head that is the cache's first. Rows may have more heads than the cache, with as many query heads a KV head:
+ *  H and N are the row's, and the others' outputs stay as they are. */
+WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t kv_head, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, float softcap, int32_t victims);
 
 /** op: steps 3 to 6 of wkv_attend with attention weights that the caller computed: kv[b] holds N keys, then N values. */
 WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_t kv /* [B, 2 N * D] */, int32_t weights /* [B, N * (M + 1)], rank order */, int32_t victims);
@@ -232,8 +234,8 @@ WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_
  *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
  *  left. Refused for policies that keep a record of each step's weights, and to let tokens leave for those that choose by one
  *  step's weights (wkv_by_step, wkv_uses_now in policy.h).
- *  window: 0, or how many ranks a token looks back on, itself counted: those before weigh nothing. softcap is wkv_attend's. */
-WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale, float softcap, int32_t window);
+ *  window: 0, or how many ranks a token looks back on, itself counted: those before weigh nothing. kv_head and softcap are wkv_attend's. */
+WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t kv_head, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale, float softcap, int32_t window);
 
 /* ---- from logits to tokens ---- */
 

@@ -251,7 +251,7 @@ export function report(
     ...cacheSettings(model, cache, prefill),
     ...stats,
     layerKept: cache.uneven
-      ? cache.layerSlots.map((_, layer) => cache.stats(0, layer).kept)
+      ? cache.layerSlots.map((_, layer) => cache.layerKept(layer))
       : null,
     bytes: cache.bytes,
     fullBytes: cache.fullBytes(stats.seen),

@@ -3,6 +3,7 @@
 import {
   type CacheOptions,
   type CachePlan,
+  type GroupPlan,
   planCache,
   rowBytes,
 } from "./cache/layout.ts";
@@ -164,16 +165,14 @@ function largest(most: number, passes: (n: number) => boolean): number | null {
 function groupBytes(
   config: ModelConfig,
   { policy, positions, cacheType, sequences }: CachePlan,
-  { plan, layers }: CachePlan["groups"][number],
+  { plan, kvHeads, places }: GroupPlan,
   device: "cpu" | "cuda",
 ): number {
   const { slots, whole, window, interval } = plan;
-  const { kvHeads } = config;
-  const heads = layers.length * sequences * kvHeads;
+  const heads = places.length * sequences * kvHeads;
   const entries = heads * (slots + 1);
   const words = whole ? 0 : wordsOf(policy);
-  const half = layers.length * sequences * slots * rowBytes(config, cacheType) /
-    2;
+  const half = heads * slots * rowBytes(config, cacheType) / config.kvHeads / 2;
   const counts = device === "cpu" ? 36 : 48;
   const parts = [
     ...[half, half],
@@ -223,13 +222,13 @@ function inOneLaunch({ select, merge }: Policy, interval: number): boolean {
 
 /** The most rows of a pass, as Session feeds prompts. */
 function rowsOfPass(
-  { policy, layers }: CachePlan,
+  { policy, heads }: CachePlan,
   device: "cpu" | "cuda",
   chunk: number,
 ): number {
   if (policy.prefill === "steps") return 0;
   // A layer that keeps its window always has room.
-  const room = layers.map(({ whole, slots }) => whole ? Infinity : slots);
+  const room = heads.flat().map(({ whole, slots }) => whole ? Infinity : slots);
   const rows = Math.max(Math.min(PASS_ROWS[device], ...room), chunk);
   return rows === 1 ? 0 : rows;
 }
@@ -250,8 +249,8 @@ function sizesOf(config: ModelConfig): Record<
   };
 }
 
-function mostSlots({ layers }: CachePlan): number {
-  return Math.max(...layers.map(({ slots }) => slots));
+function mostSlots({ heads }: CachePlan): number {
+  return Math.max(...heads.flat().map(({ slots }) => slots));
 }
 
 /** Of wkv_attend or wkv_prefill, and of the linear ops. */

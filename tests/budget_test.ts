@@ -9,9 +9,10 @@ import {
 } from "@std/assert";
 import { generate, perplexity, policies } from "../mod.ts";
 import { Tensor } from "../src/backend/tensor.ts";
-import { layerBudgets, parseBudget } from "../src/cache/budget.ts";
+import type { KvCache } from "../src/cache/cache.ts";
+import { headBudgets, parseBudget } from "../src/cache/budget.ts";
 import { openCache } from "../src/selftest/layer.ts";
-import { Random } from "../src/selftest/numbers.ts";
+import { Random, relativeError } from "../src/selftest/numbers.ts";
 import { loadTiny } from "./tiny_model.ts";
 import { describe, it, openBackend } from "./device.ts";
 
@@ -105,7 +106,12 @@ describe("a cache's budget", () => {
   });
 });
 
-describe("layerBudgets()", () => {
+/** Budgets of layers whose heads are alike. */
+function layerBudgets(...given: Parameters<typeof headBudgets>): number[] {
+  return headBudgets(...given).map(([own]) => own!);
+}
+
+describe("headBudgets()", () => {
   it("are PyramidKV's line, its inverse, or the same, at one total", () => {
     // From 2 m - m / 20 down to m / 20.
     assertEquals(layerBudgets("pyramid", 100, 5), [195, 148, 100, 52, 5]);
@@ -124,7 +130,7 @@ describe("layerBudgets()", () => {
     assertThrows(
       () => layerBudgets("funnel" as "pyramid", 10, 2),
       RangeError,
-      "must be constant, pyramid, inverse or a number a layer",
+      "must be constant, pyramid, inverse or a list of a number a layer",
     );
   });
 
@@ -223,6 +229,127 @@ describe("layerBudgets()", () => {
         model.createCache({ budget: 16, recent: 8, layerBudgets: "pyramid" }),
       RangeError,
       "Layer 2 of 3: The budget must be at least sinks + recent: 1 is less than",
+    );
+  });
+
+  it("are shares of KV heads, at the total of all of them", () => {
+    assertEquals(headBudgets("constant", 5, 2, 3), [[5, 5, 5], [5, 5, 5]]);
+    assertEquals(headBudgets([1, 3], 4, 2, 2), [[2, 2], [6, 6]]);
+    assertEquals(headBudgets([[1, 2], [3, 6]], 3, 2, 2), [[1, 2], [3, 6]]);
+    assertEquals(headBudgets([[1, 3], 2], 20, 2, 2), [[10, 30], [20, 20]]);
+    assertThrows(
+      () => headBudgets([[1, 2, 3], 2], 9, 2, 2),
+      RangeError,
+      "The budgets of a layer must be one, or as many as its KV heads, 2: layer 0 has 3",
+    );
+    assertThrows(
+      () => headBudgets([50, [100, 1]], 2, 2, 2),
+      RangeError,
+      "layer 1, KV head 1, has 1 of 201",
+    );
+  });
+
+  for (
+    const policy of ["weighted-kv", "eviction", "weighted-kv-ward", "snapkv"]
+  ) {
+    it(`let each KV head keep what a cache of its budget would, under ${policy}`, async () => {
+      using backend = await openBackend();
+      const layer = { heads: 6, kvHeads: 3, headDim: 16, layers: 2 };
+      const budgets = [[6, 20, 10], [12, 12, 12]];
+      const common = {
+        ...{ policy, positions: "text" as const, sinks: 1, recent: 2 },
+        ...{ interval: 1, sequences: 2 },
+      };
+      using all = openCache(backend, layer, {
+        ...{ ...common, budget: 12, layerBudgets: budgets },
+      });
+      assertEquals(all.headSlots, budgets);
+      assertEquals(all.layerSlots, [12, 12]);
+      assert(all.uneven);
+      const alone = budgets.map((own) =>
+        own.map((budget) => openCache(backend, layer, { ...common, budget }))
+      );
+      const random = new Random(3), width = 2 * 16;
+      const run = (
+        rows: number,
+        feed: (cache: KvCache, at: number, out: Tensor, qkv: Tensor) => void,
+      ) => {
+        using qkv = Tensor.from(backend, random.qkv(layer, rows), rows);
+        using out = new Tensor(backend, "F32", rows, 6 * 16);
+        budgets.forEach((own, at) => {
+          feed(all, at, out, qkv);
+          const found = out.floats();
+          own.forEach((_, head) => {
+            feed(alone[at]![head]!, 0, out, qkv);
+            const right = out.floats();
+            for (let row = 0; row < rows; row++) {
+              const from = row * 6 * 16 + head * width;
+              assertLessOrEqual(
+                relativeError(
+                  found.subarray(from, from + width),
+                  right.subarray(from, from + width),
+                ),
+                1e-5,
+              );
+            }
+          });
+        });
+      };
+      const step = () =>
+        run(2, (cache, at, out, qkv) => cache.attend(at, out, qkv));
+      for (let i = 0; i < 25; i++) step();
+      if (policy !== "snapkv") {
+        run(9, (cache, at, out, qkv) => cache.prefill(at, 1, out, qkv, 9));
+      }
+      for (let i = 0; i < 5; i++) step();
+      budgets.forEach((own, at) =>
+        own.forEach((budget, head) => {
+          for (const sequence of [0, 1]) {
+            const one = alone[at]![head]!;
+            const { kept } = all.rows(at, head, sequence);
+            assertEquals(kept, one.rows(0, head, sequence).kept);
+            assertEquals(kept.length, budget);
+            assertEquals(all.stats(sequence, at, head), one.stats(sequence));
+          }
+        })
+      );
+      assertEquals(all.layerKept(0), 12);
+      assertEquals(all.events().length, 6);
+      assertThrows(
+        () => {
+          using kv = new Tensor(backend, "F32", 2, 2 * 3 * 16);
+          using weights = new Tensor(backend, "F32", 2, 3 * 13);
+          all.insert(0, kv, weights);
+        },
+        RangeError,
+        "The KV heads of layer 0 have budgets of their own",
+      );
+      alone.flat().forEach((cache) => cache.close());
+    });
+  }
+
+  it("are refused where a policy chooses for all heads of a layer", async () => {
+    using backend = await openBackend();
+    const layer = { heads: 2, kvHeads: 2, headDim: 16 };
+    assertThrows(
+      () =>
+        openCache(backend, layer, {
+          policy: "tova",
+          budget: 20,
+          layerBudgets: [[1, 3]],
+        }),
+      RangeError,
+      "The policy tova chooses for all KV heads of a layer at once",
+    );
+    assertThrows(
+      () =>
+        openCache(backend, layer, {
+          budget: 20,
+          recent: 8,
+          layerBudgets: [[1, 9]],
+        }),
+      RangeError,
+      "KV head 0 of 2 in layer 0 of 1: The budget must be at least sinks + recent",
     );
   });
 });

@@ -57,7 +57,7 @@ struct Plan {
 };
 
 /** Rotates q at the new token's rank, and rounds k and v to what will be stored. */
-void prepare(const Loops& loops, const Cache& cache, const float* qkv, int32_t n, int64_t head, const Work& w) {
+void prepare(const Loops& loops, const Cache& cache, const RowHeads& row, const float* qkv, int32_t n, int64_t head, const Work& w) {
   const Counts& counts = cache.counts[head];
   const int32_t group = cache.group(), dim = cache.head_dim;
   float own[512], key[512];
@@ -65,13 +65,13 @@ void prepare(const Loops& loops, const Cache& cache, const float* qkv, int32_t n
   const Rotation at = cache.rope->at(text ? counts.steps : counts.kept, own);
   for (int32_t g = 0; g < group; g++) {
     float* q = w.q + g * dim;
-    std::memcpy(q, qkv + (int64_t{n} * group + g) * dim, size_t(dim) * 4);
+    std::memcpy(q, qkv + row.query(n, g) * dim, size_t(dim) * 4);
     cache.rope->to_half(q);
     rotate(q, at);
   }
-  std::memcpy(key, qkv + (int64_t{cache.heads} + n) * dim, size_t(dim) * 4);
+  std::memcpy(key, qkv + row.key(n) * dim, size_t(dim) * 4);
   store_key(loops, cache, key, at, w.key);
-  loops.write_row(cache.dtype, qkv + (int64_t{cache.heads} + cache.kv_heads + n) * dim, dim, w.value);
+  loops.write_row(cache.dtype, qkv + row.value(n) * dim, dim, w.value);
 }
 
 /** Ranks [first, last) of one head: weights, their highest score and sum, and the weighted values. */
@@ -133,11 +133,12 @@ void accumulate(const Loops& loops, Cache& cache, int64_t head, const Plan& plan
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t kv_head, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
-    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
-    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, -1);
+    const RowHeads row = cache->row_heads(to->columns, kv_head);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, row.columns(cache->head_dim));
     const TensorRef forced = find_victims(context, victims, *cache);
     check_softcap(softcap);
     const Plan plan(*cache);
@@ -152,7 +153,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       ctx.threads.loop(units, 8, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
           const int64_t b = u / cache->kv_heads;
-          prepare(loops, *cache, from->row(b), static_cast<int32_t>(u % cache->kv_heads), first + u, work(u));
+          prepare(loops, *cache, row, from->row(b), static_cast<int32_t>(u % cache->kv_heads), first + u, work(u));
         }
       });
       // Heads turn fastest, so that a stretch's part of the rotation's tables stays in the cache.
@@ -161,8 +162,8 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       });
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
-          float* row = to->row(u / cache->kv_heads) + u % cache->kv_heads * plan.group * plan.head_dim;
-          join(loops, *cache, layer, first + u, plan, work(u), row);
+          float* own = to->row(u / cache->kv_heads) + row.query(static_cast<int32_t>(u % cache->kv_heads), 0) * plan.head_dim;
+          join(loops, *cache, layer, first + u, plan, work(u), own);
         }
       });
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {

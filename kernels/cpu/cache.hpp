@@ -1,6 +1,7 @@
 /** cache.hpp: the cache of the CPU library and steps 4 to 6 of a decode step, shared by wkv_attend, wkv_insert and wkv_prefill. */
 #pragma once
 #include "../policy.h"
+#include "../rows.hpp"
 #include "common.hpp"
 
 namespace wkv {
@@ -44,6 +45,8 @@ struct Cache : Object {
 
   size_t bytes() const override;
   int32_t group() const { return heads / kv_heads; }
+  /** Where its heads lie in rows that begin with its KV head kv_head; `out_columns`: of a row of outputs. */
+  RowHeads row_heads(int32_t out_columns, int32_t kv_head) const { return RowHeads(group(), kv_heads, head_dim, out_columns, kv_head); }
   int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
   int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
   uint8_t* keys_of(int64_t head) { return keys.data() + head * slots * row_bytes(); }

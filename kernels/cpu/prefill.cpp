@@ -66,6 +66,7 @@ Work cut(uint8_t* scratch, const Cache& cache, int32_t threads, int64_t kept, in
 struct Job {
   Context& ctx;
   Cache& cache;
+  const RowHeads& of;
   Tensor& qkv;
   Tensor& out;
   int32_t rows, layer, kv_head;
@@ -101,10 +102,10 @@ struct Job {
           stored_value = cache.values_of(head) + r.slot[i] * bytes;
         } else {
           const int32_t t = static_cast<int32_t>(i - r.count);
-          const float* row = qkv.row(t) + (int64_t{cache.heads} + kv_head) * dim;
-          std::memcpy(key, row, size_t(dim) * 4);
+          const float* row = qkv.row(t);
+          std::memcpy(key, row + of.key(kv_head) * dim, size_t(dim) * 4);
           store_key(loops, cache, key, cache.rope->at(position(t), own), w.new_keys + t * bytes);
-          loops.write_row(cache.dtype, row + int64_t{cache.kv_heads} * dim, dim, w.new_values + t * bytes);
+          loops.write_row(cache.dtype, row + of.value(kv_head) * dim, dim, w.new_values + t * bytes);
           stored_key = w.new_keys + t * bytes;
           stored_value = w.new_values + t * bytes;
         }
@@ -120,7 +121,7 @@ struct Job {
   void block(int32_t g, int32_t t0, int32_t n, float* columns, int thread) const {
     const Loops& loops = *ctx.loops;
     const int32_t dim = cache.head_dim;
-    const int64_t kept = w.length - rows, h = int64_t{kv_head} * cache.group() + g;
+    const int64_t kept = w.length - rows, h = of.query(kv_head, g);
     float own[512];
     float* q = w.q + int64_t{thread} * kBlock * dim;
     float* weights = w.blocks + int64_t{thread} * kBlock * w.stride;
@@ -187,7 +188,7 @@ struct Job {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t kv_head, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
@@ -195,8 +196,9 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     check_softcap(softcap);
     require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
-    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
-    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, -1);
+    const RowHeads of = cache->row_heads(to->columns, kv_head);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, of.columns(cache->head_dim));
     int64_t bytes = 0;
     cut(nullptr, *cache, ctx.threads.count(), cache->slots, rows, &bytes);
     ctx.scratch.reserve(size_t(bytes));
@@ -204,7 +206,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       for (int32_t n = 0; n < cache->kv_heads; n++) {
         const int64_t head = cache->head(layer, sequence, n);
         const Work w = cut(ctx.scratch.data(), *cache, ctx.threads.count(), cache->counts[head].kept, rows, nullptr);
-        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, softcap, window, w};
+        const Job job{ctx, *cache, of, *from, *to, rows, layer, n, head, scale, softcap, window, w};
         job.gather();
         job.attend();
         job.settle_rows();

@@ -12,16 +12,18 @@
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t kv_head, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
-    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
-    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, -1);
+    const RowHeads row = cache->row_heads(to->columns, kv_head);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, row.columns(cache->head_dim));
     const TensorRef forced = find_victims(context, victims, *cache);
     check_softcap(softcap);
     ctx.hold(cache, from, to, forced);
     AttendView a{};
     a.cache = cache->view(layer);
+    a.row = row;
     a.qkv = from->f32();
     a.out = to->f32();
     a.scale = scale;
@@ -29,7 +31,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
     a.layer = layer;
     a.victims = forced ? forced->i32() : nullptr;
     if (!attend_tensor(ctx, *cache, a)) attend_plain(ctx, *cache, a);
-    if (a.cache.later) settle_step(ctx, *cache, a.cache, a.qkv + int64_t{cache->heads} * cache->head_dim, from->columns, a.cache.weights, a.victims);
+    if (a.cache.later) settle_step(ctx, *cache, a.cache, {a.qkv + row.key(0) * cache->head_dim, from->columns, row.kv_heads * cache->head_dim}, a.cache.weights, a.victims);
     cache->touch(ctx, layer);
     ctx.submitted();
   });

@@ -43,6 +43,7 @@ struct AttendPlan {
 
 struct AttendView {
   CacheView cache;
+  RowHeads row;
   AttendPlan plan;
   const float* qkv;
   float* out;
@@ -293,9 +294,8 @@ struct AttendStep {
   __device__ Places find_rows() const {
     const int32_t n = unit % c.kv_heads, b = unit / c.kv_heads, x = tid % kHalf;
     const int32_t first = c.rope.source(first_of(x)), second = c.rope.source(second_of(x));
-    const float* row = a.qkv + int64_t{b} * (c.heads + 2 * c.kv_heads) * dim;
-    const float* k = row + int64_t{c.heads + n} * dim;
-    return {row + (int64_t{n} * group + tid / kHalf) * dim + first, k + first, k + int64_t{c.kv_heads} * dim + 2 * x, second - first};
+    const float* row = a.qkv + int64_t{b} * a.row.columns(dim);
+    return {row + a.row.query(n, tid / kHalf) * dim + first, row + a.row.key(n) * dim + first, row + a.row.value(n) * dim + 2 * x, second - first};
   }
   /** The new token's rows on their way: a pair of each of this thread's query heads, of the key and of the value. */
   struct Rows {
@@ -447,7 +447,10 @@ struct AttendStep {
 
   // ---- output ----
 
-  __device__ float2* out() const { return reinterpret_cast<float2*>(a.out + int64_t{unit} * group * dim); }
+  __device__ float2* out() const {
+    const int32_t b = unit / c.kv_heads, n = unit % c.kv_heads;
+    return reinterpret_cast<float2*>(a.out + (int64_t{b} * a.row.kv_heads * group + a.row.query(n, 0)) * dim);
+  }
   /** The outputs are joined by slices of 2^slice_log pairs, one a block. */
   __device__ int32_t my_slice() const { return max(0, min(1 << a.plan.slice_log, group * half - (block << a.plan.slice_log))); }
 

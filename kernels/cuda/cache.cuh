@@ -8,6 +8,7 @@
 #include <climits>
 
 #include "../policy.h"
+#include "../rows.hpp"
 #include "common.cuh"
 
 namespace wkv {
@@ -119,6 +120,8 @@ struct Cache : Object {
   int32_t width() const { return wkv_words(select, merge); }
   bool later() const { return !wkv_in_one_launch(select, merge, interval); }
   int32_t group() const { return heads / kv_heads; }
+  /** Where its heads lie in rows that begin with its KV head kv_head; `out_columns`: of a row of outputs. */
+  RowHeads row_heads(int32_t out_columns, int32_t kv_head) const { return RowHeads(group(), kv_heads, head_dim, out_columns, kv_head); }
   int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
   int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
   void check_layer(int32_t layer) const;
@@ -170,7 +173,13 @@ static __device__ __noinline__ float warp_gap(const T* a, const T* b, int32_t di
   return warp_sum(total);
 }
 
+/** New keys and values of the sequences, in floats: a head's key, how far apart rows lie, and a value from its key. */
+struct NewRows {
+  const float* keys;
+  int64_t row, value;
+};
+
 /** Launches what is left of a step when wkv_attend's launch left it to a second one: the layer's weights lie in `weights`. */
-void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims);
+void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const NewRows& rows, const float* weights, const int32_t* victims);
 
 }  // namespace wkv

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
   const int32_t first = blockIdx.x * 8 + (threadIdx.x >> 5), step = gridDim.x * 8;
   const int32_t n = which < c.heads ? which / c.group() : which - c.heads;
   const Counts& counts = c.counts[p.head(n)];
-  const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim;
+  const int32_t kept = counts.kept, columns = p.row.columns(dim);
   const int64_t place = c.text ? counts.steps : kept;
   const auto row_of = [&](S* rows, int32_t row) { return ScratchRow<S>{rows, row, p.width, p.tiled}; };
   const auto clear_row = [&](const ScratchRow<S>& to) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
         clear_row(to);
         continue;
       }
-      const float* from = p.qkv + int64_t{t} * columns + which * dim;
+      const float* from = p.qkv + int64_t{t} * columns + p.row.query(0, which) * dim;
       const auto pair = [&](int32_t i) {
         const float2 x = turned(source(from, i), rope.at(place + t, i));
         return make_float2(x.x * p.scale, x.y * p.scale);
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
       continue;
     }
     const int32_t t = i - kept;
-    const float *from_key = p.qkv + int64_t{t} * columns + (c.heads + n) * dim, *from_value = from_key + c.kv_heads * dim;
+    const float* from_row = p.qkv + int64_t{t} * columns;
+    const float *from_key = from_row + p.row.key(n) * dim, *from_value = from_row + p.row.value(n) * dim;
     T *new_key = p.new_keys_of<T>(n) + int64_t{t} * dim, *new_value = p.new_values_of<T>(n) + int64_t{t} * dim;
     const auto pair = [&](int32_t j) {
       const float2 x = source(from_key, j), turn = rope.at(place + t, j), kept_as = rounded<T>(c.text ? turned(x, turn) : x);
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(256) arrive_fours_kernel(PrefillView p) {
   const int32_t which = blockIdx.y, dim = c.head_dim, pairs = rope.pairs, parts = p.width / 8;
   const int32_t n = which < c.heads ? which / c.group() : which - c.heads;
   const Counts& counts = c.counts[p.head(n)];
-  const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim, length = kept + p.rows;
+  const int32_t kept = counts.kept, columns = p.row.columns(dim), length = kept + p.rows;
   const int64_t place = c.text ? counts.steps : kept;
   const auto put = [&](__half* rows, int32_t row, int32_t d, const Four<float>& x) {
     four_at(rows + (p.tiled ? tiled_at(row, d, p.width) : int64_t{row} * p.width + d)) = each<__half>(x, [](float v, int) { return narrowed<__half>(v); });
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(256) arrive_fours_kernel(PrefillView p) {
       continue;
     }
     if (query) {
-      Pairs x = source(p.qkv + int64_t{row} * columns + which * dim, i).turned(rope, place + row, i);
+      Pairs x = source(p.qkv + int64_t{row} * columns + p.row.query(0, which) * dim, i).turned(rope, place + row, i);
 #pragma unroll
       for (int k = 0; k < 4; k++) x.low.x[k] *= p.scale, x.high.x[k] *= p.scale;
       put_pairs(p.queries_of<__half>(which), row, i, x);
@@ -214,7 +215,8 @@ __global__ void __launch_bounds__(256) arrive_fours_kernel(PrefillView p) {
       continue;
     }
     const int32_t t = row - kept;
-    const float *key = p.qkv + int64_t{t} * columns + (c.heads + n) * dim, *value = key + c.kv_heads * dim;
+    const float* from_row = p.qkv + int64_t{t} * columns;
+    const float *key = from_row + p.row.key(n) * dim, *value = from_row + p.row.value(n) * dim;
     T *new_key = p.new_keys_of<T>(n) + int64_t{t} * dim, *new_value = p.new_values_of<T>(n) + int64_t{t} * dim;
     Pairs x = source(key, i);
     if (c.text) x = x.turned(rope, place + t, i);
@@ -413,7 +415,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
         p.lse[int64_t{h} * p.lines + t] = most[m][r] + log2f(total);
         if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
       }
-      float* out = p.out + (int64_t{t} * c.heads + h) * c.head_dim;
+      float* out = p.out_of(t, h);
 #pragma unroll
       for (int i = 0; i < kDim / 8; i++) {
         const int32_t d = i * 8 + lane % 4 * 2;
@@ -664,7 +666,7 @@ __global__ void __launch_bounds__(256) exact_forward_kernel(PrefillView p, Fault
 #pragma unroll
       for (int d = 0; d < 4; d++) {
         const int32_t column = part * 64 + x * 4 + d;
-        if (column < c.head_dim) p.out[(int64_t{t} * c.heads + h) * c.head_dim + column] = acc[part][i][d] / total;
+        if (column < c.head_dim) p.out_of(t, h)[column] = acc[part][i][d] / total;
       }
     }
   }
@@ -863,7 +865,7 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t kv_head, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
@@ -871,11 +873,13 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     check_softcap(softcap);
     require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
-    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
-    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, -1);
+    const RowHeads row = cache->row_heads(to->columns, kv_head);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, row.columns(cache->head_dim));
     ctx.hold(cache, from, to);
     PrefillView p{};
     p.cache = cache->view(layer);
+    p.row = row;
     p.layer = layer;
     p.sequence = sequence;
     p.rows = rows;

@@ -6,6 +6,7 @@ namespace wkv {
 
 struct PrefillView {
   CacheView cache;
+  RowHeads row;
   int32_t layer, sequence, rows;
   int32_t width;  // of a scratch row: D and zeros
   const float* qkv;
@@ -44,6 +45,8 @@ struct PrefillView {
     uint32_t* own = words + at * cache.width;
     return {score + at, birth + at, rank + at, own, entries, cache.gapped() ? reinterpret_cast<float*>(own) : nullptr, by_rank + at, measure + at, nullptr, freed + at};
   }
+  /** Where a query head's output of row t goes. */
+  __device__ float* out_of(int64_t t, int32_t h) const { return out + (t * row.kv_heads * row.group + row.query(0, h)) * cache.head_dim; }
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
   template <typename T>
   __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }

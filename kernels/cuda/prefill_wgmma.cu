@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) forward_kernel(PrefillView p, 
     if (lane % 4 == 0) p.lse[int64_t{h} * p.lines + t] = t < p.rows ? most[r] + log2f(total) : INFINITY;
     if (t >= p.rows) continue;
     if (lane % 4 == 0 && !is_sum(total)) faults.report(Fault::NanAttention, p.layer);
-    float* out = p.out + (int64_t{t} * c.heads + h) * c.head_dim;
+    float* out = p.out_of(t, h);
 #pragma unroll
     for (int j = 0; j < kDim / 8; j++) {
       const int32_t d = j * 8 + lane % 4 * 2;

@@ -16,7 +16,7 @@ namespace {
 constexpr int32_t kArrays = 6;  // of state and scratch that may lie in shared memory
 
 template <typename T>
-__global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims, int32_t near, Faults faults) {
+__global__ void __launch_bounds__(512) settle_kernel(CacheView c, NewRows rows, const float* weights, const int32_t* victims, int32_t near, Faults faults) {
   extern __shared__ float shared[];  // near: [kArrays, slots + 1]
   __shared__ SettleArea area;
   __shared__ alignas(16) T key[512], value[512];
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* k
     e.score = shared, e.birth = reinterpret_cast<int32_t*>(shared + stride), e.rank = reinterpret_cast<int32_t*>(shared + 2 * stride);
     e.by_rank = shared + 3 * stride, e.measure = shared + 4 * stride, e.now = own.now ? shared + 5 * stride : nullptr;
   }
-  const float *k = keys + b * row_floats + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
+  const float *k = rows.keys + b * rows.row + int64_t{n} * dim, *v = k + rows.value;
   for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
     float x = k[c.rope.source(i)];
     if (c.text && i < 2 * c.rope.pairs) {
@@ -70,11 +70,11 @@ __global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* k
 
 }  // namespace
 
-void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims) {
+void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const NewRows& rows, const float* weights, const int32_t* victims) {
   const size_t shared = size_t(kArrays) * (cache.slots + 1) * 4;
   const bool near = shared + 32 * 1024 <= static_cast<size_t>(ctx.shared_limit);
   by_cache_type(cache.dtype, [&](auto type) {
-    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 512, near ? shared : 0}, view, keys, row_floats, weights, victims, near, ctx.faults());
+    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 512, near ? shared : 0}, view, rows, weights, victims, near, ctx.faults());
   });
 }
 
@@ -90,7 +90,7 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
     const TensorRef given = find_tensor(context, weights, "weights", WKV_F32, cache->sequences, n_heads * (cache->slots + 1));
     const TensorRef forced = find_victims(context, victims, *cache);
     ctx.hold(cache, rows, given, forced);
-    settle_step(ctx, *cache, cache->view(layer), rows->f32(), rows->columns, given->f32(), forced ? forced->i32() : nullptr);
+    settle_step(ctx, *cache, cache->view(layer), {rows->f32(), rows->columns, int64_t{n_heads} * cache->head_dim}, given->f32(), forced ? forced->i32() : nullptr);
     cache->touch(ctx, layer);
     ctx.submitted();
   });

@@ -59,7 +59,7 @@ struct Plan {
 };
 
 /** Rotates q at the new token's rank, and rounds k and v to what will be stored. */
-void prepare(const Loops& loops, const Cache& cache, const float* qkv, int32_t n, int64_t head, const Work& w) {
+void prepare(const Loops& loops, const Cache& cache, const RowHeads& row, const float* qkv, int32_t n, int64_t head, const Work& w) {
   const Counts& counts = cache.counts[head];
   const int32_t group = cache.group(), dim = cache.head_dim;
   float own[512], key[512];
@@ -67,13 +67,13 @@ void prepare(const Loops& loops, const Cache& cache, const float* qkv, int32_t n
   const Rotation at = cache.rope->at(text ? counts.steps : counts.kept, own);
   for (int32_t g = 0; g < group; g++) {
     float* q = w.q + g * dim;
-    std::memcpy(q, qkv + (int64_t{n} * group + g) * dim, size_t(dim) * 4);
+    std::memcpy(q, qkv + row.query(n, g) * dim, size_t(dim) * 4);
     cache.rope->to_half(q);
     rotate(q, at);
   }
-  std::memcpy(key, qkv + (int64_t{cache.heads} + n) * dim, size_t(dim) * 4);
+  std::memcpy(key, qkv + row.key(n) * dim, size_t(dim) * 4);
   store_key(loops, cache, key, at, w.key);
-  loops.write_row(cache.dtype, qkv + (int64_t{cache.heads} + cache.kv_heads + n) * dim, dim, w.value);
+  loops.write_row(cache.dtype, qkv + row.value(n) * dim, dim, w.value);
 }
 
 /** Ranks [first, last) of one head: weights, their highest score and sum, and the weighted values. */
@@ -135,11 +135,12 @@ void accumulate(const Loops& loops, Cache& cache, int64_t head, const Plan& plan
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t kv_head, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
-    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
-    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, -1);
+    const RowHeads row = cache->row_heads(to->columns, kv_head);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, row.columns(cache->head_dim));
     const TensorRef forced = find_victims(context, victims, *cache);
     check_softcap(softcap);
     const Plan plan(*cache);
@@ -154,7 +155,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       ctx.threads.loop(units, 8, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
           const int64_t b = u / cache->kv_heads;
-          prepare(loops, *cache, from->row(b), static_cast<int32_t>(u % cache->kv_heads), first + u, work(u));
+          prepare(loops, *cache, row, from->row(b), static_cast<int32_t>(u % cache->kv_heads), first + u, work(u));
         }
       });
       // Heads turn fastest, so that a stretch's part of the rotation's tables stays in the cache.
@@ -163,8 +164,8 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
       });
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t u = begin; u < end; u++) {
-          float* row = to->row(u / cache->kv_heads) + u % cache->kv_heads * plan.group * plan.head_dim;
-          join(loops, *cache, layer, first + u, plan, work(u), row);
+          float* own = to->row(u / cache->kv_heads) + row.query(static_cast<int32_t>(u % cache->kv_heads), 0) * plan.head_dim;
+          join(loops, *cache, layer, first + u, plan, work(u), own);
         }
       });
       ctx.threads.loop(units, 1, [&](int64_t begin, int64_t end, int) {
@@ -437,6 +438,7 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
   "cpu/cache.hpp": `/** cache.hpp: the cache of the CPU library and steps 4 to 6 of a decode step, shared by wkv_attend, wkv_insert and wkv_prefill. */
 #pragma once
 #include "../policy.h"
+#include "../rows.hpp"
 #include "common.hpp"
 
 namespace wkv {
@@ -480,6 +482,8 @@ struct Cache : Object {
 
   size_t bytes() const override;
   int32_t group() const { return heads / kv_heads; }
+  /** Where its heads lie in rows that begin with its KV head kv_head; \`out_columns\`: of a row of outputs. */
+  RowHeads row_heads(int32_t out_columns, int32_t kv_head) const { return RowHeads(group(), kv_heads, head_dim, out_columns, kv_head); }
   int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
   int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
   uint8_t* keys_of(int64_t head) { return keys.data() + head * slots * row_bytes(); }
@@ -1915,6 +1919,7 @@ Work cut(uint8_t* scratch, const Cache& cache, int32_t threads, int64_t kept, in
 struct Job {
   Context& ctx;
   Cache& cache;
+  const RowHeads& of;
   Tensor& qkv;
   Tensor& out;
   int32_t rows, layer, kv_head;
@@ -1950,10 +1955,10 @@ struct Job {
           stored_value = cache.values_of(head) + r.slot[i] * bytes;
         } else {
           const int32_t t = static_cast<int32_t>(i - r.count);
-          const float* row = qkv.row(t) + (int64_t{cache.heads} + kv_head) * dim;
-          std::memcpy(key, row, size_t(dim) * 4);
+          const float* row = qkv.row(t);
+          std::memcpy(key, row + of.key(kv_head) * dim, size_t(dim) * 4);
           store_key(loops, cache, key, cache.rope->at(position(t), own), w.new_keys + t * bytes);
-          loops.write_row(cache.dtype, row + int64_t{cache.kv_heads} * dim, dim, w.new_values + t * bytes);
+          loops.write_row(cache.dtype, row + of.value(kv_head) * dim, dim, w.new_values + t * bytes);
           stored_key = w.new_keys + t * bytes;
           stored_value = w.new_values + t * bytes;
         }
@@ -1969,7 +1974,7 @@ struct Job {
   void block(int32_t g, int32_t t0, int32_t n, float* columns, int thread) const {
     const Loops& loops = *ctx.loops;
     const int32_t dim = cache.head_dim;
-    const int64_t kept = w.length - rows, h = int64_t{kv_head} * cache.group() + g;
+    const int64_t kept = w.length - rows, h = of.query(kv_head, g);
     float own[512];
     float* q = w.q + int64_t{thread} * kBlock * dim;
     float* weights = w.blocks + int64_t{thread} * kBlock * w.stride;
@@ -2036,7 +2041,7 @@ struct Job {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t kv_head, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
@@ -2044,8 +2049,9 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     check_softcap(softcap);
     require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
-    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
-    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, -1);
+    const RowHeads of = cache->row_heads(to->columns, kv_head);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, of.columns(cache->head_dim));
     int64_t bytes = 0;
     cut(nullptr, *cache, ctx.threads.count(), cache->slots, rows, &bytes);
     ctx.scratch.reserve(size_t(bytes));
@@ -2053,7 +2059,7 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
       for (int32_t n = 0; n < cache->kv_heads; n++) {
         const int64_t head = cache->head(layer, sequence, n);
         const Work w = cut(ctx.scratch.data(), *cache, ctx.threads.count(), cache->counts[head].kept, rows, nullptr);
-        const Job job{ctx, *cache, *from, *to, rows, layer, n, head, scale, softcap, window, w};
+        const Job job{ctx, *cache, of, *from, *to, rows, layer, n, head, scale, softcap, window, w};
         job.gather();
         job.attend();
         job.settle_rows();
@@ -2936,16 +2942,18 @@ class Threads {
 
 using namespace wkv;
 
-int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
+int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t kv_head, int32_t out, int32_t qkv, float scale, float softcap, int32_t victims) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
-    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
-    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, cache->heads * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, cache->sequences, -1);
+    const RowHeads row = cache->row_heads(to->columns, kv_head);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, cache->sequences, row.columns(cache->head_dim));
     const TensorRef forced = find_victims(context, victims, *cache);
     check_softcap(softcap);
     ctx.hold(cache, from, to, forced);
     AttendView a{};
     a.cache = cache->view(layer);
+    a.row = row;
     a.qkv = from->f32();
     a.out = to->f32();
     a.scale = scale;
@@ -2953,7 +2961,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t out, 
     a.layer = layer;
     a.victims = forced ? forced->i32() : nullptr;
     if (!attend_tensor(ctx, *cache, a)) attend_plain(ctx, *cache, a);
-    if (a.cache.later) settle_step(ctx, *cache, a.cache, a.qkv + int64_t{cache->heads} * cache->head_dim, from->columns, a.cache.weights, a.victims);
+    if (a.cache.later) settle_step(ctx, *cache, a.cache, {a.qkv + row.key(0) * cache->head_dim, from->columns, row.kv_heads * cache->head_dim}, a.cache.weights, a.victims);
     cache->touch(ctx, layer);
     ctx.submitted();
   });
@@ -3004,6 +3012,7 @@ struct AttendPlan {
 
 struct AttendView {
   CacheView cache;
+  RowHeads row;
   AttendPlan plan;
   const float* qkv;
   float* out;
@@ -3254,9 +3263,8 @@ struct AttendStep {
   __device__ Places find_rows() const {
     const int32_t n = unit % c.kv_heads, b = unit / c.kv_heads, x = tid % kHalf;
     const int32_t first = c.rope.source(first_of(x)), second = c.rope.source(second_of(x));
-    const float* row = a.qkv + int64_t{b} * (c.heads + 2 * c.kv_heads) * dim;
-    const float* k = row + int64_t{c.heads + n} * dim;
-    return {row + (int64_t{n} * group + tid / kHalf) * dim + first, k + first, k + int64_t{c.kv_heads} * dim + 2 * x, second - first};
+    const float* row = a.qkv + int64_t{b} * a.row.columns(dim);
+    return {row + a.row.query(n, tid / kHalf) * dim + first, row + a.row.key(n) * dim + first, row + a.row.value(n) * dim + 2 * x, second - first};
   }
   /** The new token's rows on their way: a pair of each of this thread's query heads, of the key and of the value. */
   struct Rows {
@@ -3408,7 +3416,10 @@ struct AttendStep {
 
   // ---- output ----
 
-  __device__ float2* out() const { return reinterpret_cast<float2*>(a.out + int64_t{unit} * group * dim); }
+  __device__ float2* out() const {
+    const int32_t b = unit / c.kv_heads, n = unit % c.kv_heads;
+    return reinterpret_cast<float2*>(a.out + (int64_t{b} * a.row.kv_heads * group + a.row.query(n, 0)) * dim);
+  }
   /** The outputs are joined by slices of 2^slice_log pairs, one a block. */
   __device__ int32_t my_slice() const { return max(0, min(1 << a.plan.slice_log, group * half - (block << a.plan.slice_log))); }
 
@@ -4745,6 +4756,7 @@ int32_t wkv_cache_read(int32_t context, int32_t handle, int32_t field, int32_t l
 #include <climits>
 
 #include "../policy.h"
+#include "../rows.hpp"
 #include "common.cuh"
 
 namespace wkv {
@@ -4856,6 +4868,8 @@ struct Cache : Object {
   int32_t width() const { return wkv_words(select, merge); }
   bool later() const { return !wkv_in_one_launch(select, merge, interval); }
   int32_t group() const { return heads / kv_heads; }
+  /** Where its heads lie in rows that begin with its KV head kv_head; \`out_columns\`: of a row of outputs. */
+  RowHeads row_heads(int32_t out_columns, int32_t kv_head) const { return RowHeads(group(), kv_heads, head_dim, out_columns, kv_head); }
   int64_t row_bytes() const { return int64_t{head_dim} * (dtype == WKV_F32 ? 4 : 2); }
   int64_t head(int32_t layer, int32_t sequence, int32_t kv_head) const { return (int64_t{layer} * sequences + sequence) * kv_heads + kv_head; }
   void check_layer(int32_t layer) const;
@@ -4907,8 +4921,14 @@ static __device__ __noinline__ float warp_gap(const T* a, const T* b, int32_t di
   return warp_sum(total);
 }
 
+/** New keys and values of the sequences, in floats: a head's key, how far apart rows lie, and a value from its key. */
+struct NewRows {
+  const float* keys;
+  int64_t row, value;
+};
+
 /** Launches what is left of a step when wkv_attend's launch left it to a second one: the layer's weights lie in \`weights\`. */
-void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims);
+void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const NewRows& rows, const float* weights, const int32_t* victims);
 
 }  // namespace wkv
 `,
@@ -7396,7 +7416,7 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
   const int32_t first = blockIdx.x * 8 + (threadIdx.x >> 5), step = gridDim.x * 8;
   const int32_t n = which < c.heads ? which / c.group() : which - c.heads;
   const Counts& counts = c.counts[p.head(n)];
-  const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim;
+  const int32_t kept = counts.kept, columns = p.row.columns(dim);
   const int64_t place = c.text ? counts.steps : kept;
   const auto row_of = [&](S* rows, int32_t row) { return ScratchRow<S>{rows, row, p.width, p.tiled}; };
   const auto clear_row = [&](const ScratchRow<S>& to) {
@@ -7410,7 +7430,7 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
         clear_row(to);
         continue;
       }
-      const float* from = p.qkv + int64_t{t} * columns + which * dim;
+      const float* from = p.qkv + int64_t{t} * columns + p.row.query(0, which) * dim;
       const auto pair = [&](int32_t i) {
         const float2 x = turned(source(from, i), rope.at(place + t, i));
         return make_float2(x.x * p.scale, x.y * p.scale);
@@ -7439,7 +7459,8 @@ __global__ void __launch_bounds__(256) arrive_kernel(PrefillView p) {
       continue;
     }
     const int32_t t = i - kept;
-    const float *from_key = p.qkv + int64_t{t} * columns + (c.heads + n) * dim, *from_value = from_key + c.kv_heads * dim;
+    const float* from_row = p.qkv + int64_t{t} * columns;
+    const float *from_key = from_row + p.row.key(n) * dim, *from_value = from_row + p.row.value(n) * dim;
     T *new_key = p.new_keys_of<T>(n) + int64_t{t} * dim, *new_value = p.new_values_of<T>(n) + int64_t{t} * dim;
     const auto pair = [&](int32_t j) {
       const float2 x = source(from_key, j), turn = rope.at(place + t, j), kept_as = rounded<T>(c.text ? turned(x, turn) : x);
@@ -7486,7 +7507,7 @@ __global__ void __launch_bounds__(256) arrive_fours_kernel(PrefillView p) {
   const int32_t which = blockIdx.y, dim = c.head_dim, pairs = rope.pairs, parts = p.width / 8;
   const int32_t n = which < c.heads ? which / c.group() : which - c.heads;
   const Counts& counts = c.counts[p.head(n)];
-  const int32_t kept = counts.kept, columns = (c.heads + 2 * c.kv_heads) * dim, length = kept + p.rows;
+  const int32_t kept = counts.kept, columns = p.row.columns(dim), length = kept + p.rows;
   const int64_t place = c.text ? counts.steps : kept;
   const auto put = [&](__half* rows, int32_t row, int32_t d, const Four<float>& x) {
     four_at(rows + (p.tiled ? tiled_at(row, d, p.width) : int64_t{row} * p.width + d)) = each<__half>(x, [](float v, int) { return narrowed<__half>(v); });
@@ -7512,7 +7533,7 @@ __global__ void __launch_bounds__(256) arrive_fours_kernel(PrefillView p) {
       continue;
     }
     if (query) {
-      Pairs x = source(p.qkv + int64_t{row} * columns + which * dim, i).turned(rope, place + row, i);
+      Pairs x = source(p.qkv + int64_t{row} * columns + p.row.query(0, which) * dim, i).turned(rope, place + row, i);
 #pragma unroll
       for (int k = 0; k < 4; k++) x.low.x[k] *= p.scale, x.high.x[k] *= p.scale;
       put_pairs(p.queries_of<__half>(which), row, i, x);
@@ -7527,7 +7548,8 @@ __global__ void __launch_bounds__(256) arrive_fours_kernel(PrefillView p) {
       continue;
     }
     const int32_t t = row - kept;
-    const float *key = p.qkv + int64_t{t} * columns + (c.heads + n) * dim, *value = key + c.kv_heads * dim;
+    const float* from_row = p.qkv + int64_t{t} * columns;
+    const float *key = from_row + p.row.key(n) * dim, *value = from_row + p.row.value(n) * dim;
     T *new_key = p.new_keys_of<T>(n) + int64_t{t} * dim, *new_value = p.new_values_of<T>(n) + int64_t{t} * dim;
     Pairs x = source(key, i);
     if (c.text) x = x.turned(rope, place + t, i);
@@ -7726,7 +7748,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(PrefillView p, Fau
         p.lse[int64_t{h} * p.lines + t] = most[m][r] + log2f(total);
         if (!is_sum(total)) faults.report(Fault::NanAttention, p.layer);
       }
-      float* out = p.out + (int64_t{t} * c.heads + h) * c.head_dim;
+      float* out = p.out_of(t, h);
 #pragma unroll
       for (int i = 0; i < kDim / 8; i++) {
         const int32_t d = i * 8 + lane % 4 * 2;
@@ -7977,7 +7999,7 @@ __global__ void __launch_bounds__(256) exact_forward_kernel(PrefillView p, Fault
 #pragma unroll
       for (int d = 0; d < 4; d++) {
         const int32_t column = part * 64 + x * 4 + d;
-        if (column < c.head_dim) p.out[(int64_t{t} * c.heads + h) * c.head_dim + column] = acc[part][i][d] / total;
+        if (column < c.head_dim) p.out_of(t, h)[column] = acc[part][i][d] / total;
       }
     }
   }
@@ -8176,7 +8198,7 @@ void run(Context& ctx, const Cache& cache, const PrefillView& p) {
 
 using namespace wkv;
 
-int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
+int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t kv_head, int32_t sequence, int32_t out, int32_t qkv, int32_t rows, float scale, float softcap, int32_t window) {
   return entry(context, [&](Context& ctx) {
     const CacheRef cache = find_cache(context, handle, layer);
     require(sequence >= 0 && sequence < cache->sequences, "sequence must be between 0 and " + std::to_string(cache->sequences - 1) + ": " + std::to_string(sequence));
@@ -8184,11 +8206,13 @@ int32_t wkv_prefill(int32_t context, int32_t handle, int32_t layer, int32_t sequ
     check_softcap(softcap);
     require(window >= 0, "window must be at least 0: " + std::to_string(window));
     require(!wkv_by_step(cache->select), "this policy keeps a record of each step's weights: feed its tokens one by one");
-    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, (cache->heads + 2 * cache->kv_heads) * cache->head_dim);
-    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, cache->heads * cache->head_dim);
+    const TensorRef to = find_tensor(context, out, "out", WKV_F32, rows, -1);
+    const RowHeads row = cache->row_heads(to->columns, kv_head);
+    const TensorRef from = find_tensor(context, qkv, "qkv", WKV_F32, rows, row.columns(cache->head_dim));
     ctx.hold(cache, from, to);
     PrefillView p{};
     p.cache = cache->view(layer);
+    p.row = row;
     p.layer = layer;
     p.sequence = sequence;
     p.rows = rows;
@@ -8247,6 +8271,7 @@ namespace wkv {
 
 struct PrefillView {
   CacheView cache;
+  RowHeads row;
   int32_t layer, sequence, rows;
   int32_t width;  // of a scratch row: D and zeros
   const float* qkv;
@@ -8285,6 +8310,8 @@ struct PrefillView {
     uint32_t* own = words + at * cache.width;
     return {score + at, birth + at, rank + at, own, entries, cache.gapped() ? reinterpret_cast<float*>(own) : nullptr, by_rank + at, measure + at, nullptr, freed + at};
   }
+  /** Where a query head's output of row t goes. */
+  __device__ float* out_of(int64_t t, int32_t h) const { return out + (t * row.kv_heads * row.group + row.query(0, h)) * cache.head_dim; }
   __device__ int64_t head(int32_t n) const { return cache.first + int64_t{sequence} * cache.kv_heads + n; }
   template <typename T>
   __device__ T* new_keys_of(int32_t n) const { return reinterpret_cast<T*>(new_keys) + int64_t{n} * rows * cache.head_dim; }
@@ -8595,7 +8622,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) forward_kernel(PrefillView p, 
     if (lane % 4 == 0) p.lse[int64_t{h} * p.lines + t] = t < p.rows ? most[r] + log2f(total) : INFINITY;
     if (t >= p.rows) continue;
     if (lane % 4 == 0 && !is_sum(total)) faults.report(Fault::NanAttention, p.layer);
-    float* out = p.out + (int64_t{t} * c.heads + h) * c.head_dim;
+    float* out = p.out_of(t, h);
 #pragma unroll
     for (int j = 0; j < kDim / 8; j++) {
       const int32_t d = j * 8 + lane % 4 * 2;
@@ -9681,7 +9708,7 @@ namespace {
 constexpr int32_t kArrays = 6;  // of state and scratch that may lie in shared memory
 
 template <typename T>
-__global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims, int32_t near, Faults faults) {
+__global__ void __launch_bounds__(512) settle_kernel(CacheView c, NewRows rows, const float* weights, const int32_t* victims, int32_t near, Faults faults) {
   extern __shared__ float shared[];  // near: [kArrays, slots + 1]
   __shared__ SettleArea area;
   __shared__ alignas(16) T key[512], value[512];
@@ -9698,7 +9725,7 @@ __global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* k
     e.score = shared, e.birth = reinterpret_cast<int32_t*>(shared + stride), e.rank = reinterpret_cast<int32_t*>(shared + 2 * stride);
     e.by_rank = shared + 3 * stride, e.measure = shared + 4 * stride, e.now = own.now ? shared + 5 * stride : nullptr;
   }
-  const float *k = keys + b * row_floats + int64_t{n} * dim, *v = k + int64_t{c.kv_heads} * dim;
+  const float *k = rows.keys + b * rows.row + int64_t{n} * dim, *v = k + rows.value;
   for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
     float x = k[c.rope.source(i)];
     if (c.text && i < 2 * c.rope.pairs) {
@@ -9735,11 +9762,11 @@ __global__ void __launch_bounds__(512) settle_kernel(CacheView c, const float* k
 
 }  // namespace
 
-void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const float* keys, int64_t row_floats, const float* weights, const int32_t* victims) {
+void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const NewRows& rows, const float* weights, const int32_t* victims) {
   const size_t shared = size_t(kArrays) * (cache.slots + 1) * 4;
   const bool near = shared + 32 * 1024 <= static_cast<size_t>(ctx.shared_limit);
   by_cache_type(cache.dtype, [&](auto type) {
-    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 512, near ? shared : 0}, view, keys, row_floats, weights, victims, near, ctx.faults());
+    launch(ctx, settle_kernel<decltype(type)>, {cache.sequences * cache.kv_heads, 512, near ? shared : 0}, view, rows, weights, victims, near, ctx.faults());
   });
 }
 
@@ -9755,7 +9782,7 @@ int32_t wkv_insert(int32_t context, int32_t handle, int32_t layer, int32_t kv, i
     const TensorRef given = find_tensor(context, weights, "weights", WKV_F32, cache->sequences, n_heads * (cache->slots + 1));
     const TensorRef forced = find_victims(context, victims, *cache);
     ctx.hold(cache, rows, given, forced);
-    settle_step(ctx, *cache, cache->view(layer), rows->f32(), rows->columns, given->f32(), forced ? forced->i32() : nullptr);
+    settle_step(ctx, *cache, cache->view(layer), {rows->f32(), rows->columns, int64_t{n_heads} * cache->head_dim}, given->f32(), forced ? forced->i32() : nullptr);
     cache->touch(ctx, layer);
     ctx.submitted();
   });
@@ -11220,6 +11247,36 @@ WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
 
 #endif
 `,
+  "rows.hpp": `/** rows.hpp: where a cache's heads lie in rows of queries, keys and values, which may have more heads than the cache; used by both libraries. */
+#pragma once
+#include "handles.hpp"
+#include "policy.h"
+
+namespace wkv {
+
+/** Places in a row [(H + 2 N) D] of queries, keys and values, and in one of outputs [H D], in units of D. */
+struct RowHeads {
+  int32_t group = 0;     // query heads a KV head
+  int32_t kv_heads = 0;  // of the row
+  int32_t first = 0;     // the row's KV head that is the cache's first
+
+  RowHeads() = default;
+  /** For a cache of \`own\` KV heads, of which kv_head is the first; \`out_columns\`: of a row of outputs. */
+  RowHeads(int32_t group, int32_t own, int32_t head_dim, int32_t out_columns, int32_t kv_head) : group(group), kv_heads(out_columns / (group * head_dim)), first(kv_head) {
+    const int32_t columns = group * head_dim;
+    require(out_columns % columns == 0 && kv_heads >= own, "out has " + std::to_string(out_columns) + " columns, expected " + std::to_string(own * columns) + ", or more of " + std::to_string(columns) + " a KV head");
+    require(kv_head >= 0 && kv_head <= kv_heads - own, "kv_head must be between 0 and " + std::to_string(kv_heads - own) + ": " + std::to_string(kv_head));
+  }
+
+  WKV_HD int32_t columns(int32_t head_dim) const { return (group + 2) * kv_heads * head_dim; }
+  /** Query head g of the cache's KV head n; of an output, too. */
+  WKV_HD int64_t query(int32_t n, int32_t g) const { return int64_t{first + n} * group + g; }
+  WKV_HD int64_t key(int32_t n) const { return int64_t{kv_heads} * group + first + n; }
+  WKV_HD int64_t value(int32_t n) const { return key(n) + kv_heads; }
+};
+
+}  // namespace wkv
+`,
   "wkv.h": `/**
  * wkv.h: the C ABI of WeightedKV and its manual. libwkv_cpu.so and libwkv_cuda.so both implement all of it;
  * src/backend/symbols.ts is made from it by kernels/bind.ts.
@@ -11238,7 +11295,7 @@ WKV_RANDOM_HD inline float wkv_uniform(uint64_t seed, uint32_t draw) {
 #define WKV_H
 #include <stdint.h>
 
-#define WKV_ABI_VERSION 4
+#define WKV_ABI_VERSION 5
 
 #ifdef __cplusplus
 #define WKV_API extern "C" __attribute__((visibility("default")))
@@ -11444,8 +11501,10 @@ WKV_API int32_t wkv_cache_read(int32_t context, int32_t cache, int32_t field, in
  *  rank \`kept\`; every token's mean weight over its query heads is added to its score; if kept + 1 > slots the policy picks
  *  \`interval\` victims, merges or drops them, and the new token takes a freed slot. k and v are rounded to the cache's type first.
  *  softcap: 0, or the scores s = scale q . k become softcap tanh(s / softcap) before the softmax.
- *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice). */
-WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, float softcap, int32_t victims);
+ *  victims: 0, or I32 [B, N], the rank that must leave first (-1: the policy's own choice).
+ *  kv_head: the row's KV head that is the cache's first. Rows may have more heads than the cache, with as many query heads a KV head:
+ *  H and N are the row's, and the others' outputs stay as they are. */
+WKV_API int32_t wkv_attend(int32_t context, int32_t cache, int32_t layer, int32_t kv_head, int32_t out /* [B, H * D] */, int32_t qkv /* [B, (H + 2 N) * D] */, float scale, float softcap, int32_t victims);
 
 /** op: steps 3 to 6 of wkv_attend with attention weights that the caller computed: kv[b] holds N keys, then N values. */
 WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_t kv /* [B, 2 N * D] */, int32_t weights /* [B, N * (M + 1)], rank order */, int32_t victims);
@@ -11454,8 +11513,8 @@ WKV_API int32_t wkv_insert(int32_t context, int32_t cache, int32_t layer, int32_
  *  as if streamed. When kept + rows > slots the policy is then applied with the state of that moment until slots + 1 - interval are
  *  left. Refused for policies that keep a record of each step's weights, and to let tokens leave for those that choose by one
  *  step's weights (wkv_by_step, wkv_uses_now in policy.h).
- *  window: 0, or how many ranks a token looks back on, itself counted: those before weigh nothing. softcap is wkv_attend's. */
-WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale, float softcap, int32_t window);
+ *  window: 0, or how many ranks a token looks back on, itself counted: those before weigh nothing. kv_head and softcap are wkv_attend's. */
+WKV_API int32_t wkv_prefill(int32_t context, int32_t cache, int32_t layer, int32_t kv_head, int32_t sequence, int32_t out /* [>= rows, H * D] */, int32_t qkv /* [>= rows, (H + 2 N) * D] */, int32_t rows, float scale, float softcap, int32_t window);
 
 /* ---- from logits to tokens ---- */
 

@@ -1,6 +1,6 @@
 /** The C ABI as Deno.dlopen wants it, and its constants. Made from kernels/wkv.h by `deno task bind`. */
 
-export const ABI_VERSION = 4;
+export const ABI_VERSION = 5;
 
 export const wkv_status = {
   WKV_OK: 0,
@@ -115,9 +115,9 @@ export const symbols = {
   wkv_cache_open: { parameters: ["i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","i32","buffer","i32"], result: "i32" },
   wkv_cache_reset: { parameters: ["i32","i32","i32"], result: "i32" },
   wkv_cache_read: { parameters: ["i32","i32","i32","i32","i32","i32","buffer","i32"], result: "i32" },
-  wkv_attend: { parameters: ["i32","i32","i32","i32","i32","f32","f32","i32"], result: "i32" },
+  wkv_attend: { parameters: ["i32","i32","i32","i32","i32","i32","f32","f32","i32"], result: "i32" },
   wkv_insert: { parameters: ["i32","i32","i32","i32","i32","i32"], result: "i32" },
-  wkv_prefill: { parameters: ["i32","i32","i32","i32","i32","i32","i32","f32","f32","i32"], result: "i32" },
+  wkv_prefill: { parameters: ["i32","i32","i32","i32","i32","i32","i32","i32","f32","f32","i32"], result: "i32" },
   wkv_sample: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },
   wkv_log_prob: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },
   wkv_divergence: { parameters: ["i32","i32","i32","i32","i32"], result: "i32" },

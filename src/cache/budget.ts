@@ -26,37 +26,76 @@ export const budgetPresets: Readonly<Record<string, number>> = {
 
 /**
  * How a budget is spread over the layers, at the same total: alike, in a line
- * that falls or rises, or in proportion to a list of a number a layer.
+ * that falls or rises, or in proportion to a list of a number a layer, in which a
+ * layer may also have a list of a number a KV head.
  */
 export type LayerBudgets =
   | "constant"
   | "pyramid"
   | "inverse"
-  | readonly number[];
+  | readonly (number | readonly number[])[];
 
 /** What part of the mean the smallest layer of a pyramid keeps (PyramidKV's beta). */
 const PYRAMID = 20;
 
 /**
- * The budget of each layer. A pyramid falls in a line from the first layer,
- * `2 m - m / 20` tokens, to the last, `m / 20` (PyramidKV, arXiv 2406.02069,
- * section 4.2, without its window of queries); the inverse rises. A list's
- * shares are scaled to the total, so one that adds up to it is taken as it is.
+ * The budget of each KV head of each layer. A pyramid falls in a line from the
+ * first layer, `2 m - m / 20` tokens, to the last, `m / 20` (PyramidKV, arXiv
+ * 2406.02069, section 4.2, without its window of queries); the inverse rises. A
+ * list's shares are scaled to the total, so one that adds up to it is taken as
+ * it is.
  *
- * @param budget m, the mean over the layers.
- * @returns Whole numbers of at least 1 whose sum is `budget * layers`.
+ * @param budget m, the mean over all heads.
+ * @returns `[layers][kvHeads]` whole numbers of at least 1, whose sum is
+ *   `budget * layers * kvHeads`; where layers are given, alike in each.
  * @throws {RangeError} `kind` is none of these, or its numbers are not as many
- *   as layers, or leave one of them without a token.
+ *   as layers or heads, or leave one of them without a token.
  */
-export function layerBudgets(
+export function headBudgets(
   kind: LayerBudgets,
   budget: number,
   layers: number,
-): number[] {
-  if (typeof kind !== "string") return shared(kind, budget, layers);
+  kvHeads = 1,
+): number[][] {
+  if (typeof kind === "string") {
+    return ofLine(kind, budget, layers).map((own) => Array(kvHeads).fill(own));
+  }
+  if (kind.length !== layers) {
+    throw new RangeError(
+      `The layer budgets must be as many as the layers, ${layers}: current value has ${kind.length}`,
+    );
+  }
+  const uneven = kind.findIndex((own) =>
+    typeof own !== "number" && own.length !== kvHeads
+  );
+  if (uneven >= 0) {
+    throw new RangeError(
+      `The budgets of a layer must be one, or as many as its KV heads, ${kvHeads}: layer ${uneven} has ${
+        (kind[uneven] as number[]).length
+      }`,
+    );
+  }
+  const byHead = kind.some((own) => typeof own !== "number");
+  if (!byHead) {
+    return shared(kind as number[], budget, (layer) => `layer ${layer}`)
+      .map((own) => Array(kvHeads).fill(own));
+  }
+  const all = shared(
+    kind.flatMap((own) =>
+      typeof own === "number" ? Array<number>(kvHeads).fill(own) : own
+    ),
+    budget,
+    (i) => `layer ${Math.floor(i / kvHeads)}, KV head ${i % kvHeads},`,
+  );
+  return kind.map((_, layer) =>
+    all.slice(layer * kvHeads, (layer + 1) * kvHeads)
+  );
+}
+
+function ofLine(kind: string, budget: number, layers: number): number[] {
   if (!["constant", "pyramid", "inverse"].includes(kind)) {
     throw new RangeError(
-      `The layer budgets must be constant, pyramid, inverse or a number a layer: current value is "${kind}"`,
+      `The layer budgets must be constant, pyramid, inverse or a list of a number a layer: current value is "${kind}"`,
     );
   }
   const least = Math.max(1, budget / PYRAMID), most = 2 * budget - least;
@@ -73,20 +112,15 @@ export function layerBudgets(
 function shared(
   shares: readonly number[],
   budget: number,
-  layers: number,
+  nameOf: (i: number) => string,
 ): number[] {
-  if (shares.length !== layers) {
-    throw new RangeError(
-      `The layer budgets must be as many as the layers, ${layers}: current value has ${shares.length}`,
-    );
-  }
   const sum = shares.reduce((a, b) => a + b);
-  const wanted = shares.map((share) => share * budget * layers / sum);
-  const layer = wanted.findIndex((tokens) => !(tokens >= 1));
-  if (layer >= 0) {
+  const wanted = shares.map((share) => share * budget * shares.length / sum);
+  const short = wanted.findIndex((tokens) => !(tokens >= 1));
+  if (short >= 0) {
     throw new RangeError(
-      `The layer budgets must leave every layer a token: layer ${layer} has ${
-        shares[layer]
+      `The layer budgets must leave every layer a token: ${nameOf(short)} has ${
+        shares[short]
       } of ${sum}`,
     );
   }

@@ -15,7 +15,9 @@ import {
   type CacheOptions,
   type CacheShape,
   type CacheType,
-  type LayerPlan,
+  type GroupPlan,
+  type HeadPlace,
+  type HeadPlan,
   layerRows,
   planCache,
   type Positions,
@@ -94,13 +96,28 @@ const types: Record<CacheType, Dtype> = {
   bf16: "BF16",
 };
 
-/** Layers that are alike, as one cache of the library. */
-interface Group extends LayerPlan {
+/** Heads that are alike, as one cache of the library. */
+interface Group extends HeadPlan {
   handle: number;
-  /** Which layers. */
-  layers: readonly number[];
+  /** KV heads that each of its layers has. */
+  kvHeads: number;
+  /** The first head of each of its layers. */
+  places: readonly HeadPlace[];
   /** Bytes of keys, values, state and rotation. */
   bytes: number;
+}
+
+/** Some heads of a layer. */
+interface Part {
+  group: Group;
+  /** Which of the group's layers it is. */
+  index: number;
+  /** The layer's KV head that is its first. */
+  head: number;
+}
+
+function meanOf(numbers: readonly number[]): number {
+  return Math.round(numbers.reduce((a, b) => a + b) / numbers.length);
 }
 
 /** Opens a rotation whose tables reach `positions`, for texts of `length` tokens; `windowed`: of the layers with a window. */
@@ -131,18 +148,20 @@ export class KvCache implements Disposable {
   /** Slots a KV head: the budget, or what `full` has room for. */
   readonly capacity: number;
   /**
-   * Slots a KV head of each layer. They differ where the budget is spread
-   * unevenly, and where a layer keeps the model's sliding window.
+   * Slots a KV head of each layer, the mean of its heads. They differ where the
+   * budget is spread unevenly, and where a layer keeps the model's sliding window.
    */
   readonly layerSlots: readonly number[];
+  /** Slots of each KV head of each layer. */
+  readonly headSlots: readonly (readonly number[])[];
   /** Bytes of keys, values and state, all allocated at once. */
   readonly bytes: number;
   readonly #backend: Backend;
   readonly #groups: Group[] = [];
-  /** Where each layer is: in which group, and which of its layers. */
-  readonly #places: { group: Group; index: number }[] = [];
-  /** The layer that stands for all in numbers of the whole. */
-  readonly #typical: number;
+  /** Where each layer's heads are: from `head` on in which group, and which of its layers. */
+  readonly #parts: Part[][] = [];
+  /** The head that stands for all in numbers of the whole. */
+  readonly #typical: HeadPlace;
   readonly #shape: CacheShape;
   readonly #scale: number;
   #closed = false;
@@ -183,13 +202,14 @@ export class KvCache implements Disposable {
       this.recent = plans.recent;
       this.interval = plans.interval;
     }
-    this.layerSlots = plans.layers.map(({ slots }) => slots);
+    this.headSlots = plans.heads.map((own) => own.map(({ slots }) => slots));
+    this.layerSlots = this.headSlots.map(meanOf);
     this.#typical = plans.typical;
     try {
-      for (const { plan, layers } of plans.groups) {
-        const group = this.#openGroup(plan, layers, rope, plans.reach, options);
-        layers.forEach((layer, index) =>
-          this.#places[layer] = { group, index }
+      for (const one of plans.groups) {
+        const group = this.#openGroup(one, rope, plans.reach, options);
+        one.places.forEach(({ layer, head }, index) =>
+          (this.#parts[layer] ??= []).push({ group, index, head })
         );
       }
     } catch (error) {
@@ -207,28 +227,40 @@ export class KvCache implements Disposable {
 
   /**
    * Records one decode step of a layer: `qkv` `[B, (H + 2 N) D]` in, `out`
-   * `[B, H D]` out. `victims` `[B, N]` forces the ranks that leave (-1: free).
+   * `[B, H D]` out. `victims` `[B, N]` forces the ranks that leave (-1: free),
+   * where the layer's heads are alike.
+   *
+   * @throws {RangeError} Heads of unequal budgets are to be forced.
    */
   attend(layer: number, out: Tensor, qkv: Tensor, victims?: Tensor): void {
-    this.#backend.call(
-      "wkv_attend",
-      ...this.#at(layer),
-      out.handle,
-      qkv.handle,
-      this.#scale,
-      this.#shape.scoreCap ?? 0,
-      victims?.handle ?? 0,
-    );
+    const parts = victims ? [this.#whole(layer)] : this.#partsOf(layer);
+    for (const { group, index, head } of parts) {
+      this.#backend.call(
+        "wkv_attend",
+        group.handle,
+        index,
+        head,
+        out.handle,
+        qkv.handle,
+        this.#scale,
+        this.#shape.scoreCap ?? 0,
+        victims?.handle ?? 0,
+      );
+    }
   }
 
   /**
    * Records one step of a layer with attention weights from elsewhere: `kv`
    * `[B, 2 N D]`, `weights` `[B, N (capacity + 1)]` in rank order.
+   *
+   * @throws {RangeError} The layer's heads have unequal budgets.
    */
   insert(layer: number, kv: Tensor, weights: Tensor, victims?: Tensor): void {
+    const { group, index } = this.#whole(layer);
     this.#backend.call(
       "wkv_insert",
-      ...this.#at(layer),
+      group.handle,
+      index,
       kv.handle,
       weights.handle,
       victims?.handle ?? 0,
@@ -243,41 +275,64 @@ export class KvCache implements Disposable {
     qkv: Tensor,
     rows: number,
   ): void {
-    this.#backend.call(
-      "wkv_prefill",
-      ...this.#at(layer),
-      sequence,
-      out.handle,
-      qkv.handle,
-      rows,
-      this.#scale,
-      this.#shape.scoreCap ?? 0,
-      this.#places[layer]?.group.window ?? 0,
-    );
+    for (const { group, index, head } of this.#partsOf(layer)) {
+      this.#backend.call(
+        "wkv_prefill",
+        group.handle,
+        index,
+        head,
+        sequence,
+        out.handle,
+        qkv.handle,
+        rows,
+        this.#scale,
+        this.#shape.scoreCap ?? 0,
+        group.window,
+      );
+    }
   }
 
-  /** Whether layers keep different numbers of tokens. */
+  /** Whether layers or heads keep different numbers of tokens. */
   get uneven(): boolean {
-    return this.layerSlots.some((slots) => slots !== this.capacity);
+    return this.headSlots.some((own) =>
+      own.some((slots) => slots !== this.capacity)
+    );
   }
 
   /** Tokens that a sequence has room for in every layer that follows the policy. */
   room(sequence = 0): number {
     // A layer that keeps its window always has room.
     const rooms = this.#groups.filter(({ whole }) => !whole)
-      .map(({ slots, layers }) =>
-        slots - this.stats(sequence, layers[0]!).kept
+      .map(({ slots, places }) =>
+        slots - this.#stats(sequence, places[0]!).kept
       );
     return Math.max(0, Math.min(...rooms));
   }
 
   /**
-   * What became of a sequence's tokens, the same in every head of a layer; where
-   * layers differ, of the layer whose slots are nearest to the budget.
+   * What became of a sequence's tokens, the same in every head that has as many
+   * slots; where heads differ, of the one whose slots are nearest to the budget.
    */
-  stats(sequence = 0, layer: number = this.#typical): CacheStats {
+  stats(
+    sequence = 0,
+    layer: number = this.#typical.layer,
+    head: number = layer === this.#typical.layer ? this.#typical.head : 0,
+  ): CacheStats {
+    return this.#stats(sequence, { layer, head });
+  }
+
+  /** Tokens that a layer holds of a sequence, the mean of its heads. */
+  layerKept(layer: number, sequence = 0): number {
+    return meanOf(
+      this.headSlots[layer]!.map((_, head) =>
+        this.#stats(sequence, { layer, head }).kept
+      ),
+    );
+  }
+
+  #stats(sequence: number, { layer, head }: HeadPlace): CacheStats {
     const counts = new Int32Array(4);
-    this.#read(field.WKV_CACHE_COUNTS, layer, sequence, 0, counts);
+    this.#read(field.WKV_CACHE_COUNTS, layer, sequence, head, counts);
     const [kept, seen, merged, evicted] = counts as unknown as [
       number,
       number,
@@ -289,7 +344,7 @@ export class KvCache implements Disposable {
 
   /** One head's cached tokens with their state, the oldest first. */
   rows(layer: number, head: number, sequence = 0): CacheRows {
-    const { kept } = this.stats(sequence, layer);
+    const { kept } = this.#stats(sequence, { layer, head });
     const positions = new Int32Array(kept);
     const steps = new Int32Array(kept);
     const score = new Float32Array(kept);
@@ -324,7 +379,7 @@ export class KvCache implements Disposable {
 
   /** The slots of one head's tokens, the oldest first. */
   slots(layer: number, head: number, sequence = 0): number[] {
-    const slots = new Int32Array(this.stats(sequence, layer).kept);
+    const slots = new Int32Array(this.#stats(sequence, { layer, head }).kept);
     this.#read(field.WKV_CACHE_SLOTS, layer, sequence, head, slots);
     return [...slots];
   }
@@ -334,9 +389,9 @@ export class KvCache implements Disposable {
     const events: CacheEvent[] = [];
     const out = new Float32Array(4);
     for (let layer = 0; layer < this.#shape.layers; layer++) {
-      const { merged, evicted } = this.stats(sequence, layer);
-      if (merged + evicted === 0) continue;
       for (let head = 0; head < this.#shape.kvHeads; head++) {
+        const { merged, evicted } = this.#stats(sequence, { layer, head });
+        if (merged + evicted === 0) continue;
         this.#read(field.WKV_CACHE_EVENT, layer, sequence, head, out);
         const [from, into, a, b] = out as unknown as [
           number,
@@ -385,19 +440,26 @@ export class KvCache implements Disposable {
     if (this.#closed) throw new Error("The cache is closed");
   }
 
-  /** A layer's cache in the library, and which of its layers it is. */
-  #at(layer: number): [handle: number, layer: number] {
+  /** A layer's caches in the library, each with some of its heads. */
+  #partsOf(layer: number): readonly Part[] {
     this.#checkOpen();
-    const place = this.#places[layer];
     // The library's own message says which layers there are.
-    if (place === undefined) return [this.#groups[0]!.handle, layer];
-    return [place.group.handle, place.index];
+    return this.#parts[layer] ??
+      [{ group: this.#groups[0]!, index: layer, head: 0 }];
   }
 
-  /** Opens the cache of some layers that are alike. */
+  /** A layer's one cache in the library. */
+  #whole(layer: number): Part {
+    const [part, ...others] = this.#partsOf(layer);
+    if (others.length === 0) return part!;
+    throw new RangeError(
+      `The KV heads of layer ${layer} have budgets of their own: no weights or victims can be given for all of them`,
+    );
+  }
+
+  /** Opens a cache of the library. */
   #openGroup(
-    plan: LayerPlan,
-    layers: readonly number[],
+    { plan, kvHeads, places: heads }: GroupPlan,
     rope: OpenRope,
     reach: number,
     { seed = 0 }: CacheOptions,
@@ -414,10 +476,10 @@ export class KvCache implements Disposable {
         backend.call(
           "wkv_cache_open",
           rotation,
-          layers.length,
+          heads.length,
           this.sequences,
-          this.#shape.heads,
-          this.#shape.kvHeads,
+          this.#shape.heads / this.#shape.kvHeads * kvHeads,
+          kvHeads,
           this.#shape.headDim,
           slots,
           sinks,
@@ -436,7 +498,7 @@ export class KvCache implements Disposable {
         )
       );
       const bytes = backend.bytes(handle) + backend.bytes(rotation);
-      const group = { ...plan, handle, layers, bytes };
+      const group = { ...plan, handle, kvHeads, places: heads, bytes };
       this.#groups.push(group);
       return group;
     } finally {
@@ -450,7 +512,7 @@ export class KvCache implements Disposable {
     head: number,
     sequence: number,
   ): Float32Array<ArrayBuffer> {
-    const { kept } = this.stats(sequence, layer);
+    const { kept } = this.#stats(sequence, { layer, head });
     const out = new Float32Array(kept * this.#shape.headDim);
     this.#read(what, layer, sequence, head, out);
     return out;
@@ -463,14 +525,16 @@ export class KvCache implements Disposable {
     head: number,
     out: Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer>,
   ): void {
-    const [handle, index] = this.#at(layer);
+    const parts = this.#partsOf(layer);
+    // The library's own message says which heads there are.
+    const part = parts.findLast((part) => part.head <= head) ?? parts[0]!;
     this.#backend.call(
       "wkv_cache_read",
-      handle,
+      part.group.handle,
       what,
-      index,
+      part.index,
       sequence,
-      head,
+      head - part.head,
       out,
       out.byteLength,
     );

@@ -2,8 +2,8 @@
 
 import {
   type BudgetSize,
+  headBudgets,
   type LayerBudgets,
-  layerBudgets,
   parseBudget,
 } from "./budget.ts";
 import {
@@ -26,7 +26,7 @@ export interface CacheOptions {
   policy?: string | undefined;
   /** How much is kept a KV head; no meaning for `full`. @default `256` tokens */
   budget?: BudgetSize | undefined;
-  /** How the budget is spread over the layers. @default `"constant"` */
+  /** How the budget is spread over the layers and KV heads. @default `"constant"` */
   layerBudgets?: LayerBudgets | undefined;
   /** First tokens that never leave. @default by policy */
   sinks?: number | undefined;
@@ -68,9 +68,9 @@ export interface CacheShape {
     | undefined;
 }
 
-/** What the cache of one layer is. */
-export interface LayerPlan {
-  /** Tokens kept a KV head. */
+/** What the cache of one KV head is. */
+export interface HeadPlan {
+  /** Tokens kept. */
   slots: number;
   /** First tokens that never leave. */
   sinks: number;
@@ -94,14 +94,32 @@ export interface CachePlan extends Budget {
   cacheType: CacheType;
   /** Sequences fed side by side. */
   sequences: number;
-  /** What each layer keeps. */
-  layers: LayerPlan[];
-  /** Layers that are alike, which share a cache of the library. */
-  groups: { plan: LayerPlan; layers: number[] }[];
-  /** The layer that follows the policy whose slots are nearest to the budget. */
-  typical: number;
+  /** What each KV head of each layer keeps. */
+  heads: HeadPlan[][];
+  /** Caches of the library. */
+  groups: GroupPlan[];
+  /** The head that follows the policy whose slots are nearest to the budget. */
+  typical: HeadPlace;
   /** The longest text that rotations are for. */
   reach: number;
+}
+
+/** A KV head. */
+export interface HeadPlace {
+  /** Its layer. */
+  layer: number;
+  /** Which of the layer's KV heads it is. */
+  head: number;
+}
+
+/** A cache of the library, whose heads are all alike. */
+export interface GroupPlan {
+  /** What each of its heads keeps. */
+  plan: HeadPlan;
+  /** KV heads that each of its layers has: all of the model's, or one. */
+  kvHeads: number;
+  /** The first head of each of its layers. */
+  places: HeadPlace[];
 }
 
 /**
@@ -147,44 +165,75 @@ export function planCache(
   const all = resolve(
     full ? capacity : tokensOf(options.budget ?? 256, capacity),
   );
-  const budgets = layerBudgets(
+  const budgets = headBudgets(
     full ? "constant" : options.layerBudgets ?? "constant",
     all.budget,
     shape.layers,
+    shape.kvHeads,
   );
-  const layers = budgets.map((budget, layer) =>
-    naming(
-      budget === all.budget ? "" : `Layer ${layer} of ${shape.layers}: `,
-      () => planLayer(shape, layer, resolve(budget), full, positions),
+  // More room is for older tokens: no head protects more recent ones than it would at the mean.
+  const resolveHead = (budget: number): Budget => {
+    const own = resolve(budget);
+    const recent = Math.min(own.recent, all.recent);
+    return recent === own.recent
+      ? own
+      : resolveBudget(policy, budget, { ...options, recent });
+  };
+  const heads = budgets.map((own, layer) =>
+    own.map((budget, head) =>
+      naming(
+        budget === all.budget
+          ? ""
+          : nameOf(shape, layer, isEven(own) ? null : head),
+        () => planHead(shape, layer, resolveHead(budget), full, positions),
+      )
     )
   );
+  if (policy.select === "lowest-now" && !budgets.every(isEven)) {
+    throw new RangeError(
+      `The policy ${policy.name} chooses for all KV heads of a layer at once, so they cannot have budgets of their own`,
+    );
+  }
   const reach = full
     ? all.budget
     : positions === "cache"
     ? all.budget + 1
     : Math.max(shape.context, all.budget + 1);
-  const typical = typicalLayer(layers, all.budget);
   return {
     ...all,
     policy,
     positions,
     cacheType,
     sequences,
-    layers,
-    groups: groupsOf(layers),
-    typical,
+    heads,
+    groups: groupsOf(heads),
+    typical: typicalHead(heads, all.budget),
     reach,
   };
 }
 
-/** One layer: the policy's, or the model's window where that is no larger. */
-function planLayer(
+function isEven(budgets: readonly number[]): boolean {
+  return budgets.every((budget) => budget === budgets[0]);
+}
+
+function nameOf(
+  { layers, kvHeads }: CacheShape,
+  layer: number,
+  head: number | null,
+): string {
+  const which = head === null ? "" : `KV head ${head} of ${kvHeads} in `;
+  const name = `${which}layer ${layer} of ${layers}: `;
+  return name[0]!.toUpperCase() + name.slice(1);
+}
+
+/** One head: the policy's, or the model's window where that is no larger. */
+function planHead(
   { window }: CacheShape,
   layer: number,
   { budget, sinks, recent, interval }: Budget,
   full: boolean,
   positions: Positions,
-): LayerPlan {
+): HeadPlan {
   const tokens = window?.layers[layer] ? window.tokens : 0;
   const plan = { slots: budget, sinks, recent, interval };
   if (tokens === 0) return { ...plan, whole: false, window: 0 };
@@ -216,29 +265,45 @@ export function layerRows(shape: CacheShape, tokens: number): number[] {
   );
 }
 
-function groupsOf(plans: readonly LayerPlan[]): CachePlan["groups"] {
-  const groups: CachePlan["groups"] = [];
-  plans.forEach((plan, layer) => {
-    const group = groups.find((group) => samePlan(group.plan, plan));
-    if (group) group.layers.push(layer);
-    else groups.push({ plan, layers: [layer] });
+/** Layers whose heads are alike have a cache together, other heads each one alone. */
+function groupsOf(heads: readonly HeadPlan[][]): GroupPlan[] {
+  const groups: GroupPlan[] = [];
+  const put = (plan: HeadPlan, kvHeads: number, place: HeadPlace) => {
+    const group = groups.find((group) =>
+      group.kvHeads === kvHeads && samePlan(group.plan, plan)
+    );
+    if (group) group.places.push(place);
+    else groups.push({ plan, kvHeads, places: [place] });
+  };
+  heads.forEach((own, layer) => {
+    if (own.every((plan) => samePlan(plan, own[0]!))) {
+      return put(own[0]!, own.length, { layer, head: 0 });
+    }
+    own.forEach((plan, head) => put(plan, 1, { layer, head }));
   });
   return groups;
 }
 
-function samePlan(a: LayerPlan, b: LayerPlan): boolean {
+function samePlan(a: HeadPlan, b: HeadPlan): boolean {
   return a.slots === b.slots && a.sinks === b.sinks && a.recent === b.recent &&
     a.interval === b.interval && a.whole === b.whole && a.window === b.window;
 }
 
-/** The layer that follows the policy whose slots are nearest to the budget. */
-function typicalLayer(plans: readonly LayerPlan[], budget: number): number {
-  const off = ({ slots, whole }: LayerPlan) =>
+/** The head that follows the policy whose slots are nearest to the budget. */
+function typicalHead(
+  heads: readonly HeadPlan[][],
+  budget: number,
+): HeadPlace {
+  const off = ({ slots, whole }: HeadPlan) =>
     whole ? Infinity : Math.abs(slots - budget);
-  let best = 0;
-  plans.forEach((plan, i) => {
-    if (off(plan) < off(plans[best]!)) best = i;
-  });
+  let best = { layer: 0, head: 0 };
+  heads.forEach((own, layer) =>
+    own.forEach((plan, head) => {
+      if (off(plan) < off(heads[best.layer]![best.head]!)) {
+        best = { layer, head };
+      }
+    })
+  );
   return best;
 }
 
