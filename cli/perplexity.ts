@@ -1,7 +1,7 @@
 /** `wkv perplexity`: measures policies and budgets on a text. */
 
 import type { KvCache } from "../src/cache/cache.ts";
-import { resolveBudget } from "../src/cache/policy.ts";
+import { keepsAll, resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import type { Model } from "../src/model.ts";
 import {
@@ -97,7 +97,7 @@ ${policyList()}`,
     const budgets = values.budget ?? [256];
     for (const policy of policies.map(findPolicy)) {
       chunkSize(values.prefill ?? "exact", policy);
-      if (policy.select === "none") continue;
+      if (keepsAll(policy)) continue;
       for (const budget of budgets) {
         if (typeof budget === "number") resolveBudget(policy, budget, values);
       }

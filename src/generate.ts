@@ -2,6 +2,7 @@
 
 import { type CacheEvent, type CacheStats, KvCache } from "./cache/cache.ts";
 import type { CacheOptions, CacheType, Positions } from "./cache/layout.ts";
+import { keepsAll } from "./cache/policy.ts";
 import type { Precision } from "./backend/ops.ts";
 import type { Model } from "./model.ts";
 import {
@@ -181,7 +182,7 @@ export async function* generate(
     try {
       let token = await session.prompt(ids, { prefill, signal });
       // Asked once: a copy from the device would delay each token.
-      const room = cache.policy.select === "none"
+      const room = keepsAll(cache.policy)
         ? cache.capacity - cache.stats().kept
         : Infinity;
       for (;;) {
@@ -331,7 +332,7 @@ export function openCache(
 export function checkRoom(cache: KvCache, tokens: number): void {
   if (cache.closed) throw new Error("The cache is closed");
   const { kept } = cache.stats();
-  if (cache.policy.select === "none" && kept + tokens > cache.capacity) {
+  if (keepsAll(cache.policy) && kept + tokens > cache.capacity) {
     throw new RangeError(
       `The prompt's ${tokens} tokens do not fit the ${
         cache.capacity - kept
@@ -342,6 +343,6 @@ export function checkRoom(cache: KvCache, tokens: number): void {
 
 /** Whether a full cache has no room for another token. */
 export function isFull(cache: KvCache): boolean {
-  return cache.policy.select === "none" &&
+  return keepsAll(cache.policy) &&
     cache.stats().kept >= cache.capacity;
 }
