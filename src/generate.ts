@@ -342,7 +342,7 @@ export function checkRoom(cache: KvCache, tokens: number): void {
 }
 
 /** Whether a full cache has no room for another token. */
-export function isFull(cache: KvCache): boolean {
+export function isOutOfRoom(cache: KvCache): boolean {
   return keepsAll(cache.policy) &&
     cache.stats().kept >= cache.capacity;
 }
