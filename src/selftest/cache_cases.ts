@@ -294,8 +294,7 @@ const prefill: PrefillCase[] = pairwise(
   },
   ({ passes = [1], headDim = 2, group = 1, budget = 320, policy }) => {
     const rows = passes.reduce((a, b) => a + b);
-    const full = policy !== undefined &&
-      keepsAll(findPolicy(policy));
+    const full = policy !== undefined && keepsAll(findPolicy(policy));
     return rows * rows * headDim * group <= 2.5e7 &&
       (!full || rows <= budget);
   },
