@@ -13,6 +13,7 @@ import { DEFAULT_MODEL, resolveModel } from "../src/hub/models.ts";
 import { measureMemory } from "./memory.ts";
 import { frame, writeResult } from "./record.ts";
 import { median } from "./timing.ts";
+import { showUsage } from "./usage.ts";
 
 /** A JSON line of `wkv bench decode` or of a peer. */
 interface Line {
@@ -24,6 +25,7 @@ interface Line {
   [field: string]: unknown;
 }
 
+await showUsage(import.meta.url);
 const args = parseArgs(Deno.args, {
   string: ["modules", "runs", "out"],
   boolean: ["quick"],

@@ -28,6 +28,7 @@ import {
 import { Tensor } from "../src/backend/tensor.ts";
 import { lineChart } from "../src/evaluate/chart.ts";
 import { frame, writeResult } from "./record.ts";
+import { showUsage } from "./usage.ts";
 
 /** Weights of single steps, as differences of the sums that caches keep. */
 class Weights {
@@ -69,6 +70,7 @@ class Weights {
   }
 }
 
+await showUsage(import.meta.url);
 const args = parseArgs(Deno.args, {
   string: [
     ...["figure", "text", "device", "kv-heads", "budget", "out", "svg"],

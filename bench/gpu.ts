@@ -20,6 +20,7 @@ import { parseArgs } from "@std/cli/parse-args";
 import { formatTable } from "../cli/units.ts";
 import { peerSizes } from "../src/selftest/model_cases.ts";
 import { frame, writeResult } from "./record.ts";
+import { showUsage } from "./usage.ts";
 
 /** A figure as a part printed it. */
 interface Row {
@@ -37,6 +38,7 @@ interface Part {
   limit: number;
 }
 
+await showUsage(import.meta.url);
 const args = parseArgs(Deno.args, {
   string: ["peers", "model", "shapes", "out", "device", "seconds"],
   boolean: ["quick"],

@@ -47,6 +47,7 @@ import {
 } from "./scale_report.ts";
 import type { ShapeName } from "./shapes.ts";
 import { median, quantile, timeRuns } from "./timing.ts";
+import { showUsage } from "./usage.ts";
 
 const PARTS = ["depth", "budget", "batch", "heads", "layers", "memory"];
 const DTYPE = "BF16";
@@ -57,6 +58,7 @@ const PASS = 2048;
 /** Steps that no clock sees. */
 const WARM_UP = 4;
 
+await showUsage(import.meta.url);
 const args = parseArgs(Deno.args, {
   string: ["only", "shapes", "layers", "out", "device", "draw"],
   boolean: ["quick"],

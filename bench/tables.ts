@@ -16,6 +16,7 @@
 
 import { parseArgs } from "@std/cli/parse-args";
 import { Random } from "../mod.ts";
+import { showUsage } from "./usage.ts";
 
 /** A row of windows, of questions or of a candidate rule. */
 interface Row {
@@ -53,6 +54,7 @@ const STUDENT: Readonly<Record<number, number>> = {
   40: 2.023,
 };
 
+await showUsage(import.meta.url);
 const args = parseArgs(Deno.args, {
   string: ["against", "beside"],
 }) as unknown as { _: string[]; against?: string; beside?: string };

@@ -1,6 +1,7 @@
 /** `wkv compare`: continues one prompt under several policies, side by side. */
 
 import type { CacheOptions } from "../src/cache/layout.ts";
+import { keepsAll } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import {
   compare,
@@ -134,7 +135,7 @@ ${policyList()}`,
 function columnsOf(values: Values<typeof options>): CacheOptions[] {
   const common = cacheSettingsOf(values);
   return (values.policy ?? DEFAULT_POLICIES).flatMap((name) => {
-    const full = findPolicy(name).select === "none";
+    const full = keepsAll(findPolicy(name));
     return (full ? [undefined] : values.budget ?? [256]).map((budget) => {
       const policy = checkedPolicy(name, { ...values, budget });
       return { ...common, policy: policy.name, budget };

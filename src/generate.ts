@@ -2,6 +2,7 @@
 
 import { type CacheEvent, type CacheStats, KvCache } from "./cache/cache.ts";
 import type { CacheOptions, CacheType, Positions } from "./cache/layout.ts";
+import { keepsAll } from "./cache/policy.ts";
 import type { Precision } from "./backend/ops.ts";
 import type { Model } from "./model.ts";
 import {
@@ -153,9 +154,6 @@ export async function* generate(
   }
   chunkSize(prefill);
   const stops = new StopStrings(options.stop ?? []);
-  const ends = (token: number): boolean =>
-    model.tokenizer.endTokens.has(token) ||
-    (options.endTokens?.has(token) ?? false);
   if (!options.stopOnAbort) signal?.throwIfAborted();
   const ids = await promptTokens(model, prompt, options);
   const own = !(options.cache instanceof KvCache);
@@ -171,73 +169,98 @@ export async function* generate(
     checkRoom(cache, ids.length);
     using session = new Session(model, cache);
     session.setSampler(options);
-    const stream = new TextStream(model.tokenizer, { continues: true });
-    const tokens: number[] = [];
-    let text = "";
-    let finishReason: FinishReason = "length";
-    let firstTime = NaN;
-    let lastTime = NaN;
-    const promptTime = performance.now();
-    try {
-      let token = await session.prompt(ids, { prefill, signal });
-      // Asked once: a copy from the device would delay each token.
-      const room = cache.policy.select === "none"
-        ? cache.capacity - cache.stats().kept
-        : Infinity;
-      for (;;) {
-        lastTime = performance.now();
-        if (tokens.length === 0) firstTime = lastTime;
-        if (!options.ignoreEos && ends(token)) {
-          finishReason = "eos";
-          break;
-        }
-        tokens.push(token);
-        options.onToken?.({
-          index: tokens.length - 1,
-          token,
-          cache: cache.stats(),
-          events: () => cache.events(),
-        });
-        // Rows that only pad the embedding stand for no text.
-        const known = token < model.tokenizer.size;
-        const piece = stops.push(known ? stream.push(token) : "");
-        text += piece;
-        yield { text: piece, token };
-        if (stops.found) {
-          finishReason = "stop";
-          break;
-        }
-        if (tokens.length >= maxTokens || tokens.length > room) break;
-        signal?.throwIfAborted();
-        token = (await session.next())[0]!;
-      }
-    } catch (error) {
-      if (!signal?.aborted || !options.stopOnAbort) throw error;
-      finishReason = "abort";
-    }
-    const rest = stops.push(stream.flush()) + stops.flush();
-    if (rest !== "") {
-      text += rest;
-      yield { text: rest, token: tokens.at(-1)! };
-    }
-    const decoding = lastTime - firstTime;
+    const settings = { ...options, maxTokens, prefill };
+    const drawn = yield* continued(session, ids, stops, settings);
+    const { text, tokens, finishReason, firstTime, lastTime } = drawn;
     return {
       text,
       tokens,
       promptTokens: ids.length,
       finishReason,
       timings: {
-        prefillMs: elapsed(promptTime, firstTime),
+        prefillMs: elapsed(drawn.promptTime, firstTime),
         firstTokenMs: elapsed(start, firstTime),
         decodeTokensPerSecond: tokens.length < 2
           ? null
-          : (tokens.length - 1) / decoding * 1000,
+          : (tokens.length - 1) / (lastTime - firstTime) * 1000,
       },
       cache: report(model, cache, prefill),
     };
   } finally {
     if (own) cache.close();
   }
+}
+
+/** What was drawn behind a prompt, and when; NaN where no token was. */
+interface Drawn
+  extends Pick<GenerateResult, "text" | "tokens" | "finishReason"> {
+  promptTime: number;
+  firstTime: number;
+  lastTime: number;
+}
+
+/** Feeds the prompt and draws tokens until there is a reason to end. */
+async function* continued(
+  session: Session,
+  ids: readonly number[],
+  stops: StopStrings,
+  options: GenerateOptions & { maxTokens: number; prefill: Prefill },
+): AsyncGenerator<Piece, Drawn> {
+  const { model, cache } = session;
+  const { maxTokens, prefill, signal } = options;
+  const ends = (token: number): boolean =>
+    model.tokenizer.endTokens.has(token) ||
+    (options.endTokens?.has(token) ?? false);
+  const stream = new TextStream(model.tokenizer, { continues: true });
+  const tokens: number[] = [];
+  let text = "";
+  let finishReason: FinishReason = "length";
+  let firstTime = NaN;
+  let lastTime = NaN;
+  const promptTime = performance.now();
+  try {
+    let token = await session.prompt(ids, { prefill, signal });
+    // Asked once: a copy from the device would delay each token.
+    const room = keepsAll(cache.policy)
+      ? cache.capacity - cache.stats().kept
+      : Infinity;
+    for (;;) {
+      lastTime = performance.now();
+      if (tokens.length === 0) firstTime = lastTime;
+      if (!options.ignoreEos && ends(token)) {
+        finishReason = "eos";
+        break;
+      }
+      tokens.push(token);
+      options.onToken?.({
+        index: tokens.length - 1,
+        token,
+        cache: cache.stats(),
+        events: () => cache.events(),
+      });
+      // Rows that only pad the embedding stand for no text.
+      const known = token < model.tokenizer.size;
+      const piece = stops.push(known ? stream.push(token) : "");
+      text += piece;
+      yield { text: piece, token };
+      if (stops.found) {
+        finishReason = "stop";
+        break;
+      }
+      if (tokens.length >= maxTokens || tokens.length > room) break;
+      signal?.throwIfAborted();
+      token = (await session.next())[0]!;
+    }
+  } catch (error) {
+    if (!signal?.aborted || !options.stopOnAbort) throw error;
+    finishReason = "abort";
+  }
+  const rest = stops.push(stream.flush()) + stops.flush();
+  if (rest !== "") {
+    text += rest;
+    yield { text: rest, token: tokens.at(-1)! };
+  }
+  return { text, tokens, finishReason, promptTime, firstTime, lastTime };
 }
 
 /** The cache as results show it. */
@@ -331,7 +354,7 @@ export function openCache(
 export function checkRoom(cache: KvCache, tokens: number): void {
   if (cache.closed) throw new Error("The cache is closed");
   const { kept } = cache.stats();
-  if (cache.policy.select === "none" && kept + tokens > cache.capacity) {
+  if (keepsAll(cache.policy) && kept + tokens > cache.capacity) {
     throw new RangeError(
       `The prompt's ${tokens} tokens do not fit the ${
         cache.capacity - kept
@@ -341,7 +364,6 @@ export function checkRoom(cache: KvCache, tokens: number): void {
 }
 
 /** Whether a full cache has no room for another token. */
-export function isFull(cache: KvCache): boolean {
-  return cache.policy.select === "none" &&
-    cache.stats().kept >= cache.capacity;
+export function isOutOfRoom(cache: KvCache): boolean {
+  return keepsAll(cache.policy) && cache.stats().kept >= cache.capacity;
 }

@@ -7,7 +7,7 @@ import { Tensor } from "./backend/tensor.ts";
 import { parseBudget } from "./cache/budget.ts";
 import { KvCache } from "./cache/cache.ts";
 import { type CacheOptions, layerRows, rowBytes } from "./cache/layout.ts";
-import { MAX_SLOTS } from "./cache/policy.ts";
+import { keepsAll, MAX_SLOTS } from "./cache/policy.ts";
 import { findPolicy } from "./cache/registry.ts";
 import type { ChatTemplates } from "./chat/sources.ts";
 import { type Progress, resolveModel } from "./hub/models.ts";
@@ -193,7 +193,7 @@ export class Model implements Disposable {
    */
   createCache(options: CacheOptions = {}): KvCache {
     const { budget = 256, policy = "weighted-kv", sequences = 1 } = options;
-    const full = findPolicy(policy).select === "none";
+    const full = keepsAll(findPolicy(policy));
     if (full || typeof budget === "number") return this.#openCache(options);
     const parsed = parseBudget(budget);
     if (parsed.kind !== "bytes") return this.#openCache(options);

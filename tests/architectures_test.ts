@@ -163,7 +163,7 @@ describe("a Hugging Face folder", () => {
         for await (const _ of generate(model, "text"));
       },
       RangeError,
-      "give token ids instead of text",
+      "put the model's there, or give the library token ids",
     );
   });
 });

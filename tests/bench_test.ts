@@ -33,7 +33,7 @@ import {
   peerSizes,
 } from "../src/selftest/model_cases.ts";
 import { Session } from "../src/session.ts";
-import { expectErrors, ok, ROOT } from "./cli_process.ts";
+import { execute, expectErrors, ok, ROOT } from "./cli_process.ts";
 import { loadTiny } from "./tiny_model.ts";
 
 const memory: Memory = {
@@ -353,6 +353,19 @@ describe("wkv bench", () => {
       },
     ]);
   });
+});
+
+describe("a script of bench/", () => {
+  for (const name of ["cpu", "figures", "gpu", "scale", "tables"]) {
+    it(`says what it takes, and runs nothing: ${name}.ts --help`, async () => {
+      const { code, stdout } = await execute(Deno.execPath(), [
+        ...["run", "-A", "--no-prompt", `bench/${name}.ts`, "--help"],
+      ]);
+      assertEquals(code, 0);
+      const command = `deno (task bench:${name}|run -A bench/${name}\\.ts) `;
+      assertMatch(stdout, new RegExp(`^[A-Z][^*]+\n\n  ${command}`));
+    });
+  }
 });
 
 describe("bench/gpu.ts", () => {

@@ -206,6 +206,15 @@ describe("wkv generate", () => {
     assertLess(ms, 10_000);
   });
 
+  it("says what a folder without a tokenizer lacks", async () => {
+    const folder = `${ROOT}/tests/golden/models/llama`;
+    const { code, stderr } = await wkv(
+      ["generate", "-m", folder, "--device", "cpu", PROMPT],
+    );
+    assertEquals(code, 2, stderr);
+    assertMatch(stderr, /^wkv: .*no tokenizer.json, which text needs: put /);
+  });
+
   it("ends silently when nobody reads on", async () => {
     const child = new Deno.Command(Deno.execPath(), {
       args: denoArguments(

@@ -856,7 +856,7 @@ describe("Tokenizer of a tokenizer.json", () => {
     await assertRejects(
       () => none.encode("a"),
       RangeError,
-      "This folder has no tokenizer.json, give token ids instead of text",
+      "This folder has no tokenizer.json, which text needs",
     );
   });
 

@@ -59,7 +59,7 @@ const linkFlags = [
 const exportMap = "{ global: wkv_*; local: *; };\n";
 
 /** The sources of one library, by path below kernels/. */
-export function sourcesOf(kind: LibraryKind): [name: string, body: string][] {
+function sourcesOf(kind: LibraryKind): [name: string, body: string][] {
   const other = kind === "cpu" ? "cuda/" : "cpu/";
   return Object.entries(sources).filter(([name]) => !name.startsWith(other));
 }

@@ -23,7 +23,7 @@ import {
   type Positions,
   rowBytes,
 } from "./layout.ts";
-import type { Merge, Policy, Select } from "./policy.ts";
+import { keepsAll, type Merge, type Policy, type Select } from "./policy.ts";
 
 /** What became of a sequence's tokens; `seen = kept + merged + evicted`. */
 export interface CacheStats {
@@ -193,7 +193,7 @@ export class KvCache implements Disposable {
     this.#shape = shape;
     this.#scale = shape.scale ?? 1 / Math.sqrt(shape.headDim);
     this.capacity = plans.budget;
-    if (this.policy.select === "none") {
+    if (keepsAll(this.policy)) {
       this.budget = this.sinks = this.recent = null;
       this.interval = 1;
     } else {

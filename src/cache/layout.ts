@@ -8,6 +8,7 @@ import {
 } from "./budget.ts";
 import {
   type Budget,
+  keepsAll,
   MAX_SLOTS,
   type Policy,
   resolveBudget,
@@ -148,7 +149,7 @@ export function planCache(
     );
   }
   const policy = findPolicy(options.policy ?? "weighted-kv");
-  const full = policy.select === "none";
+  const full = keepsAll(policy);
   const capacity = options.capacity ?? shape.context;
   if (
     full &&

@@ -106,6 +106,11 @@ function whole(name: string, value: number, least: number): number {
   return value;
 }
 
+/** Whether no token leaves, so that a cache has room for as many as it was opened with, and no budget. */
+export function keepsAll({ select }: Policy): boolean {
+  return select === "none";
+}
+
 /** Whether tokens that the cache has no room for must be fed one by one: the choice needs one step's own weights. */
 export function choosesByStep({ prefill, select }: Policy): boolean {
   return prefill === "steps" || select === "lowest-now" ||

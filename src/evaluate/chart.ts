@@ -70,9 +70,22 @@ export function escapeText(text: string): string {
  * scale is logarithmic.
  */
 export function lineChart(options: ChartOptions): string {
-  const { xScale = "linear", series } = options;
-  const points = series.flatMap(({ points }) => points);
-  for (const { x, y, error = 0 } of points) {
+  checkPoints(options);
+  const plot = plotOf(options);
+  const title = escapeText(options.title);
+  return [
+    `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="13">`,
+    `<title>${title}</title>`,
+    `<rect width="${WIDTH}" height="${HEIGHT}" fill="#ffffff"/>`,
+    `<text x="${LEFT}" y="24" font-size="16" font-weight="600">${title}</text>`,
+    ...axes(options, plot),
+    ...lines(options.series, plot),
+    "</svg>",
+  ].join("\n") + "\n";
+}
+
+function checkPoints({ xScale, series }: ChartOptions): void {
+  for (const { x, y, error = 0 } of series.flatMap(({ points }) => points)) {
     if (![x, y, error].every(Number.isFinite) || (xScale === "log" && x <= 0)) {
       throw new RangeError(
         `The points of a chart must be finite${
@@ -81,12 +94,30 @@ export function lineChart(options: ChartOptions): string {
       );
     }
   }
+}
+
+/** Where things lie. */
+interface Plot {
+  /** Its right edge, where the legend begins. */
+  right: number;
+  /** Values that are named across. */
+  xTicks: readonly number[];
+  /** Values that are named up. */
+  yTicks: readonly number[];
+  /** A value's place across. */
+  left: (x: number) => number;
+  /** A value's place down. */
+  top: (y: number) => number;
+}
+
+function plotOf({ xScale = "linear", base, series }: ChartOptions): Plot {
+  const points = series.flatMap(({ points }) => points);
   const longest = Math.max(0, ...series.map(({ name }) => name.length));
   const right = WIDTH - Math.max(RIGHT, 52 + Math.ceil(longest * LETTER));
   const across = (x: number) => xScale === "log" ? Math.log2(x) : x;
   const xs = points.map(({ x }) => x);
   const ys = points.flatMap(({ y, error = 0 }) => [y - error, y + error])
-    .concat(options.base ?? []);
+    .concat(base ?? []);
   const [x0, x1] = widened(xs.map(across));
   const yTicks = roundTicks(...widened(ys));
   const [y0, y1] = [yTicks[0]!, yTicks.at(-1)!];
@@ -100,48 +131,45 @@ export function lineChart(options: ChartOptions): string {
   const xTicks = own.length > 8 && xScale === "linear"
     ? roundTicks(x0, x1).filter((x) => x >= x0 && x <= x1)
     : apart(own, left);
-  const parts = [
-    `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="13">`,
-    `<title>${escapeText(options.title)}</title>`,
-    `<rect width="${WIDTH}" height="${HEIGHT}" fill="#ffffff"/>`,
-    `<text x="${LEFT}" y="24" font-size="16" font-weight="600">${
-      escapeText(options.title)
-    }</text>`,
-  ];
-  for (const y of yTicks) {
-    parts.push(
+  return { right, xTicks, yTicks, left, top };
+}
+
+/** The lines behind the plot, both axes and their names. */
+function axes({ xLabel, yLabel }: ChartOptions, plot: Plot): string[] {
+  const { right, left, top } = plot;
+  const foot = HEIGHT - BOTTOM;
+  return [
+    ...plot.yTicks.flatMap((y) => [
       `<line x1="${LEFT}" x2="${right}" y1="${at(top(y))}" y2="${
         at(top(y))
       }" stroke="#dddddd"/>`,
       `<text x="${LEFT - 8}" y="${at(top(y) + 4)}" text-anchor="end">${
         label(y)
       }</text>`,
-    );
-  }
-  for (const x of xTicks) {
-    parts.push(
-      `<line x1="${at(left(x))}" x2="${at(left(x))}" y1="${
-        HEIGHT - BOTTOM
-      }" y2="${HEIGHT - BOTTOM + 5}" stroke="#333333"/>`,
-      `<text x="${at(left(x))}" y="${
-        HEIGHT - BOTTOM + 20
-      }" text-anchor="middle">${label(x)}</text>`,
-    );
-  }
-  parts.push(
-    `<line x1="${LEFT}" x2="${right}" y1="${HEIGHT - BOTTOM}" y2="${
-      HEIGHT - BOTTOM
-    }" stroke="#333333"/>`,
+    ]),
+    ...plot.xTicks.flatMap((x) => [
+      `<line x1="${at(left(x))}" x2="${at(left(x))}" y1="${foot}" y2="${
+        foot + 5
+      }" stroke="#333333"/>`,
+      `<text x="${at(left(x))}" y="${foot + 20}" text-anchor="middle">${
+        label(x)
+      }</text>`,
+    ]),
+    `<line x1="${LEFT}" x2="${right}" y1="${foot}" y2="${foot}" stroke="#333333"/>`,
     `<text x="${(LEFT + right) / 2}" y="${HEIGHT - 14}" text-anchor="middle">${
-      escapeText(options.xLabel)
+      escapeText(xLabel)
     }</text>`,
     `<text transform="translate(18 ${
-      (TOP + HEIGHT - BOTTOM) / 2
-    }) rotate(-90)" text-anchor="middle">${escapeText(options.yLabel)}</text>`,
-  );
+      (TOP + foot) / 2
+    }) rotate(-90)" text-anchor="middle">${escapeText(yLabel)}</text>`,
+  ];
+}
+
+/** Every line with its markers and its place in the legend. */
+function lines(series: readonly ChartSeries[], plot: Plot): string[] {
   const step = Math.min(18, (HEIGHT - TOP - 20) / Math.max(1, series.length));
   let styles = -1;
-  series.forEach(({ name, points, bound = false }, i) => {
+  return series.flatMap(({ name, points, bound = false }, i) => {
     if (!bound || i === 0) styles++;
     const colour = COLOURS[styles % COLOURS.length]!;
     const dash = bound
@@ -151,34 +179,40 @@ export function lineChart(options: ChartOptions): string {
       dash ? ` stroke-dasharray="${dash}"` : ""
     }`;
     const sorted = points.toSorted((a, b) => a.x - b.x);
-    if (sorted.length > 1) {
-      const line = sorted.map(({ x, y }) => `${at(left(x))},${at(top(y))}`);
-      parts.push(`<polyline points="${line.join(" ")}" ${style}/>`);
-    }
-    for (const { x, y, error = 0 } of bound ? [] : sorted) {
-      if (error > 0) {
-        parts.push(
-          `<line x1="${at(left(x))}" x2="${at(left(x))}" y1="${
-            at(top(y - error))
-          }" y2="${at(top(y + error))}" stroke="${colour}"/>`,
-        );
-      }
-      parts.push(
-        `<circle cx="${at(left(x))}" cy="${
-          at(top(y))
-        }" r="3.5" fill="${colour}"><title>${
-          escapeText(`${name}: ${label(x)}, ${label(y)}`)
-        }</title></circle>`,
-      );
-    }
+    const line = sorted.map(({ x, y }) =>
+      `${at(plot.left(x))},${at(plot.top(y))}`
+    );
     const y = TOP + 6 + i * step;
-    const x = right + 16;
-    parts.push(
+    const x = plot.right + 16;
+    return [
+      ...line.length > 1
+        ? [`<polyline points="${line.join(" ")}" ${style}/>`]
+        : [],
+      ...(bound ? [] : sorted).flatMap((point) =>
+        marker(name, point, colour, plot)
+      ),
       `<line x1="${x}" x2="${x + 22}" y1="${at(y)}" y2="${at(y)}" ${style}/>`,
       `<text x="${x + 28}" y="${at(y + 4)}">${escapeText(name)}</text>`,
-    );
+    ];
   });
-  return [...parts, "</svg>"].join("\n") + "\n";
+}
+
+/** A point, which tells its values, with its error bar. */
+function marker(
+  name: string,
+  { x, y, error = 0 }: ChartPoint,
+  colour: string,
+  { left, top }: Plot,
+): string[] {
+  const bar = `<line x1="${at(left(x))}" x2="${at(left(x))}" y1="${
+    at(top(y - error))
+  }" y2="${at(top(y + error))}" stroke="${colour}"/>`;
+  const circle = `<circle cx="${at(left(x))}" cy="${
+    at(top(y))
+  }" r="3.5" fill="${colour}"><title>${
+    escapeText(`${name}: ${label(x)}, ${label(y)}`)
+  }</title></circle>`;
+  return error > 0 ? [bar, circle] : [circle];
 }
 
 /** Those of ascending values whose names do not run into each other. */

@@ -5,7 +5,7 @@ import {
   type CacheReport,
   checkRoom,
   type FinishReason,
-  isFull,
+  isOutOfRoom,
   openCache,
   promptTokens,
   report,
@@ -179,7 +179,7 @@ function take(model: Model, lane: Lane, ignoreEos: boolean): void {
   // Rows that only pad the embedding stand for no text.
   const known = drawn < model.tokenizer.size;
   lane.pieces.push(known ? lane.stream.push(drawn) : "");
-  if (isFull(lane.session.cache)) lane.finishReason = "length";
+  if (isOutOfRoom(lane.session.cache)) lane.finishReason = "length";
 }
 
 function finish(model: Model, lane: Lane, prefill: Prefill): ComparedText {

@@ -1,7 +1,7 @@
 /** evaluate(): questions whose answers lie far back, asked through bounded caches; called by users and by `wkv eval`. */
 
 import type { CacheOptions, CacheType, Positions } from "../cache/layout.ts";
-import { choosesByStep, resolveBudget } from "../cache/policy.ts";
+import { choosesByStep, keepsAll, resolveBudget } from "../cache/policy.ts";
 import {
   type BudgetSize,
   type LayerBudgets,
@@ -305,7 +305,7 @@ function cachesOf(options: EvaluateOptions): CacheOptions[] {
   };
   return options.policies.flatMap((name) => {
     const policy = findPolicy(name);
-    const full = policy.select === "none";
+    const full = keepsAll(policy);
     if (!full && options.budgets.length === 0) {
       throw new RangeError(`Name at least one budget for the policy ${name}`);
     }

@@ -4,7 +4,7 @@ import type { KvCache } from "../cache/cache.ts";
 import type { CacheOptions, CacheType, Positions } from "../cache/layout.ts";
 import type { BudgetSize, LayerBudgets } from "../cache/budget.ts";
 import { findPolicy } from "../cache/registry.ts";
-import { resolveBudget } from "../cache/policy.ts";
+import { keepsAll, resolveBudget } from "../cache/policy.ts";
 import { type CacheSettings, cacheSettings } from "../generate.ts";
 import type { Model } from "../model.ts";
 import { chunkSize, type Prefill, Session } from "../session.ts";
@@ -215,7 +215,7 @@ interface Measured {
 }
 
 function isFull({ cacheOptions }: PlannedRow): boolean {
-  return findPolicy(cacheOptions.policy!).select === "none";
+  return keepsAll(findPolicy(cacheOptions.policy!));
 }
 
 /** The rows, `full` first; every option is checked before the first one is run. */
@@ -242,7 +242,7 @@ function plan(
   for (const name of options.policies) {
     const policy = findPolicy(name);
     chunkSize(prefill, policy);
-    const full = policy.select === "none";
+    const full = keepsAll(policy);
     if (!full && options.budgets.length === 0) {
       throw new RangeError(`Name at least one budget for the policy ${name}`);
     }

@@ -91,7 +91,7 @@ export async function findSnapshot(
 }
 
 /** Every snapshot of a repository that is here. */
-export async function snapshotsOf(
+async function snapshotsOf(
   cache: string,
   repo: string,
 ): Promise<Snapshot[]> {

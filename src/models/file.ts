@@ -147,7 +147,7 @@ async function openFolder(folder: string, path: string): Promise<ModelFile> {
     weights,
     tokenizer: async () =>
       await tokenizerFromFolder(folder, ofTokens) ?? noTokenizer(
-        `${folder}: This folder has no tokenizer.json, give token ids instead of text`,
+        `${folder}: This folder has no tokenizer.json, which text needs: put the model's there, or give the library token ids`,
         config.endTokens,
       ),
     async check() {

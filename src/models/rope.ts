@@ -37,8 +37,7 @@ export interface RopeShape {
 
 /** Pairs (i, i + rotary / 2) that turn by base^(-2 i / rotary). */
 export function plainRope(base: number, rotary: number): Rope {
-  const frequencies = Float32Array.from(powers(base, rotary));
-  return { pairs: "half", frequencies };
+  return of(powers(base, rotary));
 }
 
 /**
@@ -76,10 +75,6 @@ export function ropeOf(
   const plain = powers(base, rotary);
   const typeKey = inner?.has("rope_type") ? "rope_type" : "type";
   const type = inner?.string(typeKey, "default") ?? "default";
-  const of = (frequencies: ArrayLike<number>): Rope => ({
-    pairs: "half",
-    frequencies: Float32Array.from(frequencies),
-  });
   if (type === "default" || inner === null) return of(plain);
   const original = within("original_max_position_embeddings").integer(
     "original_max_position_embeddings",
@@ -99,58 +94,24 @@ export function ropeOf(
     case "dynamic": {
       const by = factor();
       if (rotary < 4) break;
-      const at = (length: number) =>
-        Float32Array.from(
-          powers(
-            base *
-              (by * length / context - (by - 1)) ** (rotary / (rotary - 2)),
-            rotary,
-          ),
-        );
-      return { ...of(plain), longer: { from: context, at } };
+      return dynamic(plain, base, by, context);
     }
     case "llama3":
       return of(llama3(plain, inner, factor(), original));
     case "yarn": {
       const by = factor(context / original);
-      const beta = (key: string, fallback: number) =>
-        inner.float(key, { min: Number.MIN_VALUE, max: 1e6, fallback });
-      return {
-        ...of(yarn({
-          ...{ factor: by, base, rotary, original },
-          fast: beta("beta_fast", 32),
-          slow: beta("beta_slow", 1),
-          cut: inner.boolean("truncate", true),
-        })),
-        factor: yarnFactor(inner, by),
-      };
+      return yarnOf(inner, { factor: by, base, rotary, original });
     }
     // The name that Phi-3 had for it first.
     case "su":
-    case "longrope": {
-      const by = factor(context / original);
-      const factors = (key: string) => {
-        const list = inner.numbers(key, { min: Number.MIN_VALUE, max: 1e6 });
-        if (list.length === rotary / 2) return list;
-        throw new FormatError(
-          config.path,
-          key,
-          `Found ${list.length} numbers, expected ${rotary / 2}`,
-        );
-      };
-      const [short, long] = [factors("short_factor"), factors("long_factor")];
-      const far = Float32Array.from(plain, (f, i) => f / long[i]!);
-      return {
-        ...of(plain.map((f, i) => f / short[i]!)),
-        longer: { from: original, at: () => far },
-        factor: attentionFactor(
-          inner,
-          by <= 1 ? 1 : Math.sqrt(1 + Math.log(by) / Math.log(original)),
-        ),
-      };
-    }
+    case "longrope":
+      return longrope(plain, inner, factor(context / original), original);
   }
   throw inner.error(typeKey, `one of ${TYPES.join(", ")}`);
+}
+
+function of(frequencies: ArrayLike<number>): Rope {
+  return { pairs: "half", frequencies: Float32Array.from(frequencies) };
 }
 
 /** base^(-2 i / rotary) for each pair i. */
@@ -159,6 +120,22 @@ export function powers(base: number, rotary: number): number[] {
     { length: rotary / 2 },
     (_, i) => base ** (-2 * i / rotary),
   );
+}
+
+/** Dynamic NTK: a longer text has a larger base. */
+function dynamic(
+  plain: number[],
+  base: number,
+  factor: number,
+  context: number,
+): Rope {
+  const rotary = 2 * plain.length;
+  const at = (length: number) => {
+    const grown = factor * length / context - (factor - 1);
+    const larger = base * grown ** (rotary / (rotary - 2));
+    return Float32Array.from(powers(larger, rotary));
+  };
+  return { ...of(plain), longer: { from: context, at } };
 }
 
 /** Llama 3.1: low frequencies are divided by the factor, with a smooth step between. */
@@ -218,6 +195,21 @@ export function yarn(of: Yarn): number[] {
   });
 }
 
+function yarnOf(
+  inner: ConfigFile,
+  numbers: Pick<Yarn, "factor" | "base" | "rotary" | "original">,
+): Rope {
+  const beta = (key: string, fallback: number) =>
+    inner.float(key, { min: Number.MIN_VALUE, max: 1e6, fallback });
+  const frequencies = yarn({
+    ...numbers,
+    fast: beta("beta_fast", 32),
+    slow: beta("beta_slow", 1),
+    cut: inner.boolean("truncate", true),
+  });
+  return { ...of(frequencies), factor: yarnFactor(inner, numbers.factor) };
+}
+
 function yarnFactor(inner: ConfigFile, factor: number): number {
   const scale = (by: number) =>
     factor <= 1 ? 1 : 0.1 * by * Math.log(factor) + 1;
@@ -228,6 +220,34 @@ function yarnFactor(inner: ConfigFile, factor: number): number {
     inner,
     mscale !== 0 && all !== 0 ? scale(mscale) / scale(all) : scale(1),
   );
+}
+
+/** LongRoPE (arXiv 2402.13753): each pair is divided by a number of its own, by another one in a longer text. */
+function longrope(
+  plain: number[],
+  inner: ConfigFile,
+  factor: number,
+  original: number,
+): Rope {
+  const divided = (key: string) => {
+    const by = inner.numbers(key, { min: Number.MIN_VALUE, max: 1e6 });
+    if (by.length === plain.length) return plain.map((f, i) => f / by[i]!);
+    throw new FormatError(
+      inner.path,
+      key,
+      `Found ${by.length} numbers, expected ${plain.length}`,
+    );
+  };
+  const short = divided("short_factor");
+  const long = Float32Array.from(divided("long_factor"));
+  return {
+    ...of(short),
+    longer: { from: original, at: () => long },
+    factor: attentionFactor(
+      inner,
+      factor <= 1 ? 1 : Math.sqrt(1 + Math.log(factor) / Math.log(original)),
+    ),
+  };
 }
 
 function attentionFactor(inner: ConfigFile, fallback: number): number {

@@ -4,7 +4,7 @@
  */
 
 import type { CacheType, Positions } from "../cache/layout.ts";
-import { choosesByStep } from "../cache/policy.ts";
+import { choosesByStep, keepsAll } from "../cache/policy.ts";
 import { findPolicy, policyNames } from "../cache/registry.ts";
 import { pairwise } from "./pairs.ts";
 
@@ -151,7 +151,7 @@ function protects(
   policy: string,
   budget: number,
 ): { sinks: number; recent: number } {
-  if (findPolicy(policy).select === "none") return { sinks: 0, recent: 0 };
+  if (keepsAll(findPolicy(policy))) return { sinks: 0, recent: 0 };
   if (budget === 1) return { sinks: 0, recent: 0 };
   if (budget === 2) return { sinks: 1, recent: 1 };
   if (budget === 7) return { sinks: 4, recent: 3 };
@@ -174,7 +174,7 @@ const edges: AttendCase[] = pairwise(
   cheapEnough,
   1,
 ).map((row, i): AttendCase => {
-  const full = findPolicy(row.policy).select === "none";
+  const full = keepsAll(findPolicy(row.policy));
   const steps = row.budget > 1000 ? 3 : 4;
   return {
     kernel: "attend",
@@ -197,7 +197,7 @@ const odd: AttendCase[] = pairwise(
   cheapEnough,
   2,
 ).map(({ fill, ...row }, i): AttendCase => {
-  const full = findPolicy(row.policy).select === "none";
+  const full = keepsAll(findPolicy(row.policy));
   const steps = row.budget > 1000 ? 2 : 3;
   const kept = {
     over: row.budget - (full ? steps : 1),
@@ -218,9 +218,7 @@ const odd: AttendCase[] = pairwise(
   };
 });
 
-const bounded = casePolicies.filter((name) =>
-  findPolicy(name).select !== "none"
-);
+const bounded = casePolicies.filter((name) => !keepsAll(findPolicy(name)));
 
 /** Victims and neighbours at every place that a cache of blocks has. */
 const forced: AttendCase[] = pairwise(
@@ -296,10 +294,9 @@ const prefill: PrefillCase[] = pairwise(
   },
   ({ passes = [1], headDim = 2, group = 1, budget = 320, policy }) => {
     const rows = passes.reduce((a, b) => a + b);
-    const isFull = policy !== undefined &&
-      findPolicy(policy).select === "none";
+    const full = policy !== undefined && keepsAll(findPolicy(policy));
     return rows * rows * headDim * group <= 2.5e7 &&
-      (!isFull || rows <= budget);
+      (!full || rows <= budget);
   },
   4,
 ).map((row, i): PrefillCase => ({
@@ -429,7 +426,7 @@ const insert: InsertCase[] = pairwise(
   group: 1 + i % 3,
   kvHeads: oneChoice(row.policy) ? 1 : 1 + i % 3,
   pairs: pairsOf(i),
-  steps: findPolicy(row.policy).select === "none" ? row.budget : row.budget + 3,
+  steps: keepsAll(findPolicy(row.policy)) ? row.budget : row.budget + 3,
   ...i % 4 === 3 && row.budget > 7 && row.policy !== "full"
     ? { victims: "any" as const, sinks: 0, recent: 0 }
     : {},

@@ -6,6 +6,7 @@
 import type { Precision } from "../backend/ops.ts";
 import type { Dtype } from "../backend/tensor.ts";
 import type { CacheType, Positions } from "../cache/layout.ts";
+import { keepsAll } from "../cache/policy.ts";
 import { findPolicy } from "../cache/registry.ts";
 import type { AttendCase } from "./cache_cases.ts";
 import { type GatedCase, type LinearCase, toleranceOf } from "./op_cases.ts";
@@ -110,7 +111,7 @@ export function attendCase(
   { heads, kvHeads, headDim }: ModelShape,
   { policy, budget, cacheType, positions, batch }: AttendSetting,
 ): AttendCase {
-  const full = findPolicy(policy).select === "none";
+  const full = keepsAll(findPolicy(policy));
   const steps = 2;
   return {
     kernel: "attend",

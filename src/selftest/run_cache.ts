@@ -4,6 +4,7 @@ import type { Backend } from "../backend/backend.ts";
 import { Tensor } from "../backend/tensor.ts";
 import type { KvCache } from "../cache/cache.ts";
 import type { CacheType } from "../cache/layout.ts";
+import { keepsAll } from "../cache/policy.ts";
 import { findPolicy } from "../cache/registry.ts";
 import type {
   AttendCase,
@@ -79,7 +80,7 @@ export async function runCacheCase(
 }
 
 /** The layer of a case. */
-export function layerOf(row: CacheCase): Layer {
+function layerOf(row: CacheCase): Layer {
   return {
     heads: row.group * row.kvHeads,
     kvHeads: row.kvHeads,
@@ -97,7 +98,7 @@ function open(backend: Backend, row: CacheCase): KvCache {
   return openCache(
     backend,
     layerOf(row),
-    findPolicy(policy).select === "none" ? { ...common, capacity: budget } : {
+    keepsAll(findPolicy(policy)) ? { ...common, capacity: budget } : {
       ...common,
       budget,
       sinks: row.sinks,

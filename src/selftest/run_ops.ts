@@ -30,6 +30,7 @@ import type {
   SampleCase,
   SoftcapCase,
 } from "./op_cases.ts";
+import { dot } from "./reference_policies.ts";
 
 type Numbers = Float32Array<ArrayBuffer>;
 const EPSILON = 1e-5;
@@ -71,12 +72,6 @@ export function runOpCase(
       break;
   }
   return found.list;
-}
-
-function dot(a: ArrayLike<number>, b: ArrayLike<number>): number {
-  let sum = 0;
-  for (let i = 0; i < a.length; i++) sum += a[i]! * b[i]!;
-  return sum;
 }
 
 function normed(x: ArrayLike<number>, weight: ArrayLike<number>): Float64Array {
