@@ -22,6 +22,7 @@ import {
   type WindowResult,
 } from "../mod.ts";
 import { type Frame, frame, writeResult } from "./record.ts";
+import { showUsage } from "./usage.ts";
 
 /** A table of the study. */
 interface Column {
@@ -55,6 +56,11 @@ const RULER = [
   ...["niah_multikey_2", "frequent_words", "common_words", "niah_multikey_3"],
 ];
 
+/** Budgets of each KV head of the default model, of `E, heads by loss` in docs/candidates.md. */
+const HEADS = Deno.readTextFileSync(
+  new URL("candidates/heads-by-loss.txt", import.meta.url),
+).trim().split(",").map((layer) => layer.split("/").map(Number));
+
 const columns: readonly Column[] = [
   {
     name: "4096-256-text",
@@ -72,6 +78,20 @@ const columns: readonly Column[] = [
     budget: 256,
     questions: { tasks: RECALL, length: 1024, samples: 10 },
     cache: { positions: "text" },
+  },
+  {
+    name: "4096-256-heads",
+    groups: [["eviction", "weighted-kv"]],
+    budget: 256,
+    windows: { window: 4096, windows: 40, divergence: true },
+    cache: { positions: "text", layerBudgets: HEADS },
+  },
+  {
+    name: "questions-256-heads",
+    groups: [["eviction"]],
+    budget: 256,
+    questions: { tasks: RECALL, length: 1024, samples: 10 },
+    cache: { positions: "text", layerBudgets: HEADS },
   },
   ...([256, 1024] as const).map((budget): Column => ({
     name: `questions-${budget}`,
@@ -122,6 +142,7 @@ const columns: readonly Column[] = [
 /** A row as it is kept, with what it was measured on. */
 type Row = Record<string, unknown> & { policy: string; task?: string };
 
+await showUsage(import.meta.url);
 const args = parseArgs(Deno.args, {
   string: ["text", "out", "columns", "seconds", "model"],
   default: { out: "bench/results", seconds: "1e9", model: DEFAULT_MODEL },

@@ -15,9 +15,11 @@
 import { parseArgs } from "@std/cli/parse-args";
 import { DEFAULT_MODEL, loadModel } from "../../mod.ts";
 import { ask, tasks } from "../../src/evaluate/evaluate.ts";
+import { showUsage } from "../usage.ts";
 
 const DEPTHS = [0, 0.25, 0.5, 0.75, 1];
 
+await showUsage(import.meta.url);
 const args = parseArgs(Deno.args, {
   string: [
     ...["text", "out", "window", "windows", "model"],
