@@ -212,6 +212,7 @@ export class KvCache implements Disposable {
           (this.#parts[layer] ??= []).push({ group, index, head })
         );
       }
+      for (const parts of this.#parts) parts.sort((a, b) => a.head - b.head);
     } catch (error) {
       this.close();
       throw error;
