@@ -73,7 +73,7 @@ export interface CacheSettings {
   recent: number | null;
   /** Tokens that leave at once when the cache overflows; null for `full`. */
   interval: number | null;
-  /** Tokens kept in each layer where they differ; null where they do not. */
+  /** Tokens kept in each layer, the mean of its KV heads, where heads differ; null where they do not. */
   layerSlots: readonly number[] | null;
   /** KV heads of a layer, each with a cache of its own. */
   kvHeads: number;
@@ -92,7 +92,7 @@ export interface CacheSettings {
  * numbers of tokens, the counts are those of the layer nearest to the budget.
  */
 export interface CacheReport extends CacheSettings, CacheStats {
-  /** Tokens cached in each layer where they differ; null where they do not. */
+  /** Tokens cached in each layer, the mean of its KV heads, where heads differ; null where they do not. */
   layerKept: readonly number[] | null;
   /** Bytes of keys, values and state, allocated. */
   bytes: number;
