@@ -159,42 +159,10 @@ export function planCache(
       `The capacity must be a whole number between 1 and ${MAX_SLOTS}: current value is ${capacity}`,
     );
   }
-  const resolve = (budget: number): Budget =>
-    full
-      ? { budget, sinks: 0, recent: 0, interval: 1 }
-      : resolveBudget(policy, budget, options);
-  const all = resolve(
-    full ? capacity : tokensOf(options.budget ?? 256, capacity),
-  );
-  const budgets = headBudgets(
-    full ? "constant" : options.layerBudgets ?? "constant",
-    all.budget,
-    shape.layers,
-    shape.kvHeads,
-  );
-  // More room is for older tokens: no head protects more recent ones than it would at the mean.
-  const resolveHead = (budget: number): Budget => {
-    const own = resolve(budget);
-    const recent = Math.min(own.recent, all.recent);
-    return recent === own.recent
-      ? own
-      : resolveBudget(policy, budget, { ...options, recent });
-  };
-  const heads = budgets.map((own, layer) =>
-    own.map((budget, head) =>
-      naming(
-        budget === all.budget
-          ? ""
-          : nameOf(shape, layer, isEven(own) ? null : head),
-        () => planHead(shape, layer, resolveHead(budget), full, positions),
-      )
-    )
-  );
-  if (policy.select === "lowest-now" && !budgets.every(isEven)) {
-    throw new RangeError(
-      `The policy ${policy.name} chooses for all KV heads of a layer at once, so they cannot have budgets of their own`,
-    );
-  }
+  const all = full
+    ? { budget: capacity, sinks: 0, recent: 0, interval: 1 }
+    : resolveBudget(policy, tokensOf(options.budget ?? 256, capacity), options);
+  const heads = planHeads(shape, options, { policy, full, positions }, all);
   const reach = full
     ? all.budget
     : positions === "cache"
@@ -211,6 +179,59 @@ export function planCache(
     typical: typicalHead(heads, all.budget),
     reach,
   };
+}
+
+/** What each head of each layer keeps; `all` is the mean's. */
+function planHeads(
+  shape: CacheShape,
+  options: CacheOptions,
+  { policy, full, positions }: {
+    policy: Policy;
+    full: boolean;
+    positions: Positions;
+  },
+  all: Budget,
+): HeadPlan[][] {
+  const { layers, kvHeads } = shape;
+  const plan = (layer: number, budget: number) => {
+    const own = budget === all.budget
+      ? all
+      : resolveHead(policy, options, budget, all.recent);
+    return planHead(shape, layer, own, full, positions);
+  };
+  if (full) {
+    return Array.from(
+      { length: layers },
+      (_, layer) => Array(kvHeads).fill(plan(layer, all.budget)),
+    );
+  }
+  const spread = options.layerBudgets ?? "constant";
+  return headBudgets(spread, all.budget, layers, kvHeads).map((own, layer) => {
+    const even = isEven(own);
+    if (!even && policy.select === "lowest-now") {
+      throw new RangeError(
+        `The policy ${policy.name} chooses for all KV heads of a layer at once, so they cannot have budgets of their own`,
+      );
+    }
+    return own.map((budget, head) =>
+      naming(
+        budget === all.budget ? "" : nameOf(shape, layer, even ? null : head),
+        () => plan(layer, budget),
+      )
+    );
+  });
+}
+
+/** More room is for older tokens: no head protects more recent ones than it would at the mean. */
+function resolveHead(
+  policy: Policy,
+  options: CacheOptions,
+  budget: number,
+  most: number,
+): Budget {
+  const own = resolveBudget(policy, budget, options);
+  if (own.recent <= most) return own;
+  return resolveBudget(policy, budget, { ...options, recent: most });
 }
 
 function isEven(budgets: readonly number[]): boolean {
