@@ -3,10 +3,12 @@
  * paired by window, or by question, from a policy.
  *
  *   deno run -A bench/tables.ts FILE... [--against eviction]
- *     [--beside FILE]
+ *     [--beside FILE] [--pool]
  *
  * Rows of `--beside` are what others are paired with: those of the policy that
- * `--against` names, without one those of the same policy.
+ * `--against` names, without one those of the same policy. Of candidate files
+ * `--pool` counts the windows together, for the rules that all of them have, and
+ * `--against "E, cache"` puts every rule beside that one, without its bound.
  *
  * Intervals are one standard error of the sum of the windows' differences; the
  * 95% ones in brackets are of 10,000 draws of windows. Those of g, the share of a
@@ -16,6 +18,7 @@
 
 import { parseArgs } from "@std/cli/parse-args";
 import { Random } from "../mod.ts";
+import { student } from "./student.ts";
 import { showUsage } from "./usage.ts";
 
 /** A row of windows, of questions or of a candidate rule. */
@@ -44,28 +47,27 @@ interface Row {
   /** The g, in per cent, that it is kept above. */
   bound: number;
   /** Which windows of the tuning text it was run on. */
-  picked: number[];
+  picked: readonly (number | string)[];
 }
-
-/** Student's 97.5% quantiles, by the number of windows. */
-const STUDENT: Readonly<Record<number, number>> = {
-  6: 2.571,
-  12: 2.201,
-  40: 2.023,
-};
 
 await showUsage(import.meta.url);
 const args = parseArgs(Deno.args, {
   string: ["against", "beside"],
-}) as unknown as { _: string[]; against?: string; beside?: string };
+  boolean: ["pool"],
+}) as unknown as {
+  _: string[];
+  against?: string;
+  beside?: string;
+  pool: boolean;
+};
 const beside = args.beside === undefined ? null : await read(args.beside);
 const against = args.against ?? (beside ? null : "eviction");
-const rules: Row[] = [];
+const rules: Row[][] = [];
 
 for (const path of args._) {
   const rows = await read(path);
   if (rows[0]?.rule !== undefined) {
-    rules.push(...rows);
+    rules.push(rows);
     continue;
   }
   const of = args.beside === undefined ? "" : ` of ${args.beside}`;
@@ -73,7 +75,7 @@ for (const path of args._) {
   if (rows[0]?.task === undefined) windows(rows);
   else questions(rows);
 }
-if (rules.length > 0) candidates(rules);
+if (rules.length > 0) candidates(args.pool ? pool(rules) : rules.flat());
 
 async function read(path: string): Promise<Row[]> {
   return JSON.parse(await Deno.readTextFile(path)).rows;
@@ -119,6 +121,29 @@ function percent(difference: number): string {
   return `${percent < 0 ? "" : "+"}${percent.toFixed(2)}`;
 }
 
+/** Rules that all files have, on the windows of all of them. */
+function pool([first, ...others]: readonly Row[][]): Row[] {
+  return first!.flatMap((row) => {
+    const rows = [row];
+    for (const other of others) {
+      const same = other.find(({ rule, positions }) =>
+        rule === row.rule && positions === row.positions
+      );
+      if (!same) return [];
+      rows.push(same);
+    }
+    const pooled = {
+      ...row,
+      windowTargets: rows.flatMap(({ windowTargets }) => windowTargets),
+      windowNll: rows.flatMap(({ windowNll }) => windowNll),
+      picked: rows.flatMap(({ picked }, file) =>
+        picked.map((window) => `${file}:${window}`)
+      ),
+    };
+    return [{ ...pooled, perplexity: perplexityWithout(pooled) }];
+  });
+}
+
 /** Every rule beside its host on the windows that the rule was run on. */
 function candidates(rows: readonly Row[]): void {
   const find = (name: string, where?: string) =>
@@ -126,10 +151,13 @@ function candidates(rows: readonly Row[]): void {
       rule === name && (where === undefined || positions === where)
     )!;
   const full = find("full");
-  console.log("\nRules, against their hosts\n");
+  const beside = args.against?.match(/^(.+), (\w+)$/)?.slice(1);
+  console.log(`\nRules, against ${args.against ?? "their hosts"}\n`);
   for (const row of rows) {
     if (row.host === undefined) continue;
-    const host = on(row.picked, find(row.host, row.hostPositions));
+    const [rule, where] = beside ?? [row.host, row.hostPositions];
+    if (row.rule === rule && row.positions === where) continue;
+    const host = on(row.picked, find(rule!, where));
     const { mean, error } = pair(row, host);
     const none = on(row.picked, full);
     const { low, high } = closed(row, host, none);
@@ -140,20 +168,19 @@ function candidates(rows: readonly Row[]): void {
       : "undecided";
     const cells = [
       row.rule,
-      `${row.positions}, ${row.hostPositions}`,
+      `${row.positions}, ${where}`,
       row.picked.length,
       `${row.perplexity.toFixed(2)}, ${host.perplexity.toFixed(2)}`,
       `${percent(mean)}% ± ${(100 * error).toFixed(2)}%`,
       gain(row, host, none),
-      `${row.bound}%`,
-      verdict,
+      ...(beside ? [] : [`${row.bound}%`, verdict]),
     ];
     console.log(`| ${cells.join(" | ")} |`);
   }
 }
 
 /** A row on some of its windows. */
-function on(picked: readonly number[], row: Row): Row {
+function on(picked: Row["picked"], row: Row): Row {
   const pick = <T>(list: readonly T[]) =>
     picked.map((window) => list[row.picked.indexOf(window)]!);
   const own = {
@@ -193,7 +220,7 @@ function closed(
   const without = row.windowNll.map((_, w) => share(w));
   const mean = without.reduce((a, b) => a + b) / n;
   const squares = without.reduce((sum, x) => sum + (x - mean) ** 2, 0);
-  const reach = STUDENT[n]! * Math.sqrt((n - 1) / n * squares);
+  const reach = student(n - 1) * Math.sqrt((n - 1) / n * squares);
   return { g, low: g - reach, high: g + reach };
 }
 

@@ -20,6 +20,7 @@ import {
   type WeightType,
 } from "../bench/random_model.ts";
 import { type ShapeName, shapeNames, shapeOf } from "../bench/shapes.ts";
+import { student } from "../bench/student.ts";
 import { median, quantile, timeGraph } from "../bench/timing.ts";
 import { LibraryCopy } from "./isolated.ts";
 import { Backend } from "../src/backend/backend.ts";
@@ -366,6 +367,61 @@ describe("a script of bench/", () => {
       assertMatch(stdout, new RegExp(`^[A-Z][^*]+\n\n  ${command}`));
     });
   }
+});
+
+describe("bench/tables.ts", () => {
+  it("knows Student's 97.5% quantile for any number of windows", () => {
+    const table = [[1, 12.7062], [2, 4.3027], [5, 2.5706], [11, 2.201]];
+    for (const [freedom, t] of [...table, [39, 2.0227], [79, 1.9905]]) {
+      assertAlmostEquals(student(freedom!), t!, 1e-4);
+    }
+  });
+
+  const tables = async (...args: string[]) => {
+    const { code, stdout } = await execute(Deno.execPath(), [
+      ...["run", "-A", "--no-prompt", "bench/tables.ts", ...args],
+    ]);
+    assertEquals(code, 0);
+    return stdout.split("\n").filter((line) => line.startsWith("|"));
+  };
+
+  it("counts the windows of several files together with --pool, for rules of all of them", async () => {
+    const windows = (...windowNll: number[]) => ({
+      windowNll,
+      windowTargets: windowNll.map(() => 1),
+      picked: windowNll.map((_, window) => window),
+      perplexity: Math.exp(windowNll[0]!),
+    });
+    const host = { host: "E", hostPositions: "cache", bound: 50 };
+    const file = (full: number, e: number, rule: number, more = false) => [
+      { rule: "full", positions: "cache", ...windows(full, full) },
+      { rule: "E", positions: "cache", ...windows(e, e) },
+      { rule: "x", positions: "text", ...host, ...windows(rule, rule) },
+      ...(more
+        ? [{ rule: "y", positions: "text", ...host, ...windows(e, e) }]
+        : []),
+    ];
+    const folder = await Deno.makeTempDir();
+    try {
+      const [a, b] = [`${folder}/a.json`, `${folder}/b.json`];
+      const ln = Math.log;
+      const write = (path: string, rows: unknown) =>
+        Deno.writeTextFile(path, JSON.stringify({ rows }));
+      await write(a, file(ln(2), ln(4), ln(3), true));
+      await write(b, file(ln(8), ln(16), ln(12)));
+      const [row, ...others] = await tables(a, b, "--pool");
+      assertEquals(others, []);
+      // Perplexities are the roots of 2 · 8, 4 · 16 and 3 · 12: g = (8 - 6) / (8 - 4).
+      assertMatch(row!, /^\| x \| text, cache \| 4 \| 6\.00, 8\.00 \|/);
+      assertMatch(row!, /\| \+50\.0% \[.+\] \| 50% \| undecided \|$/);
+      const beside = await tables(a, "--against", "x, text");
+      assertEquals(beside.length, 1);
+      assertMatch(beside[0]!, /^\| y \| text, text \| 2 \| 4\.00, 3\.00 \|/);
+      assertMatch(beside[0]!, /\| -100\.0% \[-100\.0, -100\.0\] \|$/);
+    } finally {
+      await Deno.remove(folder, { recursive: true });
+    }
+  });
 });
 
 describe("bench/gpu.ts", () => {
