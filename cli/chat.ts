@@ -270,11 +270,11 @@ function describe({ model, cache }: Chat): string {
 function cacheLines(chat: Chat): string {
   const { cache } = chat;
   const { seen, kept, merged, evicted } = cache.stats();
-  const layers = cache.layerSlots.map((_, layer) => cache.layerKept(layer));
+  const kepts = cache.headKept().flat();
   return `${describe(chat)}
 ${seen} tokens seen: ${
     cache.uneven
-      ? `${Math.min(...layers)} to ${Math.max(...layers)} kept a layer`
+      ? `${Math.min(...kepts)} to ${Math.max(...kepts)} kept a KV head`
       : `${kept} kept, ${merged} merged, ${evicted} evicted`
   }
 ${formatBytes(cache.bytes)} (in full ${formatBytes(cache.fullBytes(seen))})

@@ -129,7 +129,8 @@ export function resultJson(model: Model, result: GenerateResult): unknown {
 /** One line on speed and memory. */
 function summary({ tokens, timings, cache }: GenerateResult): string {
   const { decodeTokensPerSecond: speed, firstTokenMs } = timings;
-  const { bytes, fullBytes, merged, evicted, layerKept } = cache;
+  const { bytes, fullBytes, merged, evicted } = cache;
+  const kept = cache.headKept?.flat() ?? cache.layerKept;
   return [
     speed === null
       ? `${tokens.length} tokens`
@@ -138,10 +139,10 @@ function summary({ tokens, timings, cache }: GenerateResult): string {
       ? []
       : [`first after ${formatTime(firstTokenMs)}`]),
     `cache ${formatBytes(bytes)} (in full ${formatBytes(fullBytes)})`,
-    layerKept === null
+    kept === null
       ? `${merged} merged, ${evicted} evicted`
-      : `${Math.min(...layerKept)} to ${
-        Math.max(...layerKept)
-      } of ${cache.seen} tokens kept a layer`,
+      : `${Math.min(...kept)} to ${
+        Math.max(...kept)
+      } of ${cache.seen} tokens kept a ${cache.headKept ? "KV head" : "layer"}`,
   ].join("; ");
 }

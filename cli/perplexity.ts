@@ -233,11 +233,10 @@ async function dumpCache(
   }
 }
 
-/** The least and the most that layers keep, where they differ. */
-function layersOf({ layerSlots }: PerplexityRow): string {
-  return layerSlots === null
-    ? "-"
-    : `${Math.min(...layerSlots)}-${Math.max(...layerSlots)}`;
+/** The least and the most that heads of layers keep, where they differ. */
+function layersOf({ layerSlots, headSlots }: PerplexityRow): string {
+  const slots = headSlots?.flat() ?? layerSlots;
+  return slots === null ? "-" : `${Math.min(...slots)}-${Math.max(...slots)}`;
 }
 
 function table(rows: readonly PerplexityRow[]): string {

@@ -84,7 +84,7 @@ const spreads = ["constant", "pyramid", "inverse"] as const;
 const spread: Option<LayerBudgets> = {
   summary:
     "How the budget is spread over the layers, at the same total; numbers are shares, a layer's or N/N/... of its KV heads (default constant)",
-  value: `${spreads.join("|")}|N,N,...`,
+  value: `${spreads.join("|")}|N[/N...],N[/N...],...`,
   choices: spreads,
   read(texts, name) {
     const typed = texts.at(-1)!;

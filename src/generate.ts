@@ -73,8 +73,10 @@ export interface CacheSettings {
   recent: number | null;
   /** Tokens that leave at once when the cache overflows; null for `full`. */
   interval: number | null;
-  /** Tokens kept in each layer, the mean of its KV heads, where heads differ; null where they do not. */
+  /** Tokens kept in each layer, the mean of its KV heads, where any differ; null where none do. */
   layerSlots: readonly number[] | null;
+  /** Tokens kept in each KV head of each layer, where those of a layer differ; null where they do not. */
+  headSlots: readonly (readonly number[])[] | null;
   /** KV heads of a layer, each with a cache of its own. */
   kvHeads: number;
   /** Where keys are rotated. */
@@ -88,12 +90,14 @@ export interface CacheSettings {
 }
 
 /**
- * The cache of a result, as `--json` prints it. Where layers keep different
- * numbers of tokens, the counts are those of the layer nearest to the budget.
+ * The cache of a result, as `--json` prints it. Where heads keep different
+ * numbers of tokens, the counts are those of the one nearest to the budget.
  */
 export interface CacheReport extends CacheSettings, CacheStats {
-  /** Tokens cached in each layer, the mean of its KV heads, where heads differ; null where they do not. */
+  /** Tokens cached in each layer, the mean of its KV heads, where any differ; null where none do. */
   layerKept: readonly number[] | null;
+  /** Tokens cached in each KV head of each layer, where those of a layer differ; null where they do not. */
+  headKept: readonly (readonly number[])[] | null;
   /** Bytes of keys, values and state, allocated. */
   bytes: number;
   /** Bytes of keys and values of all tokens seen, in the same type. */
@@ -276,6 +280,7 @@ export function report(
     layerKept: cache.uneven
       ? cache.layerSlots.map((_, layer) => cache.layerKept(layer))
       : null,
+    headKept: cache.unevenHeads ? cache.headKept() : null,
     bytes: cache.bytes,
     fullBytes: cache.fullBytes(stats.seen),
   };
@@ -294,6 +299,7 @@ export function cacheSettings(
     recent: cache.recent,
     interval: cache.budget === null ? null : cache.interval,
     layerSlots: cache.uneven ? cache.layerSlots : null,
+    headSlots: cache.unevenHeads ? cache.headSlots : null,
     kvHeads: model.config.kvHeads,
     positions: cache.positions,
     prefill,

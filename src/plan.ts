@@ -7,6 +7,7 @@ import {
   planCache,
   rowBytes,
 } from "./cache/layout.ts";
+import { headBudgets, type LayerBudgets } from "./cache/budget.ts";
 import { MAX_SLOTS, type Policy } from "./cache/policy.ts";
 import { PASS_ROWS, passMemory } from "./model.ts";
 import type { ModelConfig } from "./models/architecture.ts";
@@ -108,7 +109,13 @@ export function mostBudget(
   memory: number,
   options: PlanOptions = {},
 ): number | null {
-  const most = Math.min(model.config.context, MAX_SLOTS);
+  const { context, layers, kvHeads } = model.config;
+  const { layerBudgets = "constant" } = options;
+  // Where the budget is spread unevenly, the largest head reaches the limit first.
+  const most = largest(
+    Math.min(context, MAX_SLOTS),
+    (tokens) => mostOf(layerBudgets, tokens, layers, kvHeads) <= MAX_SLOTS,
+  ) ?? 1;
   const of = (tokens: number): PlanOptions => ({
     ...options,
     budget: tokens,
@@ -137,6 +144,21 @@ export function mostSequences(
     4096,
     (sequences) => planMemory(model, { ...options, sequences }).total <= memory,
   );
+}
+
+/** The tokens of the head that keeps most; where a budget is too small to be spread, itself. */
+function mostOf(
+  spread: LayerBudgets,
+  budget: number,
+  layers: number,
+  kvHeads: number,
+): number {
+  try {
+    return Math.max(...headBudgets(spread, budget, layers, kvHeads).flat());
+  } catch (error) {
+    if (error instanceof RangeError) return budget;
+    throw error;
+  }
 }
 
 /** All bytes; null where the budget has no room for what is protected. */
@@ -263,14 +285,16 @@ function cpuScratch(
   const { heads, kvHeads, headDim } = config;
   const group = heads / kvHeads;
   const stored = rowBytes(config, plan.cacheType) / kvHeads;
-  const slots = mostSlots(plan);
-  let stretch = 128;
-  while ((slots + 1) / stretch > 64) stretch *= 2;
-  const stretches = Math.ceil((slots + 1) / stretch);
-  const own = group * headDim + (group + 1) * roundUp(slots + 1, 16) +
-    stretches * group * (2 + headDim);
-  const attend = plan.sequences * kvHeads * roundUp(4 * own + stored, 64);
-  const length = roundUp(slots + rows, 16);
+  const attendOf = ({ plan: { slots }, kvHeads }: GroupPlan): number => {
+    let stretch = 128;
+    while ((slots + 1) / stretch > 64) stretch *= 2;
+    const stretches = Math.ceil((slots + 1) / stretch);
+    const own = group * headDim + (group + 1) * roundUp(slots + 1, 16) +
+      stretches * group * (2 + headDim);
+    return plan.sequences * kvHeads * roundUp(4 * own + stored, 64);
+  };
+  const attend = Math.max(...plan.groups.map(attendOf));
+  const length = roundUp(mostSlots(plan) + rows, 16);
   const prefill = rows === 0
     ? 0
     : 4 * length * (2 * headDim + 8 * group + 16 * threads + 4) +
@@ -288,19 +312,22 @@ function cudaScratch(
   plan: CachePlan,
   rows: number,
 ): number {
-  const { heads, kvHeads, headDim } = config;
+  const { headDim } = config;
   const exact = plan.cacheType === "f32" || headDim > 256;
   const wide = exact
     ? 4 * roundUp(headDim, 64)
     : 2 * (headDim <= 64 ? 64 : headDim <= 128 ? 128 : 256);
-  // Whole tiles of 128.
-  const entries = roundUp(mostSlots(plan) + rows, 128);
   const words = wordsOf(plan.policy);
-  const prefill = rows === 0
-    ? 0
-    : wide * (heads * rows + 2 * kvHeads * entries) +
-      rows * (rowBytes(config, plan.cacheType) + 4 * heads) +
-      4 * heads * entries + 4 * kvHeads * entries * (12 + words);
+  const prefillOf = ({ plan: { slots }, kvHeads }: GroupPlan): number => {
+    const heads = config.heads / config.kvHeads * kvHeads;
+    // Whole tiles of 128.
+    const entries = roundUp(slots + rows, 128);
+    const stored = rowBytes(config, plan.cacheType) / config.kvHeads * kvHeads;
+    return wide * (heads * rows + 2 * kvHeads * entries) +
+      rows * (stored + 4 * heads) + 4 * heads * entries +
+      4 * kvHeads * entries * (12 + words);
+  };
+  const prefill = rows === 0 ? 0 : Math.max(...plan.groups.map(prefillOf));
   const { qkv, width, hidden, widest } = sizesOf(config);
   // Rows made ready, twice where a product writes over them; cuBLASLt's
   // workspace and results for weights that it takes.

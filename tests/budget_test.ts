@@ -5,9 +5,10 @@ import {
   assertEquals,
   assertGreater,
   assertLessOrEqual,
+  assertRejects,
   assertThrows,
 } from "@std/assert";
-import { generate, perplexity, policies } from "../mod.ts";
+import { evaluate, generate, perplexity, policies } from "../mod.ts";
 import { Tensor } from "../src/backend/tensor.ts";
 import type { KvCache } from "../src/cache/cache.ts";
 import { headBudgets, parseBudget } from "../src/cache/budget.ts";
@@ -232,6 +233,33 @@ describe("headBudgets()", () => {
     );
   });
 
+  it("are checked for every row before the first one is run", async () => {
+    using model = await loadTiny({ layers: 3 });
+    const ids = Array.from({ length: 60 }, (_, i) => i * 7 % 256);
+    const common = { layerBudgets: Array(3).fill([1, 3]), sinks: 0, recent: 1 };
+    let fed = 0;
+    const onProgress = () => fed++;
+    await assertRejects(
+      () =>
+        Array.fromAsync(perplexity(model, ids, {
+          ...{ ...common, window: 48, onProgress },
+          ...{ policies: ["eviction", "tova"], budgets: [16] },
+        })),
+      RangeError,
+      "The policy tova chooses for all KV heads",
+    );
+    await assertRejects(
+      () =>
+        Array.fromAsync(evaluate(model, {
+          ...{ ...common, tasks: ["passkey"], lengths: [64], onProgress },
+          ...{ policies: ["eviction", "tova"], budgets: [16] },
+        })),
+      RangeError,
+      "The policy tova chooses for all KV heads",
+    );
+    assertEquals(fed, 0);
+  });
+
   it("are shares of KV heads, at the total of all of them", () => {
     assertEquals(headBudgets("constant", 5, 2, 3), [[5, 5, 5], [5, 5, 5]]);
     assertEquals(headBudgets([1, 3], 4, 2, 2), [[2, 2], [6, 6]]);
@@ -245,8 +273,17 @@ describe("headBudgets()", () => {
     assertThrows(
       () => headBudgets([50, [100, 1]], 2, 2, 2),
       RangeError,
-      "layer 1, KV head 1, has 1 of 201",
+      "layer 1, KV head 1, has 1 of 201 at a budget of 2",
     );
+    for (
+      const junk of [[["3", "1"], 2], [null, 2], [NaN, 2], [[1n, 1n], 2], 5]
+    ) {
+      assertThrows(
+        () => headBudgets(junk as number[], 2, 2, 2),
+        TypeError,
+        "The layer budgets must be",
+      );
+    }
   });
 
   for (

@@ -136,12 +136,26 @@ describe("readArguments", () => {
     assertThrows(() => read("--model", "--"), UsageError, "needs a value");
   });
 
-  it("reads layer budgets as a word or a number a layer", () => {
+  it("reads layer budgets as a word, a number a layer or one a KV head", () => {
     const of = (typed: string) =>
       read("--layer-budgets", typed).values["layer-budgets"];
     assertEquals(of("inverse"), "inverse");
     assertEquals(of("512,64,192"), [512, 64, 192]);
-    for (const typed of ["512", "1,,2", "1,2,", "1, 2", "-1,2", "1.5,2", "x"]) {
+    assertEquals(of("512/64,192"), [[512, 64], 192]);
+    assertEquals(of("3/1"), [[3, 1]]);
+    for (
+      const typed of [
+        "512",
+        "1/,2",
+        "1//2,3",
+        "1,,2",
+        "1,2,",
+        "1, 2",
+        "-1,2",
+        "1.5,2",
+        "x",
+      ]
+    ) {
       assertThrows(() => of(typed), UsageError, "a whole number a layer");
     }
   });

@@ -67,6 +67,13 @@ describe("wkv generate", () => {
       cache.layerKept,
       cache.layerSlots.map((n: number) => Math.min(43, n)),
     );
+    assertEquals([cache.headSlots, cache.headKept], [null, null]);
+    const heads = ["--layer-budgets", Array(30).fill("300/30/270").join()];
+    const byHead = await ok(["generate", ...here, ...args, ...heads]);
+    assertMatch(byHead.stderr, /; 30 to 43 of 43 tokens kept a KV head\n$/);
+    const { cache: own } = await generateJson([...args, ...heads]);
+    assertEquals(own.headSlots, Array(30).fill([300, 30, 270]));
+    assertEquals(own.headKept, Array(30).fill([43, 30, 43]));
   });
 
   it("says what has no meaning for full, and leaves it aside", async () => {
@@ -122,6 +129,7 @@ describe("wkv generate", () => {
       recent: 4,
       interval: 1,
       layerSlots: null,
+      headSlots: null,
       kvHeads: 3,
       positions: "cache",
       prefill: "exact",
@@ -132,6 +140,7 @@ describe("wkv generate", () => {
       merged: 27,
       evicted: 0,
       layerKept: null,
+      headKept: null,
     });
     assertEquals(fullBytes, 43 * 23040);
     assertLess(bytes, fullBytes);

@@ -431,6 +431,7 @@ describe("generate()", () => {
           recent: policy === "streaming-llm" ? 20 : 8,
           interval: 1,
           layerSlots: null,
+          headSlots: null,
           kvHeads: model.config.kvHeads,
           positions: "cache",
           prefill: "exact",
@@ -438,6 +439,7 @@ describe("generate()", () => {
           cacheType: "f16",
           kept: 24,
           layerKept: null,
+          headKept: null,
           bytes: cache.bytes,
           fullBytes: 89 * 2 * 2 * 2 * 8 * 2,
         });

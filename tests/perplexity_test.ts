@@ -160,6 +160,7 @@ describe("perplexity()", () => {
         recent,
         interval: policy === "full" ? null : 1,
         layerSlots: null,
+        headSlots: null,
         ...common,
         kl: null,
         klStderr: null,

@@ -47,6 +47,13 @@ describe("planMemory()", () => {
           sequences: 3,
         })),
         { layerBudgets: "pyramid", budget: 40, sinks: 0, recent: 1 },
+        {
+          // A number a KV head.
+          layerBudgets: Array(model.config.layers).fill(
+            Array.from({ length: model.config.kvHeads }, (_, i) => 2 + i),
+          ),
+          ...{ budget: 40, sinks: 0, recent: 1 },
+        },
         { policy: "full" },
         { policy: "full", positions: "text", capacity: 5 },
         { budget: 3, sinks: 0, recent: 1 },
@@ -144,6 +151,7 @@ if (testDevice === "cpu") {
         // Tokens of these go one by one.
         { budget: 256, policy: "snapkv" },
         { budget: 1024, policy: "scissorhands" },
+        { budget: 1024, layerBudgets: [[1, 1, 1, 9], [2, 4, 2, 4]] },
         { policy: "full", capacity: 2048 },
       ];
       const all: [string, PlanOptions][] = cases.map((one) => [small, one]);

@@ -60,6 +60,7 @@ export function headBudgets(
   if (typeof kind === "string") {
     return ofLine(kind, budget, layers).map((own) => Array(kvHeads).fill(own));
   }
+  checkNumbers(kind);
   if (kind.length !== layers) {
     throw new RangeError(
       `The layer budgets must be as many as the layers, ${layers}: current value has ${kind.length}`,
@@ -92,6 +93,28 @@ export function headBudgets(
   );
 }
 
+function checkNumbers(kind: readonly (number | readonly number[])[]): void {
+  const isNumber = (x: unknown) => typeof x === "number" && Number.isFinite(x);
+  if (!Array.isArray(kind)) {
+    throw new TypeError(
+      `The layer budgets must be a word or a list: current value is ${
+        String(kind)
+      }`,
+    );
+  }
+  // Array.from also sees what a list leaves out.
+  const wrong = Array.from(kind).findIndex((own) =>
+    Array.isArray(own) ? !own.every(isNumber) : !isNumber(own)
+  );
+  if (wrong >= 0) {
+    throw new TypeError(
+      `The layer budgets must be numbers, or lists of a number a KV head: layer ${wrong} has ${
+        String(kind[wrong])
+      }`,
+    );
+  }
+}
+
 function ofLine(kind: string, budget: number, layers: number): number[] {
   if (!["constant", "pyramid", "inverse"].includes(kind)) {
     throw new RangeError(
@@ -119,9 +142,9 @@ function shared(
   const short = wanted.findIndex((tokens) => !(tokens >= 1));
   if (short >= 0) {
     throw new RangeError(
-      `The layer budgets must leave every layer a token: ${nameOf(short)} has ${
-        shares[short]
-      } of ${sum}`,
+      `The layer budgets must leave every layer and KV head a token: ${
+        nameOf(short)
+      } has ${shares[short]} of ${sum} at a budget of ${budget}`,
     );
   }
   return rounded(wanted);

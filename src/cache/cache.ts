@@ -300,6 +300,11 @@ export class KvCache implements Disposable {
     );
   }
 
+  /** Whether KV heads of a layer keep different numbers of tokens. */
+  get unevenHeads(): boolean {
+    return this.headSlots.some((own) => own.some((slots) => slots !== own[0]));
+  }
+
   /** Tokens that a sequence has room for in every layer that follows the policy. */
   room(sequence = 0): number {
     // A layer that keeps its window always has room.
@@ -322,8 +327,16 @@ export class KvCache implements Disposable {
     return this.#stats(sequence, { layer, head });
   }
 
+  /** Tokens that each KV head of each layer holds of a sequence. */
+  headKept(sequence = 0): number[][] {
+    return this.headSlots.map((own, layer) =>
+      own.map((_, head) => this.#stats(sequence, { layer, head }).kept)
+    );
+  }
+
   /** Tokens that a layer holds of a sequence, the mean of its heads. */
   layerKept(layer: number, sequence = 0): number {
+    this.#partsOf(layer);
     return meanOf(
       this.headSlots[layer]!.map((_, head) =>
         this.#stats(sequence, { layer, head }).kept
@@ -444,9 +457,15 @@ export class KvCache implements Disposable {
   /** A layer's caches in the library, each with some of its heads. */
   #partsOf(layer: number): readonly Part[] {
     this.#checkOpen();
-    // The library's own message says which layers there are.
-    return this.#parts[layer] ??
-      [{ group: this.#groups[0]!, index: layer, head: 0 }];
+    const parts = this.#parts[layer];
+    if (parts === undefined) {
+      throw new RangeError(
+        `The layer must be between 0 and ${
+          this.#parts.length - 1
+        }: current value is ${layer}`,
+      );
+    }
+    return parts;
   }
 
   /** A layer's one cache in the library. */
@@ -526,9 +545,15 @@ export class KvCache implements Disposable {
     head: number,
     out: Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer>,
   ): void {
-    const parts = this.#partsOf(layer);
-    // The library's own message says which heads there are.
-    const part = parts.findLast((part) => part.head <= head) ?? parts[0]!;
+    const parts = this.#partsOf(layer), { kvHeads } = this.#shape;
+    if (!Number.isInteger(head) || head < 0 || head >= kvHeads) {
+      throw new RangeError(
+        `The KV head must be between 0 and ${
+          kvHeads - 1
+        }: current value is ${head}`,
+      );
+    }
+    const part = parts.findLast((part) => part.head <= head)!;
     this.#backend.call(
       "wkv_cache_read",
       part.group.handle,

@@ -163,11 +163,15 @@ export function planCache(
     ? { budget: capacity, sinks: 0, recent: 0, interval: 1 }
     : resolveBudget(policy, tokensOf(options.budget ?? 256, capacity), options);
   const heads = planHeads(shape, options, { policy, full, positions }, all);
+  const most = Math.max(
+    all.budget,
+    ...heads.flat().map(({ slots, whole }) => whole ? 0 : slots),
+  );
   const reach = full
     ? all.budget
     : positions === "cache"
-    ? all.budget + 1
-    : Math.max(shape.context, all.budget + 1);
+    ? most + 1
+    : Math.max(shape.context, most + 1);
   return {
     ...all,
     policy,

@@ -1,6 +1,11 @@
 /** evaluate(): questions whose answers lie far back, asked through bounded caches; called by users and by `wkv eval`. */
 
-import type { CacheOptions, CacheType, Positions } from "../cache/layout.ts";
+import {
+  type CacheOptions,
+  type CacheType,
+  planCache,
+  type Positions,
+} from "../cache/layout.ts";
 import { choosesByStep, keepsAll, resolveBudget } from "../cache/policy.ts";
 import {
   type BudgetSize,
@@ -161,6 +166,10 @@ export async function* evaluate(
   const { positions = "cache", cacheType = "f16", batch = 1 } = options;
   const plans = check(options);
   const caches = cachesOf(options);
+  // What is wrong with the last row is said before the first one is run.
+  for (const one of caches) {
+    if (typeof one.budget === "number") planCache(model.config, one);
+  }
   const store = options.results ?? memoryStore<QuestionResult>();
   const counts = plans.map(({ places }) => places.length);
   let total = counts.reduce((a, b) => a + b, 0) * caches.length;

@@ -1,10 +1,15 @@
 /** perplexity(): sliding-window perplexity by policy and budget (paper, Table I); called by users and by `wkv perplexity`. */
 
 import type { KvCache } from "../cache/cache.ts";
-import type { CacheOptions, CacheType, Positions } from "../cache/layout.ts";
+import {
+  type CacheOptions,
+  type CacheType,
+  planCache,
+  type Positions,
+} from "../cache/layout.ts";
 import type { BudgetSize, LayerBudgets } from "../cache/budget.ts";
 import { findPolicy } from "../cache/registry.ts";
-import { keepsAll, resolveBudget } from "../cache/policy.ts";
+import { keepsAll } from "../cache/policy.ts";
 import { type CacheSettings, cacheSettings } from "../generate.ts";
 import type { Model } from "../model.ts";
 import { chunkSize, type Prefill, Session } from "../session.ts";
@@ -259,22 +264,21 @@ function plan(
         interval,
         layerBudgets,
       });
-      if (budget !== undefined) {
-        resolveBudget(policy, budget, { sinks, recent, interval });
-      }
       const missing = beyond && (full || positions === "text");
+      const cacheOptions = {
+        policy: name,
+        budget,
+        sinks,
+        recent,
+        interval,
+        layerBudgets,
+        positions,
+        cacheType,
+        capacity: window - 1,
+      };
+      if (!missing) planCache(model.config, cacheOptions);
       rows.push({
-        cacheOptions: {
-          policy: name,
-          budget,
-          sinks,
-          recent,
-          interval,
-          layerBudgets,
-          positions,
-          cacheType,
-          capacity: window - 1,
-        },
+        cacheOptions,
         window,
         stride,
         ...(missing ? { reason: long } : {}),

@@ -217,7 +217,12 @@ export class WeightLoader implements WeightSource {
         if (
           !(error instanceof WkvError) || error.status !== wkv_status.WKV_DATA
         ) throw error;
-        throw new FormatError(tensor.path, tensor.name, error.message, {
+        // The library names the row of what several tensors are put together in.
+        const message = error.message.replace(
+          /\bRow (\d+)/,
+          (_, place) => `Row ${Number(place) - row + from}`,
+        );
+        throw new FormatError(tensor.path, tensor.name, message, {
           cause: error,
         });
       }
