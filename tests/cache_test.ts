@@ -660,16 +660,25 @@ describe("a cache refuses", () => {
     using qkv = new Tensor(backend, "F32", 1, qkvWidth(layer));
     using out = new Tensor(backend, "F32", 1, 64);
     for (const bad of [-1, 1, 2 ** 31 - 1]) {
-      assertThrows(() => cache.attend(bad, out, qkv), WkvError, "layer");
-      assertThrows(() => cache.prefill(bad, 0, out, qkv, 1), WkvError, "layer");
+      assertThrows(() => cache.attend(bad, out, qkv), RangeError, "layer");
+      assertThrows(
+        () => cache.prefill(bad, 0, out, qkv, 1),
+        RangeError,
+        "The layer must be between 0 and 0",
+      );
       assertThrows(
         () => cache.prefill(0, bad, out, qkv, 1),
         WkvError,
         "equence",
       );
-      assertThrows(() => cache.rows(bad, 0), WkvError, "layer");
+      assertThrows(() => cache.rows(bad, 0), RangeError, "layer");
+      assertThrows(() => cache.layerKept(bad), RangeError, "layer");
       assertThrows(() => cache.rows(0, 0, bad), WkvError, "equence");
-      assertThrows(() => cache.rows(0, bad === 1 ? 2 : bad), WkvError, "head");
+      assertThrows(
+        () => cache.rows(0, bad === 1 ? 2 : bad),
+        RangeError,
+        "The KV head must be between 0 and 1",
+      );
     }
     assertThrows(() => cache.reset(1), WkvError, "equence");
     assertThrows(() => cache.reset(-2), WkvError, "equence");

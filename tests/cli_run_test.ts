@@ -397,7 +397,7 @@ describe("wkv perplexity", () => {
     for (const row of rows) {
       assertEquals(Object.keys(row), [
         ...["policy", "budget", "sinks", "recent", "interval", "layerSlots"],
-        ...["kvHeads", "positions", "prefill"],
+        ...["headSlots", "kvHeads", "positions", "prefill"],
         ...["activations", "cacheType", "window", "stride", "windows"],
         ...["targets", "nll", "perplexity", "stderr"],
         ...["kl", "klStderr", "sameTop", "gap", "gapStderr", "gapWindow"],
