@@ -2,8 +2,6 @@
 
 import type { BudgetSize } from "../src/cache/budget.ts";
 import type { KvCache } from "../src/cache/cache.ts";
-import { keepsAll, resolveBudget } from "../src/cache/policy.ts";
-import { findPolicy } from "../src/cache/registry.ts";
 import type { Model } from "../src/model.ts";
 import {
   perplexity,
@@ -17,7 +15,6 @@ import {
   RunFolder,
   textFingerprint,
 } from "../src/evaluate/run_folder.ts";
-import { chunkSize } from "../src/session.ts";
 import { defineCommand } from "./command.ts";
 import { processInput, readTextFile } from "./input.ts";
 import { flag, text, UsageError, type Values, whole, words } from "./option.ts";
@@ -27,6 +24,7 @@ import {
   budgetsOption,
   cacheOptions,
   cacheSettingsOf,
+  checkedPolicy,
   load,
   loadOptions,
   noteFull,
@@ -168,12 +166,8 @@ function checkOptions(
   budgets: readonly BudgetSize[],
   values: Values<typeof options>,
 ): void {
-  for (const policy of policies.map(findPolicy)) {
-    chunkSize(values.prefill ?? "exact", policy);
-    if (keepsAll(policy)) continue;
-    for (const budget of budgets) {
-      if (typeof budget === "number") resolveBudget(policy, budget, values);
-    }
+  for (const policy of policies) {
+    for (const budget of budgets) checkedPolicy(policy, { ...values, budget });
   }
   if (values.out !== undefined && values["dump-cache"] !== undefined) {
     throw new UsageError(

@@ -309,9 +309,10 @@ export class KvCache implements Disposable {
   room(sequence = 0): number {
     // A layer that keeps its window always has room.
     const rooms = this.#groups.filter(({ whole }) => !whole)
-      .map(({ slots, places }) =>
-        slots - this.#stats(sequence, places[0]!).kept
-      );
+      .map(({ slots, places }) => {
+        const { layer, head } = places[0]!;
+        return slots - this.stats(sequence, layer, head).kept;
+      });
     return Math.max(0, Math.min(...rooms));
   }
 
@@ -324,27 +325,6 @@ export class KvCache implements Disposable {
     layer: number = this.#typical.layer,
     head: number = layer === this.#typical.layer ? this.#typical.head : 0,
   ): CacheStats {
-    return this.#stats(sequence, { layer, head });
-  }
-
-  /** Tokens that each KV head of each layer holds of a sequence. */
-  headKept(sequence = 0): number[][] {
-    return this.headSlots.map((own, layer) =>
-      own.map((_, head) => this.#stats(sequence, { layer, head }).kept)
-    );
-  }
-
-  /** Tokens that a layer holds of a sequence, the mean of its heads. */
-  layerKept(layer: number, sequence = 0): number {
-    this.#partsOf(layer);
-    return meanOf(
-      this.headSlots[layer]!.map((_, head) =>
-        this.#stats(sequence, { layer, head }).kept
-      ),
-    );
-  }
-
-  #stats(sequence: number, { layer, head }: HeadPlace): CacheStats {
     const counts = new Int32Array(4);
     this.#read(field.WKV_CACHE_COUNTS, layer, sequence, head, counts);
     const [kept, seen, merged, evicted] = counts as unknown as [
@@ -356,9 +336,26 @@ export class KvCache implements Disposable {
     return { seen, kept, merged, evicted };
   }
 
+  /** Tokens that each KV head of each layer holds of a sequence. */
+  headKept(sequence = 0): number[][] {
+    return this.#parts.map((_, layer) => this.#kept(layer, sequence));
+  }
+
+  /** Tokens that a layer holds of a sequence, the mean of its heads. */
+  layerKept(layer: number, sequence = 0): number {
+    return meanOf(this.#kept(layer, sequence));
+  }
+
+  /** Tokens that each KV head of a layer holds; heads of one cache hold as many. */
+  #kept(layer: number, sequence: number): number[] {
+    return this.#partsOf(layer).flatMap(({ group, head }) =>
+      Array(group.kvHeads).fill(this.stats(sequence, layer, head).kept)
+    );
+  }
+
   /** One head's cached tokens with their state, the oldest first. */
   rows(layer: number, head: number, sequence = 0): CacheRows {
-    const { kept } = this.#stats(sequence, { layer, head });
+    const { kept } = this.stats(sequence, layer, head);
     const positions = new Int32Array(kept);
     const steps = new Int32Array(kept);
     const score = new Float32Array(kept);
@@ -393,7 +390,7 @@ export class KvCache implements Disposable {
 
   /** The slots of one head's tokens, the oldest first. */
   slots(layer: number, head: number, sequence = 0): number[] {
-    const slots = new Int32Array(this.#stats(sequence, { layer, head }).kept);
+    const slots = new Int32Array(this.stats(sequence, layer, head).kept);
     this.#read(field.WKV_CACHE_SLOTS, layer, sequence, head, slots);
     return [...slots];
   }
@@ -402,10 +399,14 @@ export class KvCache implements Disposable {
   events(sequence = 0): CacheEvent[] {
     const events: CacheEvent[] = [];
     const out = new Float32Array(4);
-    for (let layer = 0; layer < this.#shape.layers; layer++) {
-      for (let head = 0; head < this.#shape.kvHeads; head++) {
-        const { merged, evicted } = this.#stats(sequence, { layer, head });
-        if (merged + evicted === 0) continue;
+    for (const [layer, parts] of this.#parts.entries()) {
+      // Tokens leave all heads of one cache in the same steps.
+      const left = parts.flatMap(({ group, head }) => {
+        const { merged, evicted } = this.stats(sequence, layer, head);
+        if (merged + evicted === 0) return [];
+        return Array.from({ length: group.kvHeads }, (_, i) => head + i);
+      });
+      for (const head of left) {
         this.#read(field.WKV_CACHE_EVENT, layer, sequence, head, out);
         const [from, into, a, b] = out as unknown as [
           number,
@@ -532,7 +533,7 @@ export class KvCache implements Disposable {
     head: number,
     sequence: number,
   ): Float32Array<ArrayBuffer> {
-    const { kept } = this.#stats(sequence, { layer, head });
+    const { kept } = this.stats(sequence, layer, head);
     const out = new Float32Array(kept * this.#shape.headDim);
     this.#read(what, layer, sequence, head, out);
     return out;

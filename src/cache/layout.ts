@@ -203,13 +203,7 @@ function planHeads(
       : resolveHead(policy, options, budget, all.recent);
     return planHead(shape, layer, own, full, positions);
   };
-  if (full) {
-    return Array.from(
-      { length: layers },
-      (_, layer) => Array(kvHeads).fill(plan(layer, all.budget)),
-    );
-  }
-  const spread = options.layerBudgets ?? "constant";
+  const spread = full ? "constant" : options.layerBudgets ?? "constant";
   return headBudgets(spread, all.budget, layers, kvHeads).map((own, layer) => {
     const even = isEven(own);
     if (!even && policy.select === "lowest-now") {

@@ -251,31 +251,18 @@ function plan(
     if (!full && options.budgets.length === 0) {
       throw new RangeError(`Name at least one budget for the policy ${name}`);
     }
+    const missing = beyond && (full || positions === "text");
+    const common = {
+      policy: name,
+      ...{ sinks, recent, interval, layerBudgets },
+      ...{ positions, cacheType },
+    };
     for (const size of full ? [undefined] : options.budgets) {
       // Shares are those of a window.
-      const budget = size === undefined ? undefined : model.budgetTokens({
-        policy: name,
-        budget: size,
-        capacity: window,
-        cacheType,
-        positions,
-        sinks,
-        recent,
-        interval,
-        layerBudgets,
-      });
-      const missing = beyond && (full || positions === "text");
-      const cacheOptions = {
-        policy: name,
-        budget,
-        sinks,
-        recent,
-        interval,
-        layerBudgets,
-        positions,
-        cacheType,
-        capacity: window - 1,
-      };
+      const budget = size === undefined
+        ? undefined
+        : model.budgetTokens({ ...common, budget: size, capacity: window });
+      const cacheOptions = { ...common, budget, capacity: window - 1 };
       if (!missing) planCache(model.config, cacheOptions);
       rows.push({
         cacheOptions,
