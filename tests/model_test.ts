@@ -382,6 +382,19 @@ describe("a file that is refused", () => {
     }, '"__proto__"');
   });
 
+  it("a scale that is not finite, at the row of its own tensor", async () => {
+    const name = "blk.1.attn_v.weight";
+    const error = await refused({
+      type: (name) => name.includes("attn_") ? "Q8_0" : "F32",
+      change(tensors) {
+        // A row is one block of 34 bytes, its scale first.
+        const { buffer, byteOffset } = tensors.get(name)!.data!;
+        new DataView(buffer, byteOffset).setUint16(3 * 34, 0x7e00, true);
+      },
+    }, "Row 3: The scale of block 0 is not finite");
+    assertEquals(error.field, name);
+  });
+
   it("a type without a kernel, named", async () => {
     const error = await refused({
       width: 256,
