@@ -4,7 +4,7 @@
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Few rows go to matvec.cu, and up to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
+ * Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
  * (matmul.cu), then each weight is one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is
  * cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops' checks, and the choice.
  */
@@ -92,7 +92,8 @@ void project(Context& ctx, const InputView& in, const WeightView& w, const Weigh
   const size_t products = product_bytes(in, w, up.data != nullptr, int8);
   uint8_t* scratch = ctx.reserve(own + products + (aliased ? own : 0));
   const Way way = way_of(w, int8);
-  const bool few = in.rows <= (way == Way::Plain ? 8 : 4), skinny = way == Way::Half && in.rows <= kSkinnyRows;
+  constexpr int32_t few_rows[] = {4, 1, 8};  // by way: where matvec.cu is the fastest
+  const bool few = in.rows <= few_rows[static_cast<int>(way)], skinny = way == Way::Half && in.rows <= kSkinnyRows;
   if (few || skinny) {  // these read in as it is
     InputView from = in;
     if (aliased) {

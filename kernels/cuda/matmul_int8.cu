@@ -198,8 +198,7 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_int8_kernel
 template <int kType, typename P>
 void launch_matmul(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
   const int32_t gated = up.data != nullptr, tiles = divide_up(w.rows, P::kRows >> gated), groups = divide_up(x.rows, P::kTokens), stages = divide_up(w.columns / 32, P::kBlocks);
-  int32_t parts = 1;  // so many that all multiprocessors have work, and a part has a few stages
-  while (ctx.capability >= 90 && groups == 1 && parts < kMostParts && tiles * parts * 4 <= ctx.processors * 3 && stages >= parts * 4) parts *= 2;
+  const int32_t parts = groups == 1 ? share_columns(ctx, tiles, stages) : 1;
   launch(ctx, matmul_int8_kernel<kType, P>, {dim3(groups * parts, tiles), dim3(kTileThreads), Stage<kType, P>::kShared, uint32_t(parts)}, x, w, up, gated, to, parts);
 }
 

@@ -7,13 +7,13 @@
  * buffers, one stage ahead of its use. The norm's scale, known at the end, multiplies the finished sums. `gridDim.x` blocks share the columns
  * where rows are few; they are a cluster, and add up their sums in a fixed order out of each other's shared memory.
  * Bytes moved: w once, x once a kRows rows of w (from the second level).
- * Tried and slower (16 rows, Llama-3-8B on an H200: a step of 9.9 ms, not 8.0): one block a multiprocessor that walks over tiles without
- * emptying its ring, its part of x kept in shared memory and split there.
+ * Tried and slower (16 rows, Llama-3-8B's products on an H100: 5.8 ms a step): stages of 64 columns, five of them (7.7: a stage then takes as
+ * long as x's way from the second level); three stages (5.9); w from memory into registers (6.9); a ring a warp, without barriers (6.7);
+ * 16 warps (6.7); later stages asked into the second level before x is there (6.2); one block a multiprocessor that walks over tiles.
  */
 #include <algorithm>
 
-#include "linear.cuh"
-#include "mma.cuh"
+#include "tile.cuh"
 
 namespace wkv {
 namespace {
@@ -238,32 +238,22 @@ __global__ void __launch_bounds__(kThreads, P::kResident) skinny_kernel(InputVie
 }
 
 template <bool kBf16, typename P>
-void launch_skinny(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to, int32_t parts) {
-  const int32_t gated = up.data != nullptr;
-  const dim3 grid(parts, divide_up(w.rows, P::kRows >> gated));
-  launch(ctx, skinny_kernel<kBf16, P>, {grid, dim3(kThreads), size_t(P::kShared), uint32_t(parts)}, in, w, up, gated, to);
-}
-
-/** Parts of the columns, so that all multiprocessors have work and a part has a few stages. */
-template <typename P>
-int32_t share_out(const Context& ctx, const WeightView& w, bool gated) {
-  const int32_t tiles = divide_up(w.rows, P::kRows >> gated), stages = divide_up(w.columns, P::kBlocks * 32);
-  int32_t parts = 1;
-  while (ctx.capability >= 90 && parts < kMostParts && tiles * parts * 4 <= ctx.processors * 3 && stages >= parts * 4) parts *= 2;
-  return parts;
+void launch_skinny(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
+  const int32_t gated = up.data != nullptr, tiles = divide_up(w.rows, P::kRows >> gated);
+  const int32_t parts = share_columns(ctx, tiles, divide_up(w.columns, P::kBlocks * 32));
+  launch(ctx, skinny_kernel<kBf16, P>, {dim3(parts, tiles), dim3(kThreads), size_t(P::kShared), uint32_t(parts)}, in, w, up, gated, to);
 }
 
 template <bool kBf16>
 bool skinny_typed(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
   const auto by = [&](auto layout) {
-    using P = decltype(layout);
-    launch_skinny<kBf16, P>(ctx, in, w, up, to, share_out<P>(ctx, w, up.data != nullptr));
+    launch_skinny<kBf16, decltype(layout)>(ctx, in, w, up, to);
     return true;
   };
-  if (in.rows <= 8) return by(Layout<8, 1, 1, 2, 5, 2>());
-  if (in.rows <= 16) return by(Layout<8, 1, 2, 2, 5, 2>());
-  if (in.rows <= 32) return by(Layout<8, 1, 4, 2, 4, 2>());
-  return in.rows <= 64 && by(Layout<8, 1, 8, 2, 4, 1>());
+  if (in.rows <= 8) return by(Layout<4, 2, 1, 4, 2, 2>());
+  if (in.rows <= 16) return by(Layout<8, 1, 2, 4, 2, 2>());
+  if (in.rows <= 32) return by(Layout<8, 1, 4, 4, 2, 2>());
+  return in.rows <= 64 && by(Layout<8, 2, 8, 2, 2, 1>());
 }
 
 }  // namespace

@@ -1,11 +1,20 @@
-/** tile.cuh: how the tensor-core kernels (matmul_int8.cu, matmul_half.cu) share out a product and finish it. */
+/** tile.cuh: how the tensor-core kernels (matmul_int8.cu, matmul_half.cu, matmul_skinny.cu) share out a product, and how the first two finish it. */
 #pragma once
+#include <algorithm>
+
 #include "linear.cuh"
 #include "mma.cuh"
 
 namespace wkv {
 
 constexpr int kTileThreads = 256;
+
+/** Parts of the columns for `tiles` blocks of that many stages: three blocks for two multiprocessors, so that the next launch's find room
+ *  beside them, and a few stages a part. */
+inline int32_t share_columns(const Context& ctx, int32_t tiles, int32_t stages) {
+  if (ctx.capability < 90) return 1;
+  return std::max(1, std::min({kMostParts, ctx.processors * 3 / 2 / tiles, stages / 4}));
+}
 
 /** How a block is laid out: warps along w and x; tiles of 16 rows of w and of 8 of x a warp; blocks of 32 columns a stage; at most so many
  *  stages; blocks that share a multiprocessor. */

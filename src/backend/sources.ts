@@ -5692,7 +5692,7 @@ __device__ inline Four<T>& four_at(T* from) { return *reinterpret_cast<Four<T>*>
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Few rows go to matvec.cu, and up to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
+ * Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
  * (matmul.cu), then each weight is one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is
  * cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops' checks, and the choice.
  */
@@ -5780,7 +5780,8 @@ void project(Context& ctx, const InputView& in, const WeightView& w, const Weigh
   const size_t products = product_bytes(in, w, up.data != nullptr, int8);
   uint8_t* scratch = ctx.reserve(own + products + (aliased ? own : 0));
   const Way way = way_of(w, int8);
-  const bool few = in.rows <= (way == Way::Plain ? 8 : 4), skinny = way == Way::Half && in.rows <= kSkinnyRows;
+  constexpr int32_t few_rows[] = {4, 1, 8};  // by way: where matvec.cu is the fastest
+  const bool few = in.rows <= few_rows[static_cast<int>(way)], skinny = way == Way::Half && in.rows <= kSkinnyRows;
   if (few || skinny) {  // these read in as it is
     InputView from = in;
     if (aliased) {
@@ -6529,8 +6530,7 @@ __global__ void __launch_bounds__(kTileThreads, P::kResident) matmul_int8_kernel
 template <int kType, typename P>
 void launch_matmul(Context& ctx, const RoundedView& x, const WeightView& w, const WeightView& up, const OutputView& to) {
   const int32_t gated = up.data != nullptr, tiles = divide_up(w.rows, P::kRows >> gated), groups = divide_up(x.rows, P::kTokens), stages = divide_up(w.columns / 32, P::kBlocks);
-  int32_t parts = 1;  // so many that all multiprocessors have work, and a part has a few stages
-  while (ctx.capability >= 90 && groups == 1 && parts < kMostParts && tiles * parts * 4 <= ctx.processors * 3 && stages >= parts * 4) parts *= 2;
+  const int32_t parts = groups == 1 ? share_columns(ctx, tiles, stages) : 1;
   launch(ctx, matmul_int8_kernel<kType, P>, {dim3(groups * parts, tiles), dim3(kTileThreads), Stage<kType, P>::kShared, uint32_t(parts)}, x, w, up, gated, to, parts);
 }
 
@@ -6565,13 +6565,13 @@ void matmul_int8(Context& ctx, const RoundedView& x, const WeightView& w, const 
  * buffers, one stage ahead of its use. The norm's scale, known at the end, multiplies the finished sums. \`gridDim.x\` blocks share the columns
  * where rows are few; they are a cluster, and add up their sums in a fixed order out of each other's shared memory.
  * Bytes moved: w once, x once a kRows rows of w (from the second level).
- * Tried and slower (16 rows, Llama-3-8B on an H200: a step of 9.9 ms, not 8.0): one block a multiprocessor that walks over tiles without
- * emptying its ring, its part of x kept in shared memory and split there.
+ * Tried and slower (16 rows, Llama-3-8B's products on an H100: 5.8 ms a step): stages of 64 columns, five of them (7.7: a stage then takes as
+ * long as x's way from the second level); three stages (5.9); w from memory into registers (6.9); a ring a warp, without barriers (6.7);
+ * 16 warps (6.7); later stages asked into the second level before x is there (6.2); one block a multiprocessor that walks over tiles.
  */
 #include <algorithm>
 
-#include "linear.cuh"
-#include "mma.cuh"
+#include "tile.cuh"
 
 namespace wkv {
 namespace {
@@ -6796,32 +6796,22 @@ __global__ void __launch_bounds__(kThreads, P::kResident) skinny_kernel(InputVie
 }
 
 template <bool kBf16, typename P>
-void launch_skinny(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to, int32_t parts) {
-  const int32_t gated = up.data != nullptr;
-  const dim3 grid(parts, divide_up(w.rows, P::kRows >> gated));
-  launch(ctx, skinny_kernel<kBf16, P>, {grid, dim3(kThreads), size_t(P::kShared), uint32_t(parts)}, in, w, up, gated, to);
-}
-
-/** Parts of the columns, so that all multiprocessors have work and a part has a few stages. */
-template <typename P>
-int32_t share_out(const Context& ctx, const WeightView& w, bool gated) {
-  const int32_t tiles = divide_up(w.rows, P::kRows >> gated), stages = divide_up(w.columns, P::kBlocks * 32);
-  int32_t parts = 1;
-  while (ctx.capability >= 90 && parts < kMostParts && tiles * parts * 4 <= ctx.processors * 3 && stages >= parts * 4) parts *= 2;
-  return parts;
+void launch_skinny(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
+  const int32_t gated = up.data != nullptr, tiles = divide_up(w.rows, P::kRows >> gated);
+  const int32_t parts = share_columns(ctx, tiles, divide_up(w.columns, P::kBlocks * 32));
+  launch(ctx, skinny_kernel<kBf16, P>, {dim3(parts, tiles), dim3(kThreads), size_t(P::kShared), uint32_t(parts)}, in, w, up, gated, to);
 }
 
 template <bool kBf16>
 bool skinny_typed(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
   const auto by = [&](auto layout) {
-    using P = decltype(layout);
-    launch_skinny<kBf16, P>(ctx, in, w, up, to, share_out<P>(ctx, w, up.data != nullptr));
+    launch_skinny<kBf16, decltype(layout)>(ctx, in, w, up, to);
     return true;
   };
-  if (in.rows <= 8) return by(Layout<8, 1, 1, 2, 5, 2>());
-  if (in.rows <= 16) return by(Layout<8, 1, 2, 2, 5, 2>());
-  if (in.rows <= 32) return by(Layout<8, 1, 4, 2, 4, 2>());
-  return in.rows <= 64 && by(Layout<8, 1, 8, 2, 4, 1>());
+  if (in.rows <= 8) return by(Layout<4, 2, 1, 4, 2, 2>());
+  if (in.rows <= 16) return by(Layout<8, 1, 2, 4, 2, 2>());
+  if (in.rows <= 32) return by(Layout<8, 1, 4, 4, 2, 2>());
+  return in.rows <= 64 && by(Layout<8, 2, 8, 2, 2, 1>());
 }
 
 }  // namespace
@@ -10613,14 +10603,23 @@ __device__ void settle(const CacheView& c, int64_t head, const Entries& e, int32
 
 }  // namespace wkv
 `,
-  "cuda/tile.cuh": `/** tile.cuh: how the tensor-core kernels (matmul_int8.cu, matmul_half.cu) share out a product and finish it. */
+  "cuda/tile.cuh": `/** tile.cuh: how the tensor-core kernels (matmul_int8.cu, matmul_half.cu, matmul_skinny.cu) share out a product, and how the first two finish it. */
 #pragma once
+#include <algorithm>
+
 #include "linear.cuh"
 #include "mma.cuh"
 
 namespace wkv {
 
 constexpr int kTileThreads = 256;
+
+/** Parts of the columns for \`tiles\` blocks of that many stages: three blocks for two multiprocessors, so that the next launch's find room
+ *  beside them, and a few stages a part. */
+inline int32_t share_columns(const Context& ctx, int32_t tiles, int32_t stages) {
+  if (ctx.capability < 90) return 1;
+  return std::max(1, std::min({kMostParts, ctx.processors * 3 / 2 / tiles, stages / 4}));
+}
 
 /** How a block is laid out: warps along w and x; tiles of 16 rows of w and of 8 of x a warp; blocks of 32 columns a stage; at most so many
  *  stages; blocks that share a multiprocessor. */
