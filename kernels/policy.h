@@ -62,9 +62,15 @@ WKV_HD inline bool wkv_by_step(int32_t select) { return select == WKV_SELECT_LEA
 /** Whether the rule chooses by the weights of the present step. */
 WKV_HD inline bool wkv_uses_now(int32_t select) { return select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_OUTPUT_ERROR; }
 
+/** Whether the victim's value goes into its right neighbour's. */
+WKV_HD inline bool wkv_merges_right(int32_t merge) { return merge == WKV_MERGE_RIGHT || merge == WKV_MERGE_RIGHT_LIGHT; }
+
+/** What the victim weighs in that merge, of its average. */
+WKV_HD inline float wkv_given(int32_t merge, float w_v) { return merge == WKV_MERGE_RIGHT_LIGHT ? 0.25f * w_v : w_v; }
+
 /** Whether wkv_attend's one launch can choose and act, or a second one must see all weights of the step. */
 WKV_HD inline bool wkv_in_one_launch(int32_t select, int32_t merge, int32_t interval) {
-  return interval == 1 && select <= WKV_SELECT_LOWEST_SUM && merge <= WKV_MERGE_RIGHT;
+  return interval == 1 && select <= WKV_SELECT_LOWEST_SUM && (merge == WKV_MERGE_NONE || wkv_merges_right(merge));
 }
 
 /** Ward's cost of merging a token with its right neighbour: attention as mass, gap = |V_j - V_r|^2. */

@@ -92,6 +92,7 @@ enum wkv_merge {
   WKV_MERGE_SPREAD = 2,        /* by chance a 16th of its value is added to each of the next 16 ranks' */
   WKV_MERGE_NEAREST = 3,       /* key and value are merged into those of the likest key, if it is like enough */
   WKV_MERGE_NEAREST_VOTES = 4, /* the same for any likest key, weighted with votes and recent weights */
+  WKV_MERGE_RIGHT_LIGHT = 5,   /* as 1, its own average counting a quarter */
 };
 
 /** What wkv_cache_read gives, always in rank order, `kept` entries for one layer, sequence and KV head. */

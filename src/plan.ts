@@ -8,7 +8,7 @@ import {
   rowBytes,
 } from "./cache/layout.ts";
 import { headBudgets, type LayerBudgets } from "./cache/budget.ts";
-import { MAX_SLOTS, type Policy } from "./cache/policy.ts";
+import { MAX_SLOTS, mergesRight, type Policy } from "./cache/policy.ts";
 import { PASS_ROWS, passMemory } from "./model.ts";
 import type { ModelConfig } from "./models/architecture.ts";
 import type { ModelFile } from "./models/file.ts";
@@ -232,8 +232,9 @@ function wordsOf(policy: Policy): number {
 }
 
 /** As wkv_in_one_launch in kernels/policy.h. */
-function inOneLaunch({ select, merge }: Policy, interval: number): boolean {
-  return interval === 1 && (merge === "none" || merge === "right") &&
+function inOneLaunch(policy: Policy, interval: number): boolean {
+  const { select, merge } = policy;
+  return interval === 1 && (merge === "none" || mergesRight(policy)) &&
     ![
       ...["lowest-now", "least-often", "key-norm", "key-likeness", "window"],
       ...["sum-value-norm", "output-error"],

@@ -13,7 +13,7 @@ import { WkvError } from "../src/backend/error.ts";
 import { Tensor } from "../src/backend/tensor.ts";
 import type { KvCache } from "../src/cache/cache.ts";
 import type { CacheOptions } from "../src/cache/layout.ts";
-import { choosesByStep } from "../src/cache/policy.ts";
+import { choosesByStep, mergesRight } from "../src/cache/policy.ts";
 import { findPolicy, policyNames } from "../src/cache/registry.ts";
 import {
   dense,
@@ -38,18 +38,16 @@ afterAll(() => backend?.close());
 
 const layer: Layer = { heads: 4, kvHeads: 2, headDim: 16 };
 const bounded = policyNames().filter((name) => name !== "full");
-const merging = policyNames().filter((name) =>
-  findPolicy(name).merge === "right"
-);
+const merging = policyNames().filter((name) => mergesRight(findPolicy(name)));
 /** Those whose prompts are fed in passes, and those that settle whole chunks. */
 const passing = policyNames().filter((name) =>
   findPolicy(name).prefill === "sums"
 );
 const chunking = bounded.filter((name) => !choosesByStep(findPolicy(name)));
 /** Those whose values come from what is left of a token alone. */
-const ordered = policyNames().filter((name) =>
-  ["none", "right"].includes(findPolicy(name).merge)
-);
+const ordered = policyNames().map(findPolicy).filter((policy) =>
+  policy.merge === "none" || mergesRight(policy)
+).map(({ name }) => name);
 
 type Numbers = Float32Array<ArrayBuffer>;
 

@@ -215,6 +215,31 @@ describe("weighted-kv:literal", () => {
   });
 });
 
+describe("weighted-kv:light", () => {
+  it("lets what leaves weigh a quarter of its average", () => {
+    const cache = open("weighted-kv:light", {
+      m: 2,
+      headDim: 4,
+      frequencies: [],
+    });
+    pair.forEach((weights, i) =>
+      feed(cache, {
+        key: [0, 0, 0, 0],
+        value: [0, 1, 2, 3].map((d) => d === i ? 1 : 0),
+        weights,
+      })
+    );
+    // Averages 1.75/3, .75/2, .5: the second leaves, 3/32 to 1/2. Then 1.95/4,
+    // .8/2, .5: what took it in leaves in its turn, 1/10 to 1/2.
+    assertEquals(kept(cache), [0, 3]);
+    const [first, second] = cache.heads[0]!;
+    assertNumbers(first!.value, [1, 0, 0, 0]);
+    assertNumbers(second!.value, [0, 3 / 19 / 6, 16 / 19 / 6, 5 / 6]);
+    assertNumbers([first!.score, second!.score], [1.95, .5]);
+    assertEquals([cache.merged, cache.evicted], [2, 0]);
+  });
+});
+
 describe("eviction", () => {
   it("drops the value of the lowest average", () => {
     const cache = open("eviction", { m: 2 });
@@ -718,6 +743,7 @@ describe("d2o", () => {
 const defaults: Record<string, [sinks: number, recent: number, at: number]> = {
   "weighted-kv": [4, 124, 1],
   "weighted-kv:literal": [4, 124, 1],
+  "weighted-kv:light": [4, 124, 1],
   "eviction": [4, 124, 1],
   "streaming-llm": [4, 252, 1],
   "lm-infinite": [10, 246, 1],

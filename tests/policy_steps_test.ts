@@ -8,6 +8,7 @@ import {
 } from "@std/assert";
 import type { Backend } from "../src/backend/backend.ts";
 import { Tensor } from "../src/backend/tensor.ts";
+import { mergesRight } from "../src/cache/policy.ts";
 import type { CacheEvent, KvCache } from "../src/cache/cache.ts";
 import type { CacheOptions } from "../src/cache/layout.ts";
 import { policyNames } from "../src/cache/registry.ts";
@@ -338,7 +339,7 @@ class Leaving implements Merging {
     const right = tokens[rank + 1]?.position ?? null;
     const { merge } = this.#cache.policy;
     if (merge === "none") assertEquals(into, null, this.#at);
-    if (merge === "right") assertEquals(into, right, this.#at);
+    if (mergesRight({ merge })) assertEquals(into, right, this.#at);
     if (merge === "spread" && into !== null) {
       assertEquals(into, right, this.#at);
     }
@@ -390,7 +391,7 @@ function checkState(
   const { seen, merged, evicted } = reference;
   const { merge } = cache.policy;
   // A value that takes in many others may be rounded to the other side in some.
-  const roundings = merge === "none" || merge === "right" ? 1 : 4;
+  const roundings = merge === "none" || mergesRight({ merge }) ? 1 : 4;
   const keysMerge = merge === "nearest" || merge === "nearest-votes";
   reference.heads.forEach((tokens, head) => {
     const rows = cache.rows(0, head, sequence);

@@ -152,9 +152,10 @@ struct Head {
   /** What becomes of the victim's rows; gives the rank that took them in, or -1. */
   int32_t hand_on(int32_t j, int32_t turn) const {
     switch (cache.merge) {
-      case WKV_MERGE_RIGHT: {
+      case WKV_MERGE_RIGHT:
+      case WKV_MERGE_RIGHT_LIGHT: {
         if (j + 1 >= r.count) return -1;
-        const float w_v = weight(j), w_r = weight(j + 1);
+        const float w_v = wkv_given(cache.merge, weight(j)), w_r = weight(j + 1);
         if (w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, value(j), w_r, value(j + 1), dim);
         return j + 1;
       }

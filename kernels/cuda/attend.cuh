@@ -673,8 +673,8 @@ struct AttendStep {
 
   /** A warp merges the victim's value into its right neighbour's, which it owns, and gives the victim's rows to the new token. */
   __device__ void replace(const Candidate& victim, const T (&left)[kDim / 32], int32_t right, const Own& neighbour) {
-    const float w_v = victim.average, w_r = weight(neighbour.score, neighbour.birth);
-    const bool merges = c.merge == WKV_MERGE_RIGHT;
+    const float w_v = wkv_given(c.merge, victim.average), w_r = weight(neighbour.score, neighbour.birth);
+    const bool merges = wkv_merges_right(c.merge);
     T *to_key = keys + int64_t{victim.slot} * dim, *to_value = values + int64_t{victim.slot} * dim, *to_right = values + int64_t{right} * dim;
     T mid[kDim / 32];
 #pragma unroll

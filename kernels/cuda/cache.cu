@@ -108,7 +108,7 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     const int32_t most = std::max(1, slots - sinks - recent);
     require(interval >= 1 && interval <= most, "interval must be between 1 and " + std::to_string(most) + ": " + std::to_string(interval));
     require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
-    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
+    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_RIGHT_LIGHT, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
     require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
     require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");

@@ -318,9 +318,10 @@ struct Settling {
   __device__ int32_t hand_on(int32_t victim, int32_t right, int32_t j, int32_t turn) const {
     const auto merge = [&](float w_v, float w_r) { return [=](float v, float r) { return wkv_merged(w_v, v, w_r, r); }; };
     switch (c.merge) {
-      case WKV_MERGE_RIGHT: {
+      case WKV_MERGE_RIGHT:
+      case WKV_MERGE_RIGHT_LIGHT: {
         if (right < 0) return -1;
-        const float w_v = weight(victim), w_r = weight(right);
+        const float w_v = wkv_given(c.merge, weight(victim)), w_r = weight(right);
         if (w_v + w_r > 0.0f) join(value_of(victim), value_of(right), tid, threads, merge(w_v, w_r));
         return right;
       }
@@ -476,7 +477,7 @@ struct Leaving {
     const bool stays = c.select == WKV_SELECT_OLDEST || c.select == WKV_SELECT_LOWEST_AVERAGE || c.select == WKV_SELECT_LITERAL_AVERAGE || c.select == WKV_SELECT_LOWEST_SUM ||
                        c.select == WKV_SELECT_LEAST_OFTEN || c.select == WKV_SELECT_KEY_NORM || c.select == WKV_SELECT_SUM_VALUE_NORM;
     if (c.merge == WKV_MERGE_SPREAD) return c.select == WKV_SELECT_OLDEST;
-    return stays && (c.merge == WKV_MERGE_NONE || c.merge == WKV_MERGE_RIGHT);
+    return stays && (c.merge == WKV_MERGE_NONE || wkv_merges_right(c.merge));
   }
 
   /** The sum over the threads before this one, and over all in area.into; exact, as all are whole numbers. */
@@ -601,7 +602,8 @@ struct Leaving {
             read(x + 1, own);
             const int32_t turn = at[x + 1];
             const float weight = weights[x + 1];
-            const auto take = [&](float w, const float (&from)[kPer]) {
+            const auto take = [&](float average, const float (&from)[kPer]) {
+              const float w = wkv_given(s.c.merge, average);
               if (!(w + weight > 0.0f)) return;
 #pragma unroll
               for (int k = 0; k < kPer; k++) own[k] = to_float(from_float<T>(wkv_merged(w, from[k], weight, own[k])));
@@ -710,7 +712,7 @@ struct Leaving {
     __syncthreads();
     int32_t dropped = c.merge == WKV_MERGE_NONE ? leaving : 0;
     if (c.merge == WKV_MERGE_SPREAD) spread_oldest(first, leaving);
-    if (c.merge == WKV_MERGE_RIGHT) {
+    if (wkv_merges_right(c.merge)) {
       // The sort's arrays are free again.
       int32_t *highs = array(0), *lefts = array(2), *done = array(3), *highest = highs + (total + 31) / 32;
       for (int32_t k = warp; k * 32 < total; k += warps) {
@@ -751,7 +753,7 @@ struct Leaving {
     __syncthreads();
     if (tid == 0 && c.merge != WKV_MERGE_SPREAD) {
       const int32_t right = area.around[0] == INT_MAX ? -1 : entries()[area.around[0]];
-      tell(entries()[last], right, c.merge == WKV_MERGE_RIGHT ? right : -1);
+      tell(entries()[last], right, wkv_merges_right(c.merge) ? right : -1);
       c.counts[s.head].merged += leaving - dropped, c.counts[s.head].evicted += dropped;
     }
     // Ranks close up.

@@ -322,7 +322,7 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     const int32_t most = std::max(1, slots - sinks - recent);
     require(interval >= 1 && interval <= most, "interval must be between 1 and " + std::to_string(most) + ": " + std::to_string(interval));
     require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
-    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
+    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_RIGHT_LIGHT, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
     require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
     require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
@@ -2627,9 +2627,10 @@ struct Head {
   /** What becomes of the victim's rows; gives the rank that took them in, or -1. */
   int32_t hand_on(int32_t j, int32_t turn) const {
     switch (cache.merge) {
-      case WKV_MERGE_RIGHT: {
+      case WKV_MERGE_RIGHT:
+      case WKV_MERGE_RIGHT_LIGHT: {
         if (j + 1 >= r.count) return -1;
-        const float w_v = weight(j), w_r = weight(j + 1);
+        const float w_v = wkv_given(cache.merge, weight(j)), w_r = weight(j + 1);
         if (w_v + w_r > 0.0f) loops.merge(cache.dtype, w_v, value(j), w_r, value(j + 1), dim);
         return j + 1;
       }
@@ -3642,8 +3643,8 @@ struct AttendStep {
 
   /** A warp merges the victim's value into its right neighbour's, which it owns, and gives the victim's rows to the new token. */
   __device__ void replace(const Candidate& victim, const T (&left)[kDim / 32], int32_t right, const Own& neighbour) {
-    const float w_v = victim.average, w_r = weight(neighbour.score, neighbour.birth);
-    const bool merges = c.merge == WKV_MERGE_RIGHT;
+    const float w_v = wkv_given(c.merge, victim.average), w_r = weight(neighbour.score, neighbour.birth);
+    const bool merges = wkv_merges_right(c.merge);
     T *to_key = keys + int64_t{victim.slot} * dim, *to_value = values + int64_t{victim.slot} * dim, *to_right = values + int64_t{right} * dim;
     T mid[kDim / 32];
 #pragma unroll
@@ -4622,7 +4623,7 @@ int32_t wkv_cache_open(int32_t context, int32_t rope, int32_t layers, int32_t se
     const int32_t most = std::max(1, slots - sinks - recent);
     require(interval >= 1 && interval <= most, "interval must be between 1 and " + std::to_string(most) + ": " + std::to_string(interval));
     require(select >= WKV_SELECT_NONE && select <= WKV_SELECT_OUTPUT_ERROR, "select " + std::to_string(select) + " is unknown");
-    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_NEAREST_VOTES, "merge " + std::to_string(merge) + " is unknown");
+    require(merge >= WKV_MERGE_NONE && merge <= WKV_MERGE_RIGHT_LIGHT, "merge " + std::to_string(merge) + " is unknown");
     require(positions == WKV_POSITIONS_CACHE || positions == WKV_POSITIONS_TEXT, "positions " + std::to_string(positions) + " is unknown");
     require(positions == WKV_POSITIONS_TEXT || cache->rope->positions > slots, "the rotation's tables reach " + std::to_string(cache->rope->positions) + " positions, expected more than " + std::to_string(slots));
     require(dtype == WKV_F32 || dtype == WKV_F16 || dtype == WKV_BF16, "dtype " + std::to_string(dtype) + " is not a cache type");
@@ -10098,9 +10099,10 @@ struct Settling {
   __device__ int32_t hand_on(int32_t victim, int32_t right, int32_t j, int32_t turn) const {
     const auto merge = [&](float w_v, float w_r) { return [=](float v, float r) { return wkv_merged(w_v, v, w_r, r); }; };
     switch (c.merge) {
-      case WKV_MERGE_RIGHT: {
+      case WKV_MERGE_RIGHT:
+      case WKV_MERGE_RIGHT_LIGHT: {
         if (right < 0) return -1;
-        const float w_v = weight(victim), w_r = weight(right);
+        const float w_v = wkv_given(c.merge, weight(victim)), w_r = weight(right);
         if (w_v + w_r > 0.0f) join(value_of(victim), value_of(right), tid, threads, merge(w_v, w_r));
         return right;
       }
@@ -10256,7 +10258,7 @@ struct Leaving {
     const bool stays = c.select == WKV_SELECT_OLDEST || c.select == WKV_SELECT_LOWEST_AVERAGE || c.select == WKV_SELECT_LITERAL_AVERAGE || c.select == WKV_SELECT_LOWEST_SUM ||
                        c.select == WKV_SELECT_LEAST_OFTEN || c.select == WKV_SELECT_KEY_NORM || c.select == WKV_SELECT_SUM_VALUE_NORM;
     if (c.merge == WKV_MERGE_SPREAD) return c.select == WKV_SELECT_OLDEST;
-    return stays && (c.merge == WKV_MERGE_NONE || c.merge == WKV_MERGE_RIGHT);
+    return stays && (c.merge == WKV_MERGE_NONE || wkv_merges_right(c.merge));
   }
 
   /** The sum over the threads before this one, and over all in area.into; exact, as all are whole numbers. */
@@ -10381,7 +10383,8 @@ struct Leaving {
             read(x + 1, own);
             const int32_t turn = at[x + 1];
             const float weight = weights[x + 1];
-            const auto take = [&](float w, const float (&from)[kPer]) {
+            const auto take = [&](float average, const float (&from)[kPer]) {
+              const float w = wkv_given(s.c.merge, average);
               if (!(w + weight > 0.0f)) return;
 #pragma unroll
               for (int k = 0; k < kPer; k++) own[k] = to_float(from_float<T>(wkv_merged(w, from[k], weight, own[k])));
@@ -10490,7 +10493,7 @@ struct Leaving {
     __syncthreads();
     int32_t dropped = c.merge == WKV_MERGE_NONE ? leaving : 0;
     if (c.merge == WKV_MERGE_SPREAD) spread_oldest(first, leaving);
-    if (c.merge == WKV_MERGE_RIGHT) {
+    if (wkv_merges_right(c.merge)) {
       // The sort's arrays are free again.
       int32_t *highs = array(0), *lefts = array(2), *done = array(3), *highest = highs + (total + 31) / 32;
       for (int32_t k = warp; k * 32 < total; k += warps) {
@@ -10531,7 +10534,7 @@ struct Leaving {
     __syncthreads();
     if (tid == 0 && c.merge != WKV_MERGE_SPREAD) {
       const int32_t right = area.around[0] == INT_MAX ? -1 : entries()[area.around[0]];
-      tell(entries()[last], right, c.merge == WKV_MERGE_RIGHT ? right : -1);
+      tell(entries()[last], right, wkv_merges_right(c.merge) ? right : -1);
       c.counts[s.head].merged += leaving - dropped, c.counts[s.head].evicted += dropped;
     }
     // Ranks close up.
@@ -11030,9 +11033,15 @@ WKV_HD inline bool wkv_by_step(int32_t select) { return select == WKV_SELECT_LEA
 /** Whether the rule chooses by the weights of the present step. */
 WKV_HD inline bool wkv_uses_now(int32_t select) { return select == WKV_SELECT_LOWEST_NOW || select == WKV_SELECT_OUTPUT_ERROR; }
 
+/** Whether the victim's value goes into its right neighbour's. */
+WKV_HD inline bool wkv_merges_right(int32_t merge) { return merge == WKV_MERGE_RIGHT || merge == WKV_MERGE_RIGHT_LIGHT; }
+
+/** What the victim weighs in that merge, of its average. */
+WKV_HD inline float wkv_given(int32_t merge, float w_v) { return merge == WKV_MERGE_RIGHT_LIGHT ? 0.25f * w_v : w_v; }
+
 /** Whether wkv_attend's one launch can choose and act, or a second one must see all weights of the step. */
 WKV_HD inline bool wkv_in_one_launch(int32_t select, int32_t merge, int32_t interval) {
-  return interval == 1 && select <= WKV_SELECT_LOWEST_SUM && merge <= WKV_MERGE_RIGHT;
+  return interval == 1 && select <= WKV_SELECT_LOWEST_SUM && (merge == WKV_MERGE_NONE || wkv_merges_right(merge));
 }
 
 /** Ward's cost of merging a token with its right neighbour: attention as mass, gap = |V_j - V_r|^2. */
@@ -11370,6 +11379,7 @@ enum wkv_merge {
   WKV_MERGE_SPREAD = 2,        /* by chance a 16th of its value is added to each of the next 16 ranks' */
   WKV_MERGE_NEAREST = 3,       /* key and value are merged into those of the likest key, if it is like enough */
   WKV_MERGE_NEAREST_VOTES = 4, /* the same for any likest key, weighted with votes and recent weights */
+  WKV_MERGE_RIGHT_LIGHT = 5,   /* as 1, its own average counting a quarter */
 };
 
 /** What wkv_cache_read gives, always in rank order, \`kept\` entries for one layer, sequence and KV head. */

@@ -63,6 +63,7 @@ export const wkv_merge = {
   WKV_MERGE_SPREAD: 2,
   WKV_MERGE_NEAREST: 3,
   WKV_MERGE_NEAREST_VOTES: 4,
+  WKV_MERGE_RIGHT_LIGHT: 5,
 } as const;
 
 export const wkv_cache_field = {

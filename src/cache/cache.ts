@@ -82,6 +82,7 @@ const selects: Record<Select, number> = {
 const merges: Record<Merge, number> = {
   "none": wkv_merge.WKV_MERGE_NONE,
   "right": wkv_merge.WKV_MERGE_RIGHT,
+  "right-light": wkv_merge.WKV_MERGE_RIGHT_LIGHT,
   "spread": wkv_merge.WKV_MERGE_SPREAD,
   "nearest": wkv_merge.WKV_MERGE_NEAREST,
   "nearest-votes": wkv_merge.WKV_MERGE_NEAREST_VOTES,

@@ -18,7 +18,13 @@ export type Select =
   | "output-error";
 
 /** What happens to the token that leaves. */
-export type Merge = "none" | "right" | "spread" | "nearest" | "nearest-votes";
+export type Merge =
+  | "none"
+  | "right"
+  | "right-light"
+  | "spread"
+  | "nearest"
+  | "nearest-votes";
 
 /** A cache policy: data without state, which lives in the cache. */
 export interface Policy {
@@ -109,6 +115,11 @@ function whole(name: string, value: number, least: number): number {
 /** Whether no token leaves, so that a cache has room for as many as it was opened with, and no budget. */
 export function keepsAll({ select }: Policy): boolean {
   return select === "none";
+}
+
+/** Whether the value of the token that leaves goes into the next one's. */
+export function mergesRight({ merge }: Pick<Policy, "merge">): boolean {
+  return merge === "right" || merge === "right-light";
 }
 
 /** Whether tokens that the cache has no room for must be fed one by one: the choice needs one step's own weights. */

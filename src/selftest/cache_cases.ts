@@ -4,7 +4,7 @@
  */
 
 import type { CacheType, Positions } from "../cache/layout.ts";
-import { choosesByStep, keepsAll } from "../cache/policy.ts";
+import { choosesByStep, keepsAll, mergesRight } from "../cache/policy.ts";
 import { findPolicy, policyNames } from "../cache/registry.ts";
 import { pairwise } from "./pairs.ts";
 
@@ -112,8 +112,8 @@ export const placements = ["cache", "text"] as const;
  * are followed from an empty cache, in the tests of steps.
  */
 export const casePolicies: readonly string[] = policyNames().filter((name) => {
-  const { merge, prefill } = findPolicy(name);
-  return prefill === "sums" && (merge === "none" || merge === "right");
+  const policy = findPolicy(name), { merge, prefill } = policy;
+  return prefill === "sums" && (merge === "none" || mergesRight(policy));
 });
 const chunking = casePolicies.filter((name) =>
   !choosesByStep(findPolicy(name))

@@ -172,17 +172,21 @@ export interface Leaving {
   merging: Merging;
 }
 
+/** Merges the leaving value into the next one, `part` of its weight counted. */
+function mergeRight(leaving: Leaving, part: number): boolean {
+  const { tokens, victim, weigh } = leaving;
+  const right = tokens[victim + 1];
+  if (right === undefined) return false;
+  const weight = part * weigh(tokens[victim]!);
+  blend(leaving, right, ["value"], weight, weigh(right));
+  return true;
+}
+
 /** Merges the leaving token into others; false when it is dropped. */
 export const mergeInto: Record<Merge, (leaving: Leaving) => boolean> = {
   "none": () => false,
-  "right": (leaving) => {
-    const { tokens, victim, weigh } = leaving;
-    const right = tokens[victim + 1];
-    if (right === undefined) return false;
-    const token = tokens[victim]!;
-    blend(leaving, right, ["value"], weigh(token), weigh(right));
-    return true;
-  },
+  "right": (leaving) => mergeRight(leaving, 1),
+  "right-light": (leaving) => mergeRight(leaving, 1 / 4),
   "spread": ({ tokens, victim, head, cacheType, draw, merging }) => {
     const token = tokens[victim]!;
     const targets = tokens.slice(victim + 1, victim + 17);

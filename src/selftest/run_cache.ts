@@ -4,7 +4,7 @@ import type { Backend } from "../backend/backend.ts";
 import { Tensor } from "../backend/tensor.ts";
 import type { KvCache } from "../cache/cache.ts";
 import type { CacheType } from "../cache/layout.ts";
-import { keepsAll } from "../cache/policy.ts";
+import { keepsAll, mergesRight } from "../cache/policy.ts";
 import { findPolicy } from "../cache/registry.ts";
 import type {
   AttendCase,
@@ -214,7 +214,7 @@ function follow(
       found.note("victim", excess, 2 * limits.score);
     }
     const right = tokens[rank + 1];
-    const merges = cache.policy.merge === "right" && right !== undefined;
+    const merges = mergesRight(cache.policy) && right !== undefined;
     found.must(
       "neighbour",
       event.into === (merges ? right.position : null),

@@ -5,7 +5,8 @@ import { type Policy, sinksAndHalf } from "../policy.ts";
 /**
  * The token with the lowest average attention leaves, and its value is merged
  * into its right neighbour's, weighted with both averages (Algorithm 1).
- * `:literal` divides the sums in place, as the pseudo code is written.
+ * `:literal` divides the sums in place, as the pseudo code is written; `:light`
+ * lets what leaves weigh a quarter of its average in the merge.
  */
 export const weightedKv: Policy = {
   name: "weighted-kv",
@@ -16,7 +17,10 @@ export const weightedKv: Policy = {
   merge: "right",
   protects: sinksAndHalf,
   prefill: "sums",
-  options: { literal: { select: "lowest-average-literal" } },
+  options: {
+    literal: { select: "lowest-average-literal" },
+    light: { merge: "right-light" },
+  },
 };
 
 /** The same choice, its value dropped (section "Ablation", Fig. 4). */
