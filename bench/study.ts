@@ -63,6 +63,19 @@ const HEADS = Deno.readTextFileSync(
 
 const columns: readonly Column[] = [
   {
+    name: "4096-256-light",
+    groups: [["eviction", "weighted-kv", "weighted-kv:light"]],
+    budget: 256,
+    windows: { window: 4096, windows: 40, divergence: true },
+  },
+  {
+    name: "4096-256-light-text",
+    groups: [["eviction", "weighted-kv", "weighted-kv:light"]],
+    budget: 256,
+    windows: { window: 4096, windows: 40, divergence: true },
+    cache: { positions: "text" },
+  },
+  {
     name: "4096-256-text",
     groups: [
       ["eviction", "weighted-kv", "weighted-kv-ward:linear"],
@@ -86,6 +99,18 @@ const columns: readonly Column[] = [
     windows: { window: 4096, windows: 40, divergence: true },
     cache: { positions: "text", layerBudgets: HEADS },
   },
+  // The same windows of another book, with even budgets beside.
+  ...([
+    ["", {}],
+    ["-text", { positions: "text" }],
+    ["-heads", { positions: "text", layerBudgets: HEADS }],
+  ] as const).map(([name, cache]): Column => ({
+    name: `4096-256-more${name}`,
+    groups: [["eviction"]],
+    budget: 256,
+    windows: { window: 4096, windows: 40, divergence: true },
+    cache,
+  })),
   {
     name: "questions-256-heads",
     groups: [["eviction"]],

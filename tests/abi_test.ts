@@ -445,7 +445,7 @@ describe("a function", () => {
       ["wkv_cache_open", 9, [-1, 8, HUGE, LOWEST], /recent/],
       ["wkv_cache_open", 10, [0, -1, 6, HUGE, LOWEST], /interval/],
       ["wkv_cache_open", 11, [-1, 14, HUGE, LOWEST], /select/],
-      ["wkv_cache_open", 12, [-1, 5, HUGE, LOWEST], /merge/],
+      ["wkv_cache_open", 12, [-1, 6, HUGE, LOWEST], /merge/],
       ["wkv_cache_open", 14, [-1, 2, HUGE, LOWEST], /positions/],
       ["wkv_cache_open", 15, [-1, 3, 4, HUGE, LOWEST], /dtype/],
       ["wkv_cache_reset", 2, [-2, 1, HUGE, LOWEST], /sequence/],
