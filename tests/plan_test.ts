@@ -79,7 +79,7 @@ describe("planMemory()", () => {
       const options of [
         { budget: 1024 },
         { budget: 64, cacheType: "f32", chunk: 512 },
-        { policy: "full", capacity: 2048 },
+        { policy: "full", capacity: 1024 },
       ] as const
     ) {
       // What the library holds is counted a process, and shared memory only grows.
@@ -152,7 +152,7 @@ if (testDevice === "cpu") {
         { budget: 256, policy: "snapkv" },
         { budget: 1024, policy: "scissorhands" },
         { budget: 1024, layerBudgets: [[1, 1, 1, 9], [2, 4, 2, 4]] },
-        { policy: "full", capacity: 2048 },
+        { policy: "full", capacity: 1024 },
       ];
       const all: [string, PlanOptions][] = cases.map((one) => [small, one]);
       for (

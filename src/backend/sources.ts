@@ -3540,12 +3540,14 @@ struct AttendStep {
     __syncwarp();
     cluster_sync(blocks);
     if (!selects || !by_gap) return best;
-    // The newest has no right neighbour to be merged with.
-    for (at = first_entry(); at.i < local; next_entry(at)) {
-      if (at.slot >= kept) continue;
-      const Own o = {__ldcg(e.score + at.slot), __ldcg(e.birth + at.slot), __float_as_int(at.numbers[turned])};
+    for (at = first_entry(); at.i < count; next_entry(at)) {
+      const bool fresh = at.i >= local;
+      if (!fresh && at.slot >= kept) continue;
+      const Own o = fresh ? Own{area.arrived, step, kept} : Own{__ldcg(e.score + at.slot), __ldcg(e.birth + at.slot), __float_as_int(at.numbers[turned])};
       const float w = weight(o.score, o.birth);
-      consider(best, wkv_select_value(c.select, {o.rank, o.score, w, __ldcg(e.by_rank + o.rank + 1), 0.0f, e.gap[at.slot]}), o, at.slot, w, forced);
+      // The newest has no right neighbour to be merged with: it leaves only when nobody else may.
+      const float value = fresh ? INFINITY : wkv_select_value(c.select, {o.rank, o.score, w, __ldcg(e.by_rank + o.rank + 1), 0.0f, e.gap[at.slot]});
+      consider(best, value, o, fresh ? kept : at.slot, w, forced);
     }
     return best;
   }

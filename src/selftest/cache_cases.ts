@@ -274,6 +274,26 @@ const again: AttendCase[] = ([
   }))
 );
 
+/** Caches of sinks alone: whatever the rule, the new token leaves. */
+const sinksAlone: AttendCase[] = pairwise(
+  { cacheType: cacheTypes, policy: bounded, budget: [1, 4, 65, 520] },
+  () => true,
+  9,
+).map((row, i): AttendCase => ({
+  kernel: "attend",
+  ...row,
+  headDim: 64,
+  positions: placements[i % 2]!,
+  sinks: row.budget,
+  recent: 0,
+  sequences: 1 + i % 2,
+  group: 1 + i % 4,
+  kvHeads: 1 + i % 2,
+  pairs: pairsOf(i),
+  kept: row.budget,
+  steps: 2,
+}));
+
 /** Prompts that fit, that do not, and chunks behind them. */
 const prefill: PrefillCase[] = pairwise(
   {
@@ -459,6 +479,7 @@ export const cacheCases: CacheRow[] = [
   ...odd,
   ...forced,
   ...again,
+  ...sinksAlone,
   ...prefill,
   ...wide,
   ...capped,
