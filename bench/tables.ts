@@ -3,12 +3,13 @@
  * paired by window, or by question, from a policy.
  *
  *   deno run -A bench/tables.ts FILE... [--against eviction]
- *     [--beside FILE] [--pool]
+ *     [--beside FILE[,FILE...]] [--pool]
  *
  * Rows of `--beside` are what others are paired with: those of the policy that
- * `--against` names, without one those of the same policy. Of candidate files
- * `--pool` counts the windows together, for the rules that all of them have, and
- * `--against "E, cache"` puts every rule beside that one, without its bound.
+ * `--against` names, without one those of the same policy; several files' rows of
+ * a policy count as one. `--pool` counts the windows of all files together, for
+ * the policies or rules that all of them have. Of candidate files `--against "E,
+ * cache"` puts every rule beside that one, without its bound.
  *
  * Intervals are one standard error of the sum of the windows' differences; the
  * 95% ones in brackets are of 10,000 draws of windows. Those of g, the share of a
@@ -60,9 +61,11 @@ const args = parseArgs(Deno.args, {
   beside?: string;
   pool: boolean;
 };
-const beside = args.beside === undefined ? null : await read(args.beside);
+const beside = args.beside === undefined
+  ? null
+  : together(await Promise.all(args.beside.split(",").map(read)));
 const against = args.against ?? (beside ? null : "eviction");
-const rules: Row[][] = [];
+const rules: Row[][] = [], files: Row[][] = [];
 
 for (const path of args._) {
   const rows = await read(path);
@@ -70,15 +73,53 @@ for (const path of args._) {
     rules.push(rows);
     continue;
   }
+  if (args.pool) {
+    files.push(rows);
+    continue;
+  }
   const of = args.beside === undefined ? "" : ` of ${args.beside}`;
   console.log(`\n${path}, against ${against ?? "the same policy"}${of}\n`);
   if (rows[0]?.task === undefined) windows(rows);
   else questions(rows);
 }
+if (files.length > 0) {
+  const all = together(files).filter(({ policy }) =>
+    files.every((rows) => rows.some((row) => row.policy === policy))
+  );
+  console.log(`\n${args._.join(", ")} together\n`);
+  windows(all);
+}
 if (rules.length > 0) candidates(args.pool ? pool(rules) : rules.flat());
 
 async function read(path: string): Promise<Row[]> {
   return JSON.parse(await Deno.readTextFile(path)).rows;
+}
+
+/** Rows of several files: windows of the same policy as one row, in the files' order. */
+function together(files: readonly Row[][]): Row[] {
+  if (files.length === 1) return files[0]!;
+  const groups = Map.groupBy(files.flat(), ({ policy }) => policy);
+  return [...groups.values()].map((rows) => {
+    if (rows.length === 1) return rows[0]!;
+    const sum = (of: (row: Row) => number) =>
+      rows.reduce((sum, row) => sum + of(row), 0);
+    const targets = sum((row) => row.targets);
+    const row = {
+      ...rows[0]!,
+      targets,
+      seconds: sum((row) => row.seconds),
+      windowTargets: rows.flatMap(({ windowTargets }) => windowTargets),
+      windowNll: rows.flatMap(({ windowNll }) => windowNll),
+      // Other columns are not sums over windows that the files have.
+      ...{ kl: null, klStderr: null, sameTop: null },
+    };
+    const perplexity = perplexityWithout(row);
+    const squares = sum(({ targets, stderr, perplexity }) =>
+      (targets * stderr / perplexity) ** 2
+    );
+    const stderr = perplexity * Math.sqrt(squares) / targets;
+    return { ...row, perplexity, stderr };
+  });
 }
 
 /** What a row is paired with: of `--beside`, or of its own file. */
@@ -92,7 +133,15 @@ function windows(rows: Row[]): void {
   const full = (beside ?? rows).find(({ policy }) => policy === "full");
   rows.sort((a, b) => a.perplexity - b.perplexity);
   for (const row of rows) {
-    const host = hostOf(row, rows)!;
+    const host = hostOf(row, rows);
+    for (const other of [host, full]) {
+      if (other && other.windowNll.length !== row.windowNll.length) {
+        throw new RangeError(
+          `${row.policy} has ${row.windowNll.length} windows, ${other.policy} beside it ${other.windowNll.length}`,
+        );
+      }
+    }
+    if (!host) continue;
     const gap = full && host.perplexity - full.perplexity;
     const { policy, perplexity, stderr, kl, klStderr, sameTop } = row;
     const cells = [policy, `${perplexity.toFixed(2)} ± ${stderr.toFixed(2)}`];
