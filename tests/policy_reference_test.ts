@@ -178,20 +178,22 @@ describe("weighted-kv", () => {
 /** Two steps of 2 tokens, then two that overflow. */
 const pair: number[][] = [[1], [.5, .5], [.25, .25, .5], [.2, .3, .5]];
 
+/** A cache of 2 tokens after these steps, whose values are the unit vectors. */
+function fedPair(policy: string) {
+  const cache = open(policy, { m: 2, headDim: 4, frequencies: [] });
+  pair.forEach((weights, i) =>
+    feed(cache, {
+      key: [0, 0, 0, 0],
+      value: [0, 1, 2, 3].map((d) => d === i ? 1 : 0),
+      weights,
+    })
+  );
+  return cache;
+}
+
 describe("weighted-kv:literal", () => {
   it("divides the sums in place in steps that overflow", () => {
-    const cache = open("weighted-kv:literal", {
-      m: 2,
-      headDim: 4,
-      frequencies: [],
-    });
-    pair.forEach((weights, i) =>
-      feed(cache, {
-        key: [0, 0, 0, 0],
-        value: [0, 1, 2, 3].map((d) => d === i ? 1 : 0),
-        weights,
-      })
-    );
+    const cache = fedPair("weighted-kv:literal");
     // Sums 1.75, 0.75, 0.5 over 3, 2, 1: the second leaves into the third, .375
     // to .5. Then 7/12 + .2, .5 + .3, .5 over 4, 2, 1: the first, 47/240 to .4.
     assertEquals(kept(cache), [2, 3]);
@@ -217,18 +219,7 @@ describe("weighted-kv:literal", () => {
 
 describe("weighted-kv:light", () => {
   it("lets what leaves weigh a quarter of its average", () => {
-    const cache = open("weighted-kv:light", {
-      m: 2,
-      headDim: 4,
-      frequencies: [],
-    });
-    pair.forEach((weights, i) =>
-      feed(cache, {
-        key: [0, 0, 0, 0],
-        value: [0, 1, 2, 3].map((d) => d === i ? 1 : 0),
-        weights,
-      })
-    );
+    const cache = fedPair("weighted-kv:light");
     // Averages 1.75/3, .75/2, .5: the second leaves, 3/32 to 1/2. Then 1.95/4,
     // .8/2, .5: what took it in leaves in its turn, 1/10 to 1/2.
     assertEquals(kept(cache), [0, 3]);
