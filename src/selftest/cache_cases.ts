@@ -473,6 +473,28 @@ const repeat: RepeatCase[] = (["repeat", "graph"] as const).flatMap((kernel) =>
     )
 );
 
+/** KV heads enough to fill a GPU, where scores are added up before values are. */
+const crowded: AttendCase[] = [20, 40].flatMap((sequences, i) =>
+  ["weighted-kv", "weighted-kv-ward", "vatp", "weighted-kv:literal"].map((
+    policy,
+    p,
+  ): AttendCase => ({
+    kernel: "attend",
+    policy,
+    budget: 200 - 70 * i,
+    ...protects(policy, 200 - 70 * i),
+    cacheType: cacheTypes[(i + p) % 3]!,
+    positions: placements[p % 2]!,
+    sequences,
+    group: 2 + 3 * i,
+    kvHeads: 4,
+    headDim: 64,
+    pairs: pairsOf(i),
+    kept: 199 - 70 * i,
+    steps: 3,
+  }))
+);
+
 /** The table. */
 export const cacheCases: CacheRow[] = [
   ...edges,
@@ -482,6 +504,7 @@ export const cacheCases: CacheRow[] = [
   ...sinksAlone,
   ...prefill,
   ...wide,
+  ...crowded,
   ...capped,
   ...bent,
   ...insert,
