@@ -163,6 +163,8 @@ struct Graph : Object {
   }
 };
 
+class Chain;
+
 /** One GPU. Ops go to `stream`, which may be recording; graphs and copies to `side`, as they may run meanwhile. Between two entries
  *  nothing runs but what wkv_graph_start started, which an op that is not recorded waits for, so the two need no order. */
 struct Context : ContextBase {
@@ -177,6 +179,7 @@ struct Context : ContextBase {
   std::shared_ptr<Graph> going;     // what wkv_graph_start started, until it is known to have ended
   std::unique_ptr<Failure> failed;  // what that run failed with, until wkv_graph_poll tells it
   DeviceRef scratch;  // an op's intermediate results; a graph holds the one it was recorded with
+  std::shared_ptr<Chain> chain;  // products that are recorded and not launched yet (chain.cu); null: none ever
   uint64_t launches = 0;
   Context();
   ~Context() override;
@@ -189,6 +192,8 @@ struct Context : ContextBase {
   void hold(const Refs&... refs) {
     if (recording) (recording->holds.push_back(refs), ...);
   }
+  /** Launches the products that wait in `chain`; launch() does so first. */
+  void flush();
   /** Ends an op: checks its launches and, unless a graph is recorded, waits for it and for its faults. */
   void submitted();
   /** Waits for a stream, and fails with the fault that kernels left. */
@@ -238,6 +243,7 @@ struct Shape {
  *  ends (programmatic dependent launch), so every kernel calls wait_for_previous() before it reads or writes what earlier kernels did. */
 template <typename... Parameters, typename... Arguments>
 void launch(Context& ctx, void (*kernel)(Parameters...), const Shape& shape, Arguments&&... arguments) {
+  ctx.flush();
   allow_shared(kernel, shape.shared);
   ctx.launches++;
   cudaLaunchAttribute attributes[2];

@@ -1,4 +1,4 @@
-/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), matmul.cu (more rows). */
+/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), chain.cu (one row, in graphs), matmul.cu (more rows). */
 #pragma once
 #include <type_traits>
 

@@ -3,7 +3,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 
+#include "chain.cuh"
 #include "cublaslt.cuh"
 
 namespace wkv {
@@ -367,6 +369,7 @@ int32_t wkv_graph_begin(int32_t context) {
     if (ctx.recording) fail(WKV_INVALID, "A graph is being recorded already");
     check(cudaStreamBeginCapture(ctx.stream, cudaStreamCaptureModeRelaxed), "Starting to record");
     ctx.recording = std::make_shared<Graph>();
+    ctx.chain = std::make_shared<Chain>();
     ctx.recording_failed = false;
   });
 }
@@ -374,6 +377,13 @@ int32_t wkv_graph_begin(int32_t context) {
 int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context& ctx) {
     require(ctx.recording != nullptr, "No graph is being recorded");
+    std::exception_ptr unlaunched;
+    try {
+      if (!ctx.recording_failed) ctx.flush();
+    } catch (...) {
+      unlaunched = std::current_exception();
+    }
+    ctx.chain.reset();
     const std::shared_ptr<Graph> graph = std::move(ctx.recording);
     ctx.recording.reset();
     cudaGraph_t captured = nullptr;
@@ -381,6 +391,7 @@ int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
     const std::shared_ptr<void> owner(captured, [](void* g) {
       if (g) cudaGraphDestroy(static_cast<cudaGraph_t>(g));
     });
+    if (unlaunched) std::rethrow_exception(unlaunched);
     require(!ctx.recording_failed, "An op of the graph failed when it was recorded");
     check(error, "Recording a graph");
     require_buffer(out, out_bytes, 4, "out");

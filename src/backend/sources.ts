@@ -3007,6 +3007,7 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t kv_he
 #include <cfloat>
 
 #include "cache.cuh"
+#include "cluster.cuh"
 
 namespace wkv {
 
@@ -3083,69 +3084,6 @@ __device__ inline float power(float x) {
 __device__ inline uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 as 0
   return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// ---- between the blocks of a cluster ----
-
-/** Writes into another block's memory, at the place of one's own \`at\`, and counts the bytes on its barrier. */
-template <typename V>
-__device__ inline void push(const V* at, const V& value, const uint64_t* barrier, int32_t block) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t to, counts;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))), "r"(block));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(block));
-  const auto* words = reinterpret_cast<const uint32_t*>(&value);
-  if constexpr (sizeof(V) == 8) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(counts) : "memory");
-  } else {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(V) / 4); i += 4) {
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + i * 4), "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(counts) : "memory");
-    }
-  }
-#endif
-}
-
-/** Makes a barrier that one arrival and the bytes it announces complete. */
-__device__ inline void open_barrier(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
-#endif
-}
-__device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(bytes) : "memory");
-#endif
-}
-__device__ inline void await(const uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t done;
-  do {
-    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\\nselp.u32 %0, 1, 0, p;\\n}" : "=r"(done) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
-  } while (!done);
-#endif
-}
-
-/** Says that this block has begun and its barriers are open; await_begun waits for all of the cluster. */
-__device__ inline void say_begun() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;\\nbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ inline void await_begun() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-/** After it the blocks of a cluster see what each wrote to global memory before. */
-__device__ inline void cluster_sync(int32_t blocks) {
-#if __CUDA_ARCH__ >= 900
-  if (blocks > 1) {
-    asm volatile("barrier.cluster.arrive.release.aligned;\\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    return;
-  }
-#endif
-  __syncthreads();
 }
 
 // ---- items: each lane reads only what it asked for itself ----
@@ -3800,22 +3738,6 @@ inline int32_t log2_up(int32_t x) {
   int32_t log = 0;
   while (1 << log < x) log++;
   return log;
-}
-
-/** How many clusters of this size the device runs at once. */
-template <typename Kernel>
-int32_t clusters_at_once(Kernel kernel, const Shape& shape) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {shape.cluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid, config.blockDim = shape.block, config.dynamicSmemBytes = shape.shared, config.attrs = &attribute, config.numAttrs = 1;
-  int count = 0;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess || cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return count;
 }
 
 /** Cuts the work and launches it. */
@@ -4995,6 +4917,604 @@ void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const 
 
 }  // namespace wkv
 `,
+  "cuda/chain.cu": `/**
+ * chain.cu: products of one row that follow each other in a graph, of weights so small that launches would take longer than they, in one
+ * launch: what attention gave to the next layer's queries, say.
+ *
+ *   x += attended . output;  hidden = silu(norm(x) . gate) * (norm(x) . up);  x += hidden . down;  qkv = norm(x) . w
+ *
+ * One cluster of 16 blocks does it all. A block owns a 16th of the rows of every weight, and has them brought to its shared memory before
+ * the kernel in front has ended. Every block holds each x whole: it norms it, rounds it to 8 bits in blocks of 32 as matvec.cu does, and
+ * pushes its part of the result to all blocks, where a barrier counts the bytes. Results go to global memory as well, so that a graph
+ * leaves what its ops would have left one by one.
+ *
+ * A warp takes 4 rows at once, 8 lanes a row, each every eighth chunk of 16 bytes; sums in a fixed order. Bytes moved: the weights, once.
+ */
+#include <algorithm>
+
+#include "chain.cuh"
+#include "chunk.cuh"
+#include "cluster.cuh"
+
+namespace wkv {
+namespace {
+
+constexpr int kBlocks = 16, kThreads = 512, kWarps = kThreads / 32, kQuad = 4;  // rows that a warp takes at once
+
+/** A block's quads of \`rows\` rows: at most this many, of which block b has the b-th. */
+__host__ __device__ inline int32_t quads_of(int32_t rows) { return (rows / kQuad + kBlocks - 1) / kBlocks; }
+
+/** Bytes of a plane that \`rows\` rows have. */
+struct PlaneBytes {
+  int32_t data, scales, high, subs;
+  __host__ __device__ PlaneBytes(const WeightView& w, int32_t rows)
+      : data(rows * (w.columns / 32) * data_bytes(w.dtype)), scales(rows * (w.columns / scale_columns(w.dtype)) * scale_bytes(w.dtype)), high(rows * (w.columns / 32) * high_bytes(w.dtype)), subs(rows * (w.columns / 32) * subs_bytes(w.dtype)) {}
+  __host__ __device__ int32_t all() const { return data + scales + high + subs; }
+};
+
+/** Calls body with a quantised type as a constant. */
+template <typename Body>
+__device__ inline float by_quantised(int32_t dtype, const Body& body) {
+  switch (dtype) {
+    case WKV_Q8_0: return body(std::integral_constant<int, WKV_Q8_0>());
+    case WKV_Q4_0: return body(std::integral_constant<int, WKV_Q4_0>());
+    case WKV_Q4_1: return body(std::integral_constant<int, WKV_Q4_1>());
+    case WKV_Q5_0: return body(std::integral_constant<int, WKV_Q5_0>());
+    case WKV_Q5_1: return body(std::integral_constant<int, WKV_Q5_1>());
+    case WKV_Q2_K: return body(std::integral_constant<int, WKV_Q2_K>());
+    case WKV_Q3_K: return body(std::integral_constant<int, WKV_Q3_K>());
+    case WKV_Q4_K: return body(std::integral_constant<int, WKV_Q4_K>());
+    case WKV_Q5_K: return body(std::integral_constant<int, WKV_Q5_K>());
+    case WKV_Q6_K: return body(std::integral_constant<int, WKV_Q6_K>());
+    default: return body(std::integral_constant<int, WKV_IQ4_NL>());
+  }
+}
+
+/** Has bytes brought to shared memory, which a barrier counts; whole 16 bytes. */
+__device__ inline void bring_bulk(uint8_t* to, const void* from, int32_t bytes, uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  if (bytes > 0) asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+/** A block's rows of a weight, in its shared memory from \`at\` on. */
+__device__ inline WeightView kept_weight(const WeightView& w, uint8_t* at, int32_t rows) {
+  const PlaneBytes bytes(w, rows);
+  WeightView kept = w;
+  kept.data = at;
+  kept.scales = reinterpret_cast<const __half*>(at + bytes.data);
+  kept.high = at + bytes.data + bytes.scales;
+  kept.subs = reinterpret_cast<const uint16_t*>(at + bytes.data + bytes.scales + bytes.high);
+  return kept;
+}
+
+/** Has them brought. */
+__device__ inline void bring_weight(const WeightView& w, uint8_t* at, int32_t first, int32_t rows, uint64_t* barrier) {
+  const PlaneBytes skipped(w, first), bytes(w, rows);
+  bring_bulk(at, w.data + skipped.data, bytes.data, barrier);
+  bring_bulk(at += bytes.data, reinterpret_cast<const uint8_t*>(w.scales) + skipped.scales, bytes.scales, barrier);
+  bring_bulk(at += bytes.scales, w.high + skipped.high, bytes.high, barrier);
+  bring_bulk(at += bytes.high, reinterpret_cast<const uint8_t*>(w.subs) + skipped.subs, bytes.subs, barrier);
+}
+
+/** This lane's part of the product of a row with x in 8 bits, laid out as in matvec.cu: every eighth chunk. */
+template <int kType>
+__device__ inline float part_of_row(const WeightView& w, int32_t row, const int4* x) {
+  constexpr int kColumns = ChunkOf<kType>::kColumns;
+  const int32_t chunks = w.columns / kColumns;
+  const float2* scales = reinterpret_cast<const float2*>(x + w.columns / 16);
+  float total = 0.0f;
+#pragma unroll 3
+  for (int32_t at = threadIdx.x % 8; at < chunks; at += 8) {
+    ChunkOf<kType> chunk;
+    chunk.template load<From::Shared>(w, row * chunks + at);
+    total += chunk.product(x[at], kType == WKV_Q8_0 ? make_int4(0, 0, 0, 0) : x[chunks + at], scales[at * kColumns / 32]);
+  }
+  return total;
+}
+
+/** x, normed, into shared memory in 8 bits; each warp that takes part sums up the squares for itself. */
+__device__ inline void round_x(const Link& link, const float4* x, const float4* norm, int4* to) {
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, fours = link.w.columns / 4, blocks = link.w.columns / 32;
+  if (warp * 32 >= fours) return;
+  float scale = 1.0f;
+  if (norm) {
+    float squares = 0.0f;
+#pragma unroll 4
+    for (int32_t i = lane; i < fours; i += 32) {
+      const float4 v = x[i];
+      squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+    }
+    scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(link.w.columns) + link.epsilon);
+  }
+  int32_t* words = reinterpret_cast<int32_t*>(to);
+  float2* scales = reinterpret_cast<float2*>(to + link.w.columns / 16);
+  for (int32_t start = warp * 32; start < fours; start += kThreads) {
+    const int32_t i = start + lane;
+    const bool inside = i < fours;
+    float4 v = inside ? x[i] : make_float4(0, 0, 0, 0);
+    if (inside && norm) {
+      const float4 n = norm[i];
+      v = make_float4(v.x * scale * n.x, v.y * scale * n.y, v.z * scale * n.z, v.w * scale * n.w);
+    }
+    float2 of;
+    const int32_t word = round_four(v, &of.x, &of.y);
+    if (!inside) continue;
+    words[link.w.dtype == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
+    if (i % 8 == 0) scales[i / 8] = of;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constant__ ChainView chain) {
+  extern __shared__ int4 shared16[];
+  __shared__ uint64_t brought[kMostLinks], given[kMostLinks];  // barriers: a link's weights are here; its result is, from all blocks
+  uint8_t* shared = reinterpret_cast<uint8_t*>(shared16);
+  const int32_t tid = threadIdx.x, warp = tid / 32, lane = tid % 32, block = blockIdx.x;
+  const auto first_of = [&](const Link& link) { return min(link.w.rows, block * quads_of(link.w.rows) * kQuad); };
+  const auto rows_of = [&](const Link& link) { return min(link.w.rows - first_of(link), quads_of(link.w.rows) * kQuad); };
+
+  if (tid == 0) {
+    for (int32_t i = 0; i < chain.count; i++) open_barrier(&brought[i]), open_barrier(&given[i]);
+  }
+  __syncwarp();
+  say_begun();
+  if (tid == 0) {
+    for (int32_t i = 0; i < chain.count; i++) {
+      const Link& link = chain.links[i];
+      const int32_t first = first_of(link), rows = rows_of(link);
+      expect(&brought[i], PlaneBytes(link.w, rows).all() + (link.up.data ? PlaneBytes(link.up, rows).all() : 0));
+      if (link.out_at >= 0) expect(&given[i], link.w.rows * 4);
+      bring_weight(link.w, shared + link.w_at, first, rows, &brought[i]);
+      if (link.up.data) bring_weight(link.up, shared + link.up_at, first, rows, &brought[i]);
+    }
+  }
+  for (int32_t i = 0; i < chain.count; i++) {  // into the second-level cache
+    const Link& link = chain.links[i];
+    if (link.norm && tid * 32 < link.w.columns) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.norm + tid * 32) : "memory");
+    if (link.bias && tid * 32 < rows_of(link)) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.bias + first_of(link) + tid * 32) : "memory");
+  }
+
+  wait_for_previous();
+  let_next_start();
+  for (int32_t i = 0; i < chain.count; i++) {
+    const Link& link = chain.links[i];
+    const auto copy = [&](int32_t at, const float* from, int32_t count) {
+      for (int32_t k = tid; k < count / 4; k += kThreads) reinterpret_cast<float4*>(shared + at)[k] = __ldcg(reinterpret_cast<const float4*>(from) + k);
+    };
+    if (link.reads_x) copy(link.x_at, link.x, link.w.columns);
+    if (link.norm) copy(link.norm_at, link.norm, link.w.columns);
+    if (link.bias) copy(link.bias_at, link.bias + first_of(link), rows_of(link));
+    if (link.reads_old) copy(link.old_at, link.out + first_of(link), rows_of(link));
+  }
+  __syncthreads();
+  await_begun();
+
+#pragma unroll 1
+  for (int32_t i = 0; i < chain.count; i++) {
+    const Link& link = chain.links[i];
+    const int32_t first = first_of(link), rows = rows_of(link);
+    for (int32_t k = 0; k < i; k++) {
+      if (link.after >> k & 1) await(&given[k]);
+    }
+    int4* rounded = reinterpret_cast<int4*>(shared + chain.rounded_at + i % 2 * chain.rounded_bytes);
+    round_x(link, reinterpret_cast<const float4*>(shared + link.x_at), link.norm ? reinterpret_cast<const float4*>(shared + link.norm_at) : nullptr, rounded);
+    await(&brought[i]);
+    __syncthreads();
+
+    const auto product = [&](const WeightView& w, int32_t at, int32_t row) {
+      const WeightView kept = kept_weight(w, shared + at, rows);
+      float total = by_quantised(w.dtype, [&](auto type) { return part_of_row<type.value>(kept, row, rounded); });
+#pragma unroll
+      for (int o = 4; o > 0; o >>= 1) total += __shfl_xor_sync(0xffffffffu, total, o);
+      return total;
+    };
+    for (int32_t quad = warp; quad * kQuad < rows; quad += kWarps) {
+      const int32_t row = quad * kQuad + lane / 8;
+      float value = product(link.w, link.w_at, row);
+      if (link.up.data) value = activate(link.activation, value, product(link.up, link.up_at, row));
+      if (link.bias) value += reinterpret_cast<const float*>(shared + link.bias_at)[row];
+      if (link.add) value += reinterpret_cast<const float*>(shared + link.old_at)[link.reads_old ? row : first + row];
+      float4 four;
+      four.x = __shfl_sync(0xffffffffu, value, 0), four.y = __shfl_sync(0xffffffffu, value, 8);
+      four.z = __shfl_sync(0xffffffffu, value, 16), four.w = __shfl_sync(0xffffffffu, value, 24);
+      const int32_t at = first / kQuad + quad;
+      if (link.out_at >= 0 && lane < kBlocks) push(reinterpret_cast<const float4*>(shared + link.out_at) + at, four, &given[i], lane);
+      if (lane == kBlocks) reinterpret_cast<float4*>(link.out)[at] = four;
+    }
+  }
+  // Before a block ends, all that others push into its memory must have come.
+  for (int32_t i = 0; i < chain.count; i++) {
+    if (chain.links[i].out_at >= 0) await(&given[i]);
+  }
+}
+
+/** Floats in global memory. */
+struct Span {
+  const float *begin, *end;
+  Span(const float* begin, int32_t count) : begin(begin), end(begin + count) {}
+  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
+  bool operator==(const Span& other) const { return begin == other.begin && end == other.end; }
+};
+
+bool suits(const WeightView& w) { return is_quantised(w.dtype) && w.rows % kQuad == 0 && w.columns % 64 == 0; }
+bool whole16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
+}  // namespace
+
+bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
+  if (view_.count == kMostLinks || ctx.capability < 90 || in.rows != 1 || !suits(w) || (up.data && up.dtype != w.dtype) || !whole16(in.x) || !whole16(to.out)) return false;
+  const Span reads(in.x, in.columns), writes(to.out, w.rows);
+  Link link{w, up, in.x, in.norm, to.bias, to.out, in.epsilon, to.add, to.activation, 0, -1, -1, -1, -1, -1, -1, -1, true, to.add != 0};
+  if (reads.meets(writes)) return false;
+
+  int32_t gives_x = -1, gives_old = -1;
+  for (int32_t i = 0; i < view_.count; i++) {
+    const Link& before = view_.links[i];
+    const Span gave(before.out, before.w.rows), read(before.x, before.w.columns);
+    if (before.reads_x && writes.meets(read)) return false;  // another block may not have read it yet
+    if ((in.norm && gave.meets(Span(in.norm, in.columns))) || (to.bias && gave.meets(Span(to.bias, w.rows)))) return false;
+    if (gave.meets(reads)) {
+      if (!(gave == reads)) return false;
+      gives_x = i;
+    }
+    if (gave.meets(writes)) {
+      if (!(gave == writes) || !to.add) return false;
+      gives_old = i;
+    }
+  }
+
+  int32_t used = used_;
+  const auto room = [&](int32_t bytes) {
+    const int32_t at = used;
+    used += static_cast<int32_t>(round_up(size_t(bytes), 128));
+    return at;
+  };
+  const int32_t own = quads_of(w.rows) * kQuad;
+  int32_t outs[2] = {gives_x, gives_old}, at[2] = {-1, -1};
+  for (int k = 0; k < 2; k++) {
+    if (outs[k] < 0) continue;
+    const Link& before = view_.links[outs[k]];
+    at[k] = before.out_at >= 0 ? before.out_at : k == 1 && outs[0] == outs[1] ? at[0] : room(before.w.rows * 4);
+    link.after |= 1u << outs[k];
+  }
+  link.reads_x = gives_x < 0, link.x_at = gives_x < 0 ? room(in.columns * 4) : at[0];
+  link.reads_old = to.add && gives_old < 0;
+  if (to.add) link.old_at = gives_old < 0 ? room(own * 4) : at[1];
+  if (in.norm) link.norm_at = room(in.columns * 4);
+  if (to.bias) link.bias_at = room(own * 4);
+  link.w_at = room(PlaneBytes(w, own).all());
+  if (up.data) link.up_at = room(PlaneBytes(up, own).all());
+  const int32_t widest = std::max(widest_, in.columns), rounded = static_cast<int32_t>(round_up(size_t(widest) + widest / 4, 128));
+  if (used + 2 * rounded + 1024 > ctx.shared_limit) return false;
+
+  for (int k = 0; k < 2; k++) {
+    if (outs[k] >= 0) view_.links[outs[k]].out_at = at[k];
+  }
+  view_.links[view_.count++] = link;
+  view_.rounded_at = used, view_.rounded_bytes = rounded;
+  used_ = used, widest_ = widest;
+  return true;
+}
+
+void Chain::launch(Context& ctx) {
+  if (view_.count == 0) return;
+  const ChainView chain = view_;
+  clear();
+  const Shape shape{kBlocks, kThreads, size_t(chain.rounded_at) + 2 * size_t(chain.rounded_bytes), kBlocks};
+  if (chain.count > 1) {
+    allow_shared(chain_kernel, shape.shared);
+    if (clusters_at_once(chain_kernel, shape) > 0) return wkv::launch(ctx, chain_kernel, shape, chain);
+  }
+  for (int32_t i = 0; i < chain.count; i++) {
+    const Link& link = chain.links[i];
+    const InputView in{link.x, 1, link.w.columns, link.norm, link.epsilon, false};
+    const bool started = matvec(ctx, in, link.w, link.up, true, {link.out, link.w.rows, link.bias, link.add, link.activation});
+    require(started, "A product of one row found no kernel");
+  }
+}
+
+void Context::flush() {
+  if (chain) chain->launch(*this);
+}
+
+}  // namespace wkv
+`,
+  "cuda/chain.cuh": `/** chain.cuh: products of one row that are recorded one after another, and may become one launch (chain.cu). */
+#pragma once
+#include <vector>
+
+#include "linear.cuh"
+
+namespace wkv {
+
+constexpr int32_t kMostLinks = 8;  // of a chain
+
+/** One product, as the kernel sees it. Places are bytes of a block's shared memory, -1 for none. */
+struct Link {
+  WeightView w, up;  // w . x, or gated with up where up has data
+  const float *x, *norm, *bias;
+  float* out;
+  float epsilon;
+  int32_t add, activation;
+  uint32_t after;                 // the links that gave what this one reads, a bit each
+  int32_t x_at, out_at;           // x, and the result where another link reads it: whole, in every block
+  int32_t norm_at, bias_at;       // bias: of this block's rows
+  int32_t old_at;                 // what the result is added to: whole, or of this block's rows where no link gave it
+  int32_t w_at, up_at;            // this block's rows of the weights, plane behind plane
+  bool reads_x, reads_old;        // from global memory
+};
+
+struct ChainView {
+  int32_t count, rounded_at, rounded_bytes;  // two areas for x in 8 bits, used in turn
+  Link links[kMostLinks];
+};
+
+/** What is recorded and not launched yet. */
+class Chain {
+ public:
+  /** Takes a product in; false, and nothing changed, where it must be launched by itself. */
+  bool take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to);
+  /** Launches what was taken in. */
+  void launch(Context& ctx);
+  void clear() { view_.count = used_ = widest_ = 0; }
+
+ private:
+  ChainView view_{};
+  int32_t used_ = 0, widest_ = 0;  // bytes of shared memory; columns of the widest x
+};
+
+}  // namespace wkv
+`,
+  "cuda/chunk.cuh": `/** chunk.cuh: a few columns of a weight's row in a lane's registers, and their products with x; used by matvec.cu and chain.cu. */
+#pragma once
+#include "linear.cuh"
+
+namespace wkv {
+
+/** Where a chunk is read: in global memory, once, or in shared memory. */
+enum class From { Global, Shared };
+
+__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+template <From kFrom>
+__device__ inline int4 load16(const void* from) {
+  int4 v;
+  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  else asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(from)));
+  return v;
+}
+template <From kFrom>
+__device__ inline int2 load8(const void* from) {
+  int2 v;
+  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  else asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared_address(from)));
+  return v;
+}
+template <From kFrom>
+__device__ inline uint32_t load4(const void* from) {
+  uint32_t v;
+  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  else asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(from)));
+  return v;
+}
+template <From kFrom>
+__device__ inline uint32_t load2(const void* from) {
+  uint16_t v;
+  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
+  else asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared_address(from)));
+  return v;
+}
+
+__device__ inline float low_half(uint32_t v) { return __half2float(__ushort_as_half(static_cast<uint16_t>(v))); }
+__device__ inline float high_half(uint32_t v) { return __half2float(__ushort_as_half(static_cast<uint16_t>(v >> 16))); }
+
+__host__ __device__ constexpr int chunk_columns(int dtype) { return dtype == WKV_F32 ? 4 : dtype == WKV_Q8_0 ? 16 : dtype > WKV_Q8_0 ? 32 : 8; }
+
+/** 16 bytes of a weight's row; chunk i of the whole tensor. */
+template <int kType>
+struct Chunk {
+  static constexpr int kColumns = chunk_columns(kType), kFours = kColumns / 4;
+  int4 data;
+  uint32_t scales;  // one f16, or scale and minimum
+
+  template <From kFrom = From::Global>
+  __device__ void load(const WeightView& w, uint32_t i) {
+    data = load16<kFrom>(w.data + size_t{i} * 16);
+    if (kType == WKV_Q8_0) scales = load2<kFrom>(w.scales + i / 2);
+    if (kType == WKV_Q4_0) scales = load2<kFrom>(w.scales + i);
+    if (kType == WKV_Q4_1) scales = load4<kFrom>(w.scales + size_t{i} * 2);
+  }
+  __device__ uint32_t word(int i) const { return static_cast<uint32_t>(i == 0 ? data.x : i == 1 ? data.y : i == 2 ? data.z : data.w); }
+
+  /** Columns 4 p to 4 p + 3. */
+  __device__ float4 four(int p) const {
+    if (kType == WKV_F32) return make_float4(__int_as_float(data.x), __int_as_float(data.y), __int_as_float(data.z), __int_as_float(data.w));
+    if (kType == WKV_F16) {
+      const uint32_t a = word(2 * p), b = word(2 * p + 1);
+      return make_float4(low_half(a), high_half(a), low_half(b), high_half(b));
+    }
+    if (kType == WKV_BF16) {
+      const uint32_t a = word(2 * p), b = word(2 * p + 1);
+      return make_float4(__uint_as_float(a << 16), __uint_as_float(a & 0xffff0000u), __uint_as_float(b << 16), __uint_as_float(b & 0xffff0000u));
+    }
+    const float s = low_half(scales), m = kType == WKV_Q4_1 ? high_half(scales) : 0.0f;
+    if (kType == WKV_Q8_0) {
+      const int32_t a = static_cast<int32_t>(word(p));
+      return make_float4((a << 24 >> 24) * s, (a << 16 >> 24) * s, (a << 8 >> 24) * s, (a >> 24) * s);
+    }
+    const int32_t a = static_cast<int32_t>(word(p % 4) >> (p / 4 * 4)), middle = kType == WKV_Q4_0 ? 8 : 0;
+    const auto wide = [&](int shift) { return fmaf(static_cast<float>((a >> shift & 15) - middle), s, m); };
+    return make_float4(wide(0), wide(8), wide(16), wide(24));
+  }
+
+  /** The product with the same columns of x in 8 bits: \`low\` as the words of data, Q4's high halves in \`high\`; of: scale and sum. */
+  __device__ float product(int4 low, int4 high, float2 of) const {
+    constexpr uint32_t kMask = kType == WKV_Q8_0 ? 0xffffffffu : 0x0f0f0f0fu;
+    int32_t dot = __dp4a(static_cast<int32_t>(data.x & kMask), low.x, 0);
+    dot = __dp4a(static_cast<int32_t>(data.y & kMask), low.y, dot);
+    dot = __dp4a(static_cast<int32_t>(data.z & kMask), low.z, dot);
+    dot = __dp4a(static_cast<int32_t>(data.w & kMask), low.w, dot);
+    if (kType != WKV_Q8_0) {
+      dot = __dp4a(static_cast<int32_t>(data.x >> 4 & kMask), high.x, dot);
+      dot = __dp4a(static_cast<int32_t>(data.y >> 4 & kMask), high.y, dot);
+      dot = __dp4a(static_cast<int32_t>(data.z >> 4 & kMask), high.z, dot);
+      dot = __dp4a(static_cast<int32_t>(data.w >> 4 & kMask), high.w, dot);
+    }
+    const float scale = low_half(scales);
+    float value = static_cast<float>(dot) * (scale * of.x);
+    if (kType == WKV_Q4_1) value = fmaf(high_half(scales), of.y, value);
+    if (kType == WKV_Q4_0) value = fmaf(scale, -8.0f * of.y, value);
+    return value;
+  }
+};
+
+/** 32 columns of a type of quants.h; chunk i of the whole tensor. */
+template <int kType>
+struct PieceChunk {
+  static constexpr wkv_form kForm = wkv_form_of(kType);
+  static constexpr int kColumns = 32, kFours = 8;
+  int4 data;         // with 2 low bits, its first half
+  int2 high;
+  uint32_t scales, subs;
+
+  template <From kFrom = From::Global>
+  __device__ void load(const WeightView& w, uint32_t i) {
+    if (kForm.low == 4) {
+      data = load16<kFrom>(w.data + size_t{i} * 16);
+    } else {
+      const int2 both = load8<kFrom>(w.data + size_t{i} * 8);
+      data.x = both.x, data.y = both.y;
+    }
+    if (kForm.high == 1) high.x = static_cast<int32_t>(load4<kFrom>(w.high + size_t{i} * 4));
+    if (kForm.high == 2) high = load8<kFrom>(w.high + size_t{i} * 8);
+    if (kForm.subs) subs = load2<kFrom>(w.subs + i), scales = load4<kFrom>(w.scales + size_t{i / 8} * 2);
+    else scales = kForm.least ? load4<kFrom>(w.scales + size_t{i} * 2) : load2<kFrom>(w.scales + i);
+  }
+
+  /** Columns 16 half + 4 v to + 3 as int8. */
+  __device__ int32_t word(int half, int v) const {
+    const auto pick = [&](int i) { return static_cast<uint32_t>(i == 0 ? data.x : i == 1 ? data.y : i == 2 ? data.z : data.w); };
+    uint32_t q = kForm.low == 4 ? pick(v) >> (half * 4) & 0x0f0f0f0fu : pick(half) >> (v * 2) & 0x03030303u;
+    if (kForm.high == 1) q |= (static_cast<uint32_t>(high.x) >> (half * 4 + v) & 0x01010101u) << kForm.low;
+    if (kForm.high == 2) q |= (static_cast<uint32_t>(half ? high.y : high.x) >> (v * 2) & 0x03030303u) << kForm.low;
+    if (kType == WKV_IQ4_NL) return static_cast<int32_t>(iq4_values(q));
+    return static_cast<int32_t>(kForm.middle ? __vsub4(q, kForm.middle * 0x01010101u) : q);
+  }
+
+  /** The product with the same columns of x in 8 bits, columns 0 to 15 in \`low\`; of: scale and sum. */
+  __device__ float product(int4 low, int4 high_x, float2 of) const {
+    const auto dot = [&](int half, int4 x) {
+      return __dp4a(word(half, 3), x.w, __dp4a(word(half, 2), x.z, __dp4a(word(half, 1), x.y, __dp4a(word(half, 0), x.x, 0))));
+    };
+    const float first = static_cast<float>(dot(0, low)), second = static_cast<float>(dot(1, high_x)), d = low_half(scales), least = high_half(scales);
+    const int32_t sub0 = static_cast<int32_t>(subs & 255), sub1 = static_cast<int32_t>(subs >> 8);
+    if (!kForm.subs) {
+      const float value = (first + second) * (d * of.x);
+      return kForm.least ? fmaf(least, of.y, value) : value;
+    }
+    if (kType == WKV_Q2_K) {
+      constexpr int32_t kOnes = 0x01010101;
+      const float sum = static_cast<float>(__dp4a(kOnes, low.w, __dp4a(kOnes, low.z, __dp4a(kOnes, low.y, __dp4a(kOnes, low.x, 0))))) * of.x;
+      const float value = (first * static_cast<float>(sub0 & 15) + second * static_cast<float>(sub1 & 15)) * (d * of.x);
+      return value - least * (static_cast<float>(sub0 >> 4) * sum + static_cast<float>(sub1 >> 4) * (of.y - sum));
+    }
+    if (kForm.least) return (first + second) * (d * static_cast<float>(sub0) * of.x) - least * static_cast<float>(sub1) * of.y;
+    return (first * static_cast<float>(static_cast<int8_t>(sub0)) + second * static_cast<float>(static_cast<int8_t>(sub1))) * (d * of.x);
+  }
+};
+
+template <int kType>
+using ChunkOf = std::conditional_t<wkv_has_pieces(kType), PieceChunk<kType>, Chunk<kType>>;
+
+}  // namespace wkv
+`,
+  "cuda/cluster.cuh": `/** cluster.cuh: how the blocks of a cluster tell each other numbers: pushed into each other's shared memory, where barriers count the bytes. */
+#pragma once
+#include "common.cuh"
+
+namespace wkv {
+
+/** Writes into another block's memory, at the place of one's own \`at\`, and counts the bytes on its barrier. */
+template <typename V>
+__device__ inline void push(const V* at, const V& value, const uint64_t* barrier, int32_t block) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t to, counts;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(block));
+  const auto* words = reinterpret_cast<const uint32_t*>(&value);
+  if constexpr (sizeof(V) == 8) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(counts) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(V) / 4); i += 4) {
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + i * 4), "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(counts) : "memory");
+    }
+  }
+#endif
+}
+
+/** Makes a barrier that one arrival and the bytes it announces complete. */
+__device__ inline void open_barrier(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+#endif
+}
+__device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(bytes) : "memory");
+#endif
+}
+__device__ inline void await(const uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\\nselp.u32 %0, 1, 0, p;\\n}" : "=r"(done) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+  } while (!done);
+#endif
+}
+
+/** Says that this block has begun and its barriers are open; await_begun waits for all of the cluster. */
+__device__ inline void say_begun() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;\\nbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void await_begun() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+/** After it the blocks of a cluster see what each wrote to global memory before. */
+__device__ inline void cluster_sync(int32_t blocks) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks > 1) {
+    asm volatile("barrier.cluster.arrive.release.aligned;\\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+// ---- host ----
+
+/** How many clusters of this size the device runs at once. */
+template <typename Kernel>
+int32_t clusters_at_once(Kernel kernel, const Shape& shape) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {shape.cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid, config.blockDim = shape.block, config.dynamicSmemBytes = shape.shared, config.attrs = &attribute, config.numAttrs = 1;
+  int count = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess || cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+}  // namespace wkv
+`,
   "cuda/common.cuh": `/** common.cuh: what every file of the CUDA library shares: the context with its stream, device memory, tensors, data errors, reductions. */
 #pragma once
 #include <cuda_bf16.h>
@@ -5160,6 +5680,8 @@ struct Graph : Object {
   }
 };
 
+class Chain;
+
 /** One GPU. Ops go to \`stream\`, which may be recording; graphs and copies to \`side\`, as they may run meanwhile. Between two entries
  *  nothing runs but what wkv_graph_start started, which an op that is not recorded waits for, so the two need no order. */
 struct Context : ContextBase {
@@ -5174,6 +5696,7 @@ struct Context : ContextBase {
   std::shared_ptr<Graph> going;     // what wkv_graph_start started, until it is known to have ended
   std::unique_ptr<Failure> failed;  // what that run failed with, until wkv_graph_poll tells it
   DeviceRef scratch;  // an op's intermediate results; a graph holds the one it was recorded with
+  std::shared_ptr<Chain> chain;  // products that are recorded and not launched yet (chain.cu); null: none ever
   uint64_t launches = 0;
   Context();
   ~Context() override;
@@ -5186,6 +5709,8 @@ struct Context : ContextBase {
   void hold(const Refs&... refs) {
     if (recording) (recording->holds.push_back(refs), ...);
   }
+  /** Launches the products that wait in \`chain\`; launch() does so first. */
+  void flush();
   /** Ends an op: checks its launches and, unless a graph is recorded, waits for it and for its faults. */
   void submitted();
   /** Waits for a stream, and fails with the fault that kernels left. */
@@ -5235,6 +5760,7 @@ struct Shape {
  *  ends (programmatic dependent launch), so every kernel calls wait_for_previous() before it reads or writes what earlier kernels did. */
 template <typename... Parameters, typename... Arguments>
 void launch(Context& ctx, void (*kernel)(Parameters...), const Shape& shape, Arguments&&... arguments) {
+  ctx.flush();
   allow_shared(kernel, shape.shared);
   ctx.launches++;
   cudaLaunchAttribute attributes[2];
@@ -5755,12 +6281,13 @@ __device__ inline Four<T>& four_at(T* from) { return *reinterpret_cast<Four<T>*>
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
+ * In a graph, small products of one row that follow each other are one launch (chain.cu). Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
  * (matmul.cu), then each weight is one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is
  * cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops' checks, and the choice.
  */
 #include <algorithm>
 
+#include "chain.cuh"
 #include "cublaslt.cuh"
 
 namespace wkv {
@@ -5830,6 +6357,9 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
 
 /** Scratch: x prepared, products, then x copied, or up's product where each weight goes its own way. */
 void project(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
+  if (ctx.chain && int8 && ctx.chain->take(ctx, in, w, up, to)) return;
+  ctx.flush();
+  if (ctx.chain && int8 && ctx.chain->take(ctx, in, w, up, to)) return;  // the first of the next one
   const size_t own = prepared_bytes(in);
   if (up.data && w.dtype != up.dtype) {
     const size_t products = std::max(product_bytes(in, w, false, int8), product_bytes(in, up, false, int8));
@@ -5915,7 +6445,7 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
   });
 }
 `,
-  "cuda/linear.cuh": `/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), matmul.cu (more rows). */
+  "cuda/linear.cuh": `/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), chain.cu (one row, in graphs), matmul.cu (more rows). */
 #pragma once
 #include <type_traits>
 
@@ -6900,7 +7430,7 @@ bool matmul_skinny(Context& ctx, const InputView& in, const WeightView& w, const
  */
 #include <algorithm>
 
-#include "linear.cuh"
+#include "chunk.cuh"
 
 namespace wkv {
 namespace {
@@ -6915,146 +7445,6 @@ struct Share {
   int32_t pairs, block_pairs, ways, warps;
   bool gated;
 };
-
-__device__ inline int4 load_once(const uint8_t* from) {
-  int4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-  return v;
-}
-__device__ inline int2 load_once2(const uint8_t* from) {
-  int2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
-  return v;
-}
-__device__ inline uint32_t load_scale2(const __half* from) {
-  uint32_t v;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
-  return v;
-}
-__device__ inline uint32_t load_scale(const __half* from) {
-  uint16_t v;
-  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
-  return v;
-}
-
-__device__ inline float low_half(uint32_t v) { return __half2float(__ushort_as_half(static_cast<uint16_t>(v))); }
-__device__ inline float high_half(uint32_t v) { return __half2float(__ushort_as_half(static_cast<uint16_t>(v >> 16))); }
-
-__host__ __device__ constexpr int chunk_columns(int dtype) { return dtype == WKV_F32 ? 4 : dtype == WKV_Q8_0 ? 16 : dtype > WKV_Q8_0 ? 32 : 8; }
-
-/** 16 bytes of a weight's row; chunk i of the whole tensor. */
-template <int kType>
-struct Chunk {
-  static constexpr int kColumns = chunk_columns(kType), kFours = kColumns / 4;
-  int4 data;
-  uint32_t scales;  // one f16, or scale and minimum
-
-  __device__ void load(const WeightView& w, uint32_t i) {
-    data = load_once(w.data + size_t{i} * 16);
-    if (kType == WKV_Q8_0) scales = load_scale(w.scales + i / 2);
-    if (kType == WKV_Q4_0) scales = load_scale(w.scales + i);
-    if (kType == WKV_Q4_1) scales = load_scale2(w.scales + size_t{i} * 2);
-  }
-  __device__ uint32_t word(int i) const { return static_cast<uint32_t>(i == 0 ? data.x : i == 1 ? data.y : i == 2 ? data.z : data.w); }
-
-  /** Columns 4 p to 4 p + 3. */
-  __device__ float4 four(int p) const {
-    if (kType == WKV_F32) return make_float4(__int_as_float(data.x), __int_as_float(data.y), __int_as_float(data.z), __int_as_float(data.w));
-    if (kType == WKV_F16) {
-      const uint32_t a = word(2 * p), b = word(2 * p + 1);
-      return make_float4(low_half(a), high_half(a), low_half(b), high_half(b));
-    }
-    if (kType == WKV_BF16) {
-      const uint32_t a = word(2 * p), b = word(2 * p + 1);
-      return make_float4(__uint_as_float(a << 16), __uint_as_float(a & 0xffff0000u), __uint_as_float(b << 16), __uint_as_float(b & 0xffff0000u));
-    }
-    const float s = low_half(scales), m = kType == WKV_Q4_1 ? high_half(scales) : 0.0f;
-    if (kType == WKV_Q8_0) {
-      const int32_t a = static_cast<int32_t>(word(p));
-      return make_float4((a << 24 >> 24) * s, (a << 16 >> 24) * s, (a << 8 >> 24) * s, (a >> 24) * s);
-    }
-    const int32_t a = static_cast<int32_t>(word(p % 4) >> (p / 4 * 4)), middle = kType == WKV_Q4_0 ? 8 : 0;
-    const auto wide = [&](int shift) { return fmaf(static_cast<float>((a >> shift & 15) - middle), s, m); };
-    return make_float4(wide(0), wide(8), wide(16), wide(24));
-  }
-
-  /** The product with the same columns of x in 8 bits: \`low\` as the words of data, Q4's high halves in \`high\`; of: scale and sum. */
-  __device__ float product(int4 low, int4 high, float2 of) const {
-    constexpr uint32_t kMask = kType == WKV_Q8_0 ? 0xffffffffu : 0x0f0f0f0fu;
-    int32_t dot = __dp4a(static_cast<int32_t>(data.x & kMask), low.x, 0);
-    dot = __dp4a(static_cast<int32_t>(data.y & kMask), low.y, dot);
-    dot = __dp4a(static_cast<int32_t>(data.z & kMask), low.z, dot);
-    dot = __dp4a(static_cast<int32_t>(data.w & kMask), low.w, dot);
-    if (kType != WKV_Q8_0) {
-      dot = __dp4a(static_cast<int32_t>(data.x >> 4 & kMask), high.x, dot);
-      dot = __dp4a(static_cast<int32_t>(data.y >> 4 & kMask), high.y, dot);
-      dot = __dp4a(static_cast<int32_t>(data.z >> 4 & kMask), high.z, dot);
-      dot = __dp4a(static_cast<int32_t>(data.w >> 4 & kMask), high.w, dot);
-    }
-    const float scale = low_half(scales);
-    float value = static_cast<float>(dot) * (scale * of.x);
-    if (kType == WKV_Q4_1) value = fmaf(high_half(scales), of.y, value);
-    if (kType == WKV_Q4_0) value = fmaf(scale, -8.0f * of.y, value);
-    return value;
-  }
-};
-
-/** 32 columns of a type of quants.h; chunk i of the whole tensor. */
-template <int kType>
-struct PieceChunk {
-  static constexpr wkv_form kForm = wkv_form_of(kType);
-  static constexpr int kColumns = 32, kFours = 8;
-  int4 data;         // with 2 low bits, its first half
-  int2 high;
-  uint32_t scales, subs;
-
-  __device__ void load(const WeightView& w, uint32_t i) {
-    if (kForm.low == 4) {
-      data = load_once(w.data + size_t{i} * 16);
-    } else {
-      const int2 both = load_once2(w.data + size_t{i} * 8);
-      data.x = both.x, data.y = both.y;
-    }
-    if (kForm.high == 1) high.x = static_cast<int32_t>(load_scale2(reinterpret_cast<const __half*>(w.high + size_t{i} * 4)));
-    if (kForm.high == 2) high = load_once2(w.high + size_t{i} * 8);
-    if (kForm.subs) subs = load_scale(reinterpret_cast<const __half*>(w.subs + i)), scales = load_scale2(w.scales + size_t{i / 8} * 2);
-    else scales = kForm.least ? load_scale2(w.scales + size_t{i} * 2) : load_scale(w.scales + i);
-  }
-
-  /** Columns 16 half + 4 v to + 3 as int8. */
-  __device__ int32_t word(int half, int v) const {
-    const auto pick = [&](int i) { return static_cast<uint32_t>(i == 0 ? data.x : i == 1 ? data.y : i == 2 ? data.z : data.w); };
-    uint32_t q = kForm.low == 4 ? pick(v) >> (half * 4) & 0x0f0f0f0fu : pick(half) >> (v * 2) & 0x03030303u;
-    if (kForm.high == 1) q |= (static_cast<uint32_t>(high.x) >> (half * 4 + v) & 0x01010101u) << kForm.low;
-    if (kForm.high == 2) q |= (static_cast<uint32_t>(half ? high.y : high.x) >> (v * 2) & 0x03030303u) << kForm.low;
-    if (kType == WKV_IQ4_NL) return static_cast<int32_t>(iq4_values(q));
-    return static_cast<int32_t>(kForm.middle ? __vsub4(q, kForm.middle * 0x01010101u) : q);
-  }
-
-  /** The product with the same columns of x in 8 bits, columns 0 to 15 in \`low\`; of: scale and sum. */
-  __device__ float product(int4 low, int4 high_x, float2 of) const {
-    const auto dot = [&](int half, int4 x) {
-      return __dp4a(word(half, 3), x.w, __dp4a(word(half, 2), x.z, __dp4a(word(half, 1), x.y, __dp4a(word(half, 0), x.x, 0))));
-    };
-    const float first = static_cast<float>(dot(0, low)), second = static_cast<float>(dot(1, high_x)), d = low_half(scales), least = high_half(scales);
-    const int32_t sub0 = static_cast<int32_t>(subs & 255), sub1 = static_cast<int32_t>(subs >> 8);
-    if (!kForm.subs) {
-      const float value = (first + second) * (d * of.x);
-      return kForm.least ? fmaf(least, of.y, value) : value;
-    }
-    if (kType == WKV_Q2_K) {
-      constexpr int32_t kOnes = 0x01010101;
-      const float sum = static_cast<float>(__dp4a(kOnes, low.w, __dp4a(kOnes, low.z, __dp4a(kOnes, low.y, __dp4a(kOnes, low.x, 0))))) * of.x;
-      const float value = (first * static_cast<float>(sub0 & 15) + second * static_cast<float>(sub1 & 15)) * (d * of.x);
-      return value - least * (static_cast<float>(sub0 >> 4) * sum + static_cast<float>(sub1 >> 4) * (of.y - sum));
-    }
-    if (kForm.least) return (first + second) * (d * static_cast<float>(sub0) * of.x) - least * static_cast<float>(sub1) * of.y;
-    return (first * static_cast<float>(static_cast<int8_t>(sub0)) + second * static_cast<float>(static_cast<int8_t>(sub1))) * (d * of.x);
-  }
-};
-
-template <int kType>
-using ChunkOf = std::conditional_t<wkv_has_pieces(kType), PieceChunk<kType>, Chunk<kType>>;
 
 /** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
  *  Floats: the p-th four columns of every chunk lie together. 8 bits: Q4 has the low halves of all blocks of 32, then the high halves;
@@ -8825,7 +9215,9 @@ void attend_wgmma(Context& ctx, const PrefillView& p) {
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 
+#include "chain.cuh"
 #include "cublaslt.cuh"
 
 namespace wkv {
@@ -9189,6 +9581,7 @@ int32_t wkv_graph_begin(int32_t context) {
     if (ctx.recording) fail(WKV_INVALID, "A graph is being recorded already");
     check(cudaStreamBeginCapture(ctx.stream, cudaStreamCaptureModeRelaxed), "Starting to record");
     ctx.recording = std::make_shared<Graph>();
+    ctx.chain = std::make_shared<Chain>();
     ctx.recording_failed = false;
   });
 }
@@ -9196,6 +9589,13 @@ int32_t wkv_graph_begin(int32_t context) {
 int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
   return entry(context, [&](Context& ctx) {
     require(ctx.recording != nullptr, "No graph is being recorded");
+    std::exception_ptr unlaunched;
+    try {
+      if (!ctx.recording_failed) ctx.flush();
+    } catch (...) {
+      unlaunched = std::current_exception();
+    }
+    ctx.chain.reset();
     const std::shared_ptr<Graph> graph = std::move(ctx.recording);
     ctx.recording.reset();
     cudaGraph_t captured = nullptr;
@@ -9203,6 +9603,7 @@ int32_t wkv_graph_end(int32_t context, int32_t* out, int32_t out_bytes) {
     const std::shared_ptr<void> owner(captured, [](void* g) {
       if (g) cudaGraphDestroy(static_cast<cudaGraph_t>(g));
     });
+    if (unlaunched) std::rethrow_exception(unlaunched);
     require(!ctx.recording_failed, "An op of the graph failed when it was recorded");
     check(error, "Recording a graph");
     require_buffer(out, out_bytes, 4, "out");

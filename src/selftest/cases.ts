@@ -51,7 +51,7 @@ export async function runCase(
     case "graph":
       return await runCacheCase(backend, row, random);
     default:
-      return runOpCase(backend, row, random);
+      return await runOpCase(backend, row, random);
   }
 }
 
@@ -68,13 +68,16 @@ function seedOf(name: string): number {
 export function isLarge(row: KernelCase): boolean {
   if ("times" in row) return row.times * row.budget > 5000;
   if (isHuge(row)) return true;
+  if (row.kernel === "chain") return row.width * row.hidden > 1e5;
   if ("outputs" in row) return row.rows * row.columns * row.outputs > 2e6;
   return "budget" in row && row.budget * row.headDim * row.sequences > 3e5;
 }
 
 /** Whether a row takes the CPU seconds, as some of a model's own sizes do. */
 export function isHuge(row: KernelCase): boolean {
-  if ("outputs" in row) return row.outputs * row.columns > 2e7;
+  if ("columns" in row && "outputs" in row) {
+    return row.outputs * row.columns > 2e7;
+  }
   if ("budget" in row && row.budget > 1e5) return true;
   // No other row has this many KV heads.
   return row.kernel === "attend" && row.kvHeads >= 8 &&
@@ -120,6 +123,8 @@ function kindOf(row: KernelCase): string | null {
       if (row.activation === "gelu-tanh") return null;
       if (row.dtype !== "Q4_1" || row.rows < 2 || row.outputs < 7) return null;
       return `${kernel} ${row.precision}`;
+    case "chain":
+      return row.width > 256 ? null : `${kernel} ${row.dtypes}`;
     case "sample":
       if (row.vocabulary !== 1000) return null;
       return `${kernel} ${row.temperature > 0}`;

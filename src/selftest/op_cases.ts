@@ -67,6 +67,28 @@ export interface GatedCase {
   tolerance: number;
 }
 
+/** The products of a layer between two attentions, recorded as one graph: a GPU may make one launch of them. */
+export interface ChainCase {
+  /** The kernel. */
+  kernel: "chain";
+  /** Type of the weights, or of those of the feed-forward part too. */
+  dtypes: Dtype | [Dtype, Dtype];
+  /** Columns of what attention gives. */
+  attended: number;
+  /** Columns between layers. */
+  width: number;
+  /** Columns inside the feed-forward part. */
+  hidden: number;
+  /** Rows of queries, keys and values: of one matrix, or of several. */
+  outputs: number | number[];
+  /** What the gate goes through. @default `"silu"` */
+  activation?: Activation;
+  /** Adds biases. */
+  bias?: boolean;
+  /** Relative error that is allowed. */
+  tolerance: number;
+}
+
 /** Rows of a table. */
 export interface EmbedCase {
   /** The kernel. */
@@ -179,6 +201,7 @@ export interface DivergenceCase {
 export type OpCase =
   | LinearCase
   | GatedCase
+  | ChainCase
   | EmbedCase
   | RmsnormCase
   | QkNormCase
@@ -402,6 +425,52 @@ const gated: GatedCase[] = [
   ),
 ];
 
+const chain: ChainCase[] = [
+  ...weightTypes.filter(isQuantised).flatMap((dtype) => {
+    // Of the K types rows are at least 256 columns.
+    const of = (columns: number) => wholeBlocks(dtype, columns);
+    const common = { kernel: "chain" as const, dtypes: dtype, tolerance };
+    return [
+      {
+        ...common,
+        attended: of(64),
+        width: of(128),
+        hidden: of(192),
+        outputs: 96,
+      },
+      {
+        ...common,
+        attended: of(576),
+        width: of(576),
+        hidden: of(1536),
+        outputs: [576, 192, 192],
+        bias: true,
+      },
+    ];
+  }),
+  // Rows that are not whole fours, columns that are not whole 64; several launches.
+  ...([[64, 64, 64, 99], [96, 160, 224, 64], [576, 1024, 4096, 960]] as const)
+    .map(([attended, width, hidden, outputs]): ChainCase => ({
+      kernel: "chain",
+      dtypes: "Q4_1",
+      attended,
+      width,
+      hidden,
+      outputs,
+      activation: "gelu-tanh",
+      tolerance,
+    })),
+  {
+    kernel: "chain",
+    dtypes: ["Q8_0", "Q4_0"],
+    attended: 576,
+    width: 576,
+    hidden: 1536,
+    outputs: 960,
+    tolerance,
+  },
+];
+
 const embed: EmbedCase[] = weightTypes.flatMap((dtype) =>
   [1, 7, 40].map((rows): EmbedCase => ({
     kernel: "embed",
@@ -507,6 +576,7 @@ export const opCases: OpCase[] = [
   ...gated,
   ...skinny,
   ...passes,
+  ...chain,
   ...embed,
   ...rmsnorm,
   ...qkNorm,

@@ -19,6 +19,7 @@ import { type Finding, Findings, sameBytes } from "./findings.ts";
 import { matrix } from "./matrix.ts";
 import { type Random, relativeError } from "./numbers.ts";
 import type {
+  ChainCase,
   DivergenceCase,
   EmbedCase,
   GatedCase,
@@ -36,11 +37,11 @@ type Numbers = Float32Array<ArrayBuffer>;
 const EPSILON = 1e-5;
 
 /** Runs the row. */
-export function runOpCase(
+export async function runOpCase(
   backend: Backend,
   row: OpCase,
   random: Random,
-): Finding[] {
+): Promise<Finding[]> {
   const found = new Findings();
   switch (row.kernel) {
     case "linear":
@@ -48,6 +49,9 @@ export function runOpCase(
       break;
     case "gated":
       checkGated(backend, row, random, found);
+      break;
+    case "chain":
+      await checkChain(backend, row, random, found);
       break;
     case "embed":
       checkEmbed(backend, row, random, found);
@@ -299,6 +303,122 @@ function checkGated(
       sameBytes(single.floats(), actual.slice(r * outputs, (r + 1) * outputs)),
     );
   }
+}
+
+/**
+ * Each product beside its formula of what the graph's products before left, which
+ * graphs of the first of them give away: x is written twice.
+ */
+async function checkChain(
+  backend: Backend,
+  row: ChainCase,
+  random: Random,
+  found: Findings,
+): Promise<void> {
+  const { attended, width, hidden, activation } = row;
+  const [dtype, inner] = Array.isArray(row.dtypes)
+    ? row.dtypes
+    : [row.dtypes, row.dtypes];
+  const parts = [row.outputs].flat();
+  using stack = new DisposableStack();
+  const weight = (
+    dtype: Dtype,
+    rows: number,
+    columns: number,
+    biased = row.bias,
+  ) => {
+    const made = stack.use(matrix(backend, random, dtype, rows, columns));
+    const biases = biased ? random.normals(rows) : new Float32Array(rows);
+    const bias = biased ? stack.use(Tensor.from(backend, biases)) : undefined;
+    const product = (x: Float64Array) =>
+      made.rows.map((w, j) => dot(x, w) + biases[j]!);
+    return { w: made.tensor, bias, product };
+  };
+  const normOf = (scale: number) => {
+    const numbers = random.normals(width).map((x) => scale * (1 + x / 4));
+    return {
+      of: (x: Numbers) => rounded(normed(x, numbers)),
+      norm: {
+        weight: stack.use(Tensor.from(backend, numbers)),
+        epsilon: EPSILON,
+      },
+    };
+  };
+  const output = weight(dtype, width, attended);
+  const gate = weight(inner, hidden, width, false);
+  const up = weight(inner, hidden, width, false);
+  const down = weight(inner, width, hidden);
+  const last = parts.map((rows) => weight(dtype, rows, width));
+  const [before, behind] = [normOf(1 / 8), normOf(1)];
+  const x0 = random.normals(width), from = input(random, 1, attended);
+  const x = stack.use(Tensor.from(backend, x0));
+  const given = stack.use(Tensor.from(backend, from));
+  const inside = stack.use(new Tensor(backend, "F32", 1, hidden));
+  const total = parts.reduce((a, b) => a + b);
+  const out = stack.use(new Tensor(backend, "F32", 1, total));
+  const common = { rows: 1, precision: "int8" as const };
+
+  const ops = [
+    () =>
+      linear(backend, x, given, output.w, {
+        ...common,
+        bias: output.bias,
+        add: true,
+      }),
+    () =>
+      gated(backend, inside, x, gate.w, up.w, {
+        ...common,
+        norm: before.norm,
+        activation,
+      }),
+    () =>
+      linear(backend, x, inside, down.w, {
+        ...common,
+        bias: down.bias,
+        add: true,
+      }),
+    () => {
+      let outColumn = 0;
+      for (const { w, bias } of last) {
+        linear(backend, out, x, w, {
+          ...common,
+          norm: behind.norm,
+          bias,
+          outColumn,
+        });
+        outColumn += w.rows;
+      }
+    },
+  ];
+  /** What a graph of the first `count` leaves: x, the inner part and the last. */
+  const run = async (count: number): Promise<Numbers[]> => {
+    using graph = backend.record(() => ops.slice(0, count).forEach((f) => f()));
+    x.write(x0);
+    await graph.run();
+    return [x.floats(), inside.floats(), out.floats()];
+  };
+  const [x1] = await run(1);
+  const [same, h] = await run(2);
+  const [x2, h2, results] = await run(4);
+  found.must("bytes of shorter graphs", sameBytes(x1!, same!));
+  found.must("bytes of shorter graphs", sameBytes(h!, h2!));
+  const repeated = await run(4);
+  found.must("bytes of a repeated run", sameBytes(results!, repeated[2]!));
+
+  const sum = (a: Numbers, b: number[]) => b.map((y, j) => a[j]! + y);
+  const note = (quantity: string, actual: Numbers, expected: number[]) =>
+    found.note(quantity, relativeError(actual, expected), row.tolerance);
+  const wide = (numbers: Numbers) => rounded(Float64Array.from(numbers));
+  note("chain, output", x1!, sum(x0, output.product(wide(from))));
+  const normedX = before.of(x1!), ups = up.product(normedX);
+  note(
+    "chain, gated",
+    h!,
+    gate.product(normedX).map((g, j) => activated(g, activation) * ups[j]!),
+  );
+  note("chain, down", x2!, sum(x1!, down.product(wide(h!))));
+  const end = behind.of(x2!);
+  note("chain, last", results!, last.flatMap(({ product }) => product(end)));
 }
 
 function checkEmbed(

@@ -1,0 +1,45 @@
+/** chain.cuh: products of one row that are recorded one after another, and may become one launch (chain.cu). */
+#pragma once
+#include <vector>
+
+#include "linear.cuh"
+
+namespace wkv {
+
+constexpr int32_t kMostLinks = 8;  // of a chain
+
+/** One product, as the kernel sees it. Places are bytes of a block's shared memory, -1 for none. */
+struct Link {
+  WeightView w, up;  // w . x, or gated with up where up has data
+  const float *x, *norm, *bias;
+  float* out;
+  float epsilon;
+  int32_t add, activation;
+  uint32_t after;                 // the links that gave what this one reads, a bit each
+  int32_t x_at, out_at;           // x, and the result where another link reads it: whole, in every block
+  int32_t norm_at, bias_at;       // bias: of this block's rows
+  int32_t old_at;                 // what the result is added to: whole, or of this block's rows where no link gave it
+  int32_t w_at, up_at;            // this block's rows of the weights, plane behind plane
+  bool reads_x, reads_old;        // from global memory
+};
+
+struct ChainView {
+  int32_t count, rounded_at, rounded_bytes;  // two areas for x in 8 bits, used in turn
+  Link links[kMostLinks];
+};
+
+/** What is recorded and not launched yet. */
+class Chain {
+ public:
+  /** Takes a product in; false, and nothing changed, where it must be launched by itself. */
+  bool take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to);
+  /** Launches what was taken in. */
+  void launch(Context& ctx);
+  void clear() { view_.count = used_ = widest_ = 0; }
+
+ private:
+  ChainView view_{};
+  int32_t used_ = 0, widest_ = 0;  // bytes of shared memory; columns of the widest x
+};
+
+}  // namespace wkv
