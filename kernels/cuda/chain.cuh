@@ -19,7 +19,8 @@ struct Link {
   int32_t x_at, out_at;           // x, and the result where another link reads it: whole, in every block
   int32_t norm_at, bias_at;       // bias: of this block's rows
   int32_t old_at;                 // what the result is added to: whole, or of this block's rows where no link gave it
-  int32_t w_at, up_at;            // this block's rows of the weights, plane behind plane
+  int32_t own;                    // rows of a block, at most: block b has the b-th of them
+  int32_t row_bytes[4], w_at[4], up_at[4];  // by plane, as WeightView's: a row's; where this block's rows of the weights lie
   bool reads_x, reads_old;        // from global memory
 };
 

@@ -7,34 +7,32 @@ namespace wkv {
 /** Where a chunk is read: in global memory, once, or in shared memory. */
 enum class From { Global, Shared };
 
-__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
 template <From kFrom>
 __device__ inline int4 load16(const void* from) {
+  if constexpr (kFrom == From::Shared) return *static_cast<const int4*>(from);
   int4 v;
-  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-  else asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(from)));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
 }
 template <From kFrom>
 __device__ inline int2 load8(const void* from) {
+  if constexpr (kFrom == From::Shared) return *static_cast<const int2*>(from);
   int2 v;
-  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
-  else asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared_address(from)));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
   return v;
 }
 template <From kFrom>
 __device__ inline uint32_t load4(const void* from) {
+  if constexpr (kFrom == From::Shared) return *static_cast<const uint32_t*>(from);
   uint32_t v;
-  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
-  else asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(from)));
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
   return v;
 }
 template <From kFrom>
 __device__ inline uint32_t load2(const void* from) {
+  if constexpr (kFrom == From::Shared) return *static_cast<const uint16_t*>(from);
   uint16_t v;
-  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
-  else asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared_address(from)));
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
   return v;
 }
 

@@ -3086,19 +3086,6 @@ __device__ inline uint32_t ordered(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// ---- items: each lane reads only what it asked for itself ----
-
-/** Brings 16 bytes from global to shared memory, or zeros. */
-__device__ inline void bring(uint4* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
-}
-__device__ inline void close_item() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/** Waits until at most kCount of the newest items are on their way. */
-template <int kCount>
-__device__ inline void await_items() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
-}
-
 // ---- a block's share of a step ----
 
 /**
@@ -4939,22 +4926,11 @@ void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const 
 namespace wkv {
 namespace {
 
-constexpr int kBlocks = 16, kThreads = 512, kWarps = kThreads / 32, kQuad = 4;  // rows that a warp takes at once
-
-/** A block's quads of \`rows\` rows: at most this many, of which block b has the b-th. */
-__host__ __device__ inline int32_t quads_of(int32_t rows) { return (rows / kQuad + kBlocks - 1) / kBlocks; }
-
-/** Bytes of a plane that \`rows\` rows have. */
-struct PlaneBytes {
-  int32_t data, scales, high, subs;
-  __host__ __device__ PlaneBytes(const WeightView& w, int32_t rows)
-      : data(rows * (w.columns / 32) * data_bytes(w.dtype)), scales(rows * (w.columns / scale_columns(w.dtype)) * scale_bytes(w.dtype)), high(rows * (w.columns / 32) * high_bytes(w.dtype)), subs(rows * (w.columns / 32) * subs_bytes(w.dtype)) {}
-  __host__ __device__ int32_t all() const { return data + scales + high + subs; }
-};
+constexpr int kBlocks = 16, kThreads = 512, kWarps = kThreads / 32, kQuad = 4, kLanes = 32 / kQuad;  // rows that a warp takes at once, and lanes of each
 
 /** Calls body with a quantised type as a constant. */
 template <typename Body>
-__device__ inline float by_quantised(int32_t dtype, const Body& body) {
+__device__ inline void by_quantised(int32_t dtype, const Body& body) {
   switch (dtype) {
     case WKV_Q8_0: return body(std::integral_constant<int, WKV_Q8_0>());
     case WKV_Q4_0: return body(std::integral_constant<int, WKV_Q4_0>());
@@ -4970,47 +4946,35 @@ __device__ inline float by_quantised(int32_t dtype, const Body& body) {
   }
 }
 
-/** Has bytes brought to shared memory, which a barrier counts; whole 16 bytes. */
-__device__ inline void bring_bulk(uint8_t* to, const void* from, int32_t bytes, uint64_t* barrier) {
+/** A block's rows of a link's weights and result. */
+struct Mine {
+  int32_t first, rows;
+  __device__ Mine(const Link& link, int32_t block) : first(min(link.w.rows, block * link.own)), rows(min(link.w.rows - first, link.own)) {}
+};
+
+/** The planes of a weight. */
+struct PlanesOf {
+  const uint8_t* at[4];
+  WKV_HD explicit PlanesOf(const WeightView& w) : at{w.data, reinterpret_cast<const uint8_t*>(w.scales), w.high, reinterpret_cast<const uint8_t*>(w.subs)} {}
+};
+
+/** Has this block's rows of a weight brought to its shared memory, which a barrier counts. */
+__device__ inline void bring_rows(const Link& link, const WeightView& w, const int32_t (&at)[4], const Mine& mine, uint8_t* shared, uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  if (bytes > 0) asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+  const PlanesOf planes(w);
+#pragma unroll
+  for (int p = 0; p < 4; p++) {
+    const int32_t bytes = mine.rows * link.row_bytes[p];
+    if (bytes == 0) continue;
+    const uint8_t* from = planes.at[p] + int64_t{mine.first} * link.row_bytes[p];
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared + at[p]))), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+  }
 #endif
 }
 
-/** A block's rows of a weight, in its shared memory from \`at\` on. */
-__device__ inline WeightView kept_weight(const WeightView& w, uint8_t* at, int32_t rows) {
-  const PlaneBytes bytes(w, rows);
-  WeightView kept = w;
-  kept.data = at;
-  kept.scales = reinterpret_cast<const __half*>(at + bytes.data);
-  kept.high = at + bytes.data + bytes.scales;
-  kept.subs = reinterpret_cast<const uint16_t*>(at + bytes.data + bytes.scales + bytes.high);
-  return kept;
-}
-
-/** Has them brought. */
-__device__ inline void bring_weight(const WeightView& w, uint8_t* at, int32_t first, int32_t rows, uint64_t* barrier) {
-  const PlaneBytes skipped(w, first), bytes(w, rows);
-  bring_bulk(at, w.data + skipped.data, bytes.data, barrier);
-  bring_bulk(at += bytes.data, reinterpret_cast<const uint8_t*>(w.scales) + skipped.scales, bytes.scales, barrier);
-  bring_bulk(at += bytes.scales, w.high + skipped.high, bytes.high, barrier);
-  bring_bulk(at += bytes.high, reinterpret_cast<const uint8_t*>(w.subs) + skipped.subs, bytes.subs, barrier);
-}
-
-/** This lane's part of the product of a row with x in 8 bits, laid out as in matvec.cu: every eighth chunk. */
-template <int kType>
-__device__ inline float part_of_row(const WeightView& w, int32_t row, const int4* x) {
-  constexpr int kColumns = ChunkOf<kType>::kColumns;
-  const int32_t chunks = w.columns / kColumns;
-  const float2* scales = reinterpret_cast<const float2*>(x + w.columns / 16);
-  float total = 0.0f;
-#pragma unroll 3
-  for (int32_t at = threadIdx.x % 8; at < chunks; at += 8) {
-    ChunkOf<kType> chunk;
-    chunk.template load<From::Shared>(w, row * chunks + at);
-    total += chunk.product(x[at], kType == WKV_Q8_0 ? make_int4(0, 0, 0, 0) : x[chunks + at], scales[at * kColumns / 32]);
-  }
-  return total;
+/** A weight as it lies in shared memory. */
+__device__ inline WeightView kept_weight(const WeightView& w, const int32_t (&at)[4], uint8_t* shared) {
+  return {w.dtype, w.rows, w.columns, shared + at[0], reinterpret_cast<const __half*>(shared + at[1]), shared + at[2], reinterpret_cast<const uint16_t*>(shared + at[3])};
 }
 
 /** x, normed, into shared memory in 8 bits; each warp that takes part sums up the squares for itself. */
@@ -5045,13 +5009,51 @@ __device__ inline void round_x(const Link& link, const float4* x, const float4* 
   }
 }
 
+/** This block's part of a link's result; x lies in 8 bits as in matvec.cu. */
+template <int kType, bool kGated>
+__device__ inline void multiply(const Link& link, const Mine& mine, uint8_t* shared, const int4* x, const uint64_t* given) {
+  constexpr int kColumns = ChunkOf<kType>::kColumns;
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = link.w.columns / kColumns, turns = (chunks + kLanes - 1) / kLanes;
+  const WeightView w = kept_weight(link.w, link.w_at, shared), up = kept_weight(link.up, link.up_at, shared);
+  const float2* scales = reinterpret_cast<const float2*>(x + link.w.columns / 16);
+  for (int32_t quad = warp; quad * kQuad < mine.rows; quad += kWarps) {
+    const int32_t row = quad * kQuad + lane / kLanes;
+    float value = 0.0f, other = 0.0f;
+#pragma unroll 3
+    for (int32_t turn = 0; turn < turns; turn++) {  // the same in all lanes
+      const int32_t at = turn * kLanes + lane % kLanes, here = min(at, chunks - 1);
+      const int4 low = x[here], high = kType == WKV_Q8_0 ? make_int4(0, 0, 0, 0) : x[chunks + here];
+      float2 of = scales[here * kColumns / 32];
+      if (at >= chunks) of = make_float2(0.0f, 0.0f);
+      ChunkOf<kType> chunk;
+      chunk.template load<From::Shared>(w, row * chunks + here);
+      value += chunk.product(low, high, of);
+      if (!kGated) continue;
+      chunk.template load<From::Shared>(up, row * chunks + here);
+      other += chunk.product(low, high, of);
+    }
+#pragma unroll
+    for (int o = kLanes / 2; o > 0; o >>= 1) {
+      value += __shfl_xor_sync(0xffffffffu, value, o);
+      if (kGated) other += __shfl_xor_sync(0xffffffffu, other, o);
+    }
+    if (kGated) value = activate(link.activation, value, other);
+    if (link.bias) value += reinterpret_cast<const float*>(shared + link.bias_at)[row];
+    if (link.add) value += reinterpret_cast<const float*>(shared + link.old_at)[link.reads_old ? row : mine.first + row];
+    float4 four;
+    four.x = __shfl_sync(0xffffffffu, value, 0), four.y = __shfl_sync(0xffffffffu, value, kLanes);
+    four.z = __shfl_sync(0xffffffffu, value, 2 * kLanes), four.w = __shfl_sync(0xffffffffu, value, 3 * kLanes);
+    const int32_t at = mine.first / kQuad + quad;
+    if (link.out_at >= 0 && lane < kBlocks) push(reinterpret_cast<const float4*>(shared + link.out_at) + at, four, given, lane);
+    if (lane == kBlocks) reinterpret_cast<float4*>(link.out)[at] = four;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constant__ ChainView chain) {
   extern __shared__ int4 shared16[];
   __shared__ uint64_t brought[kMostLinks], given[kMostLinks];  // barriers: a link's weights are here; its result is, from all blocks
   uint8_t* shared = reinterpret_cast<uint8_t*>(shared16);
-  const int32_t tid = threadIdx.x, warp = tid / 32, lane = tid % 32, block = blockIdx.x;
-  const auto first_of = [&](const Link& link) { return min(link.w.rows, block * quads_of(link.w.rows) * kQuad); };
-  const auto rows_of = [&](const Link& link) { return min(link.w.rows - first_of(link), quads_of(link.w.rows) * kQuad); };
+  const int32_t tid = threadIdx.x, block = blockIdx.x;
 
   if (tid == 0) {
     for (int32_t i = 0; i < chain.count; i++) open_barrier(&brought[i]), open_barrier(&given[i]);
@@ -5061,38 +5063,42 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   if (tid == 0) {
     for (int32_t i = 0; i < chain.count; i++) {
       const Link& link = chain.links[i];
-      const int32_t first = first_of(link), rows = rows_of(link);
-      expect(&brought[i], PlaneBytes(link.w, rows).all() + (link.up.data ? PlaneBytes(link.up, rows).all() : 0));
+      const Mine mine(link, block);
+      expect(&brought[i], mine.rows * (link.row_bytes[0] + link.row_bytes[1] + link.row_bytes[2] + link.row_bytes[3]) * (link.up.data ? 2 : 1));
       if (link.out_at >= 0) expect(&given[i], link.w.rows * 4);
-      bring_weight(link.w, shared + link.w_at, first, rows, &brought[i]);
-      if (link.up.data) bring_weight(link.up, shared + link.up_at, first, rows, &brought[i]);
+      bring_rows(link, link.w, link.w_at, mine, shared, &brought[i]);
+      if (link.up.data) bring_rows(link, link.up, link.up_at, mine, shared, &brought[i]);
     }
   }
   for (int32_t i = 0; i < chain.count; i++) {  // into the second-level cache
     const Link& link = chain.links[i];
+    const Mine mine(link, block);
     if (link.norm && tid * 32 < link.w.columns) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.norm + tid * 32) : "memory");
-    if (link.bias && tid * 32 < rows_of(link)) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.bias + first_of(link) + tid * 32) : "memory");
+    if (link.bias && tid * 32 < mine.rows) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.bias + mine.first + tid * 32) : "memory");
   }
 
   wait_for_previous();
   let_next_start();
   for (int32_t i = 0; i < chain.count; i++) {
     const Link& link = chain.links[i];
+    const Mine mine(link, block);
     const auto copy = [&](int32_t at, const float* from, int32_t count) {
-      for (int32_t k = tid; k < count / 4; k += kThreads) reinterpret_cast<float4*>(shared + at)[k] = __ldcg(reinterpret_cast<const float4*>(from) + k);
+      for (int32_t k = tid; k < count / 4; k += kThreads) bring(reinterpret_cast<uint4*>(shared + at) + k, from + k * 4, true);
     };
     if (link.reads_x) copy(link.x_at, link.x, link.w.columns);
     if (link.norm) copy(link.norm_at, link.norm, link.w.columns);
-    if (link.bias) copy(link.bias_at, link.bias + first_of(link), rows_of(link));
-    if (link.reads_old) copy(link.old_at, link.out + first_of(link), rows_of(link));
+    if (link.bias) copy(link.bias_at, link.bias + mine.first, mine.rows);
+    if (link.reads_old) copy(link.old_at, link.out + mine.first, mine.rows);
   }
+  close_item();
+  await_items<0>();
   __syncthreads();
   await_begun();
 
 #pragma unroll 1
   for (int32_t i = 0; i < chain.count; i++) {
     const Link& link = chain.links[i];
-    const int32_t first = first_of(link), rows = rows_of(link);
+    const Mine mine(link, block);
     for (int32_t k = 0; k < i; k++) {
       if (link.after >> k & 1) await(&given[k]);
     }
@@ -5100,27 +5106,10 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
     round_x(link, reinterpret_cast<const float4*>(shared + link.x_at), link.norm ? reinterpret_cast<const float4*>(shared + link.norm_at) : nullptr, rounded);
     await(&brought[i]);
     __syncthreads();
-
-    const auto product = [&](const WeightView& w, int32_t at, int32_t row) {
-      const WeightView kept = kept_weight(w, shared + at, rows);
-      float total = by_quantised(w.dtype, [&](auto type) { return part_of_row<type.value>(kept, row, rounded); });
-#pragma unroll
-      for (int o = 4; o > 0; o >>= 1) total += __shfl_xor_sync(0xffffffffu, total, o);
-      return total;
-    };
-    for (int32_t quad = warp; quad * kQuad < rows; quad += kWarps) {
-      const int32_t row = quad * kQuad + lane / 8;
-      float value = product(link.w, link.w_at, row);
-      if (link.up.data) value = activate(link.activation, value, product(link.up, link.up_at, row));
-      if (link.bias) value += reinterpret_cast<const float*>(shared + link.bias_at)[row];
-      if (link.add) value += reinterpret_cast<const float*>(shared + link.old_at)[link.reads_old ? row : first + row];
-      float4 four;
-      four.x = __shfl_sync(0xffffffffu, value, 0), four.y = __shfl_sync(0xffffffffu, value, 8);
-      four.z = __shfl_sync(0xffffffffu, value, 16), four.w = __shfl_sync(0xffffffffu, value, 24);
-      const int32_t at = first / kQuad + quad;
-      if (link.out_at >= 0 && lane < kBlocks) push(reinterpret_cast<const float4*>(shared + link.out_at) + at, four, &given[i], lane);
-      if (lane == kBlocks) reinterpret_cast<float4*>(link.out)[at] = four;
-    }
+    by_quantised(link.w.dtype, [&](auto type) {
+      if (link.up.data) multiply<type.value, true>(link, mine, shared, rounded, &given[i]);
+      else multiply<type.value, false>(link, mine, shared, rounded, &given[i]);
+    });
   }
   // Before a block ends, all that others push into its memory must have come.
   for (int32_t i = 0; i < chain.count; i++) {
@@ -5144,7 +5133,9 @@ bool whole16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0;
 bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
   if (view_.count == kMostLinks || ctx.capability < 90 || in.rows != 1 || !suits(w) || (up.data && up.dtype != w.dtype) || !whole16(in.x) || !whole16(to.out)) return false;
   const Span reads(in.x, in.columns), writes(to.out, w.rows);
-  Link link{w, up, in.x, in.norm, to.bias, to.out, in.epsilon, to.add, to.activation, 0, -1, -1, -1, -1, -1, -1, -1, true, to.add != 0};
+  Link link{};
+  link.w = w, link.up = up, link.x = in.x, link.norm = in.norm, link.bias = to.bias, link.out = to.out;
+  link.epsilon = in.epsilon, link.add = to.add, link.activation = to.activation, link.out_at = -1;
   if (reads.meets(writes)) return false;
 
   int32_t gives_x = -1, gives_old = -1;
@@ -5169,7 +5160,9 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
     used += static_cast<int32_t>(round_up(size_t(bytes), 128));
     return at;
   };
-  const int32_t own = quads_of(w.rows) * kQuad;
+  link.own = divide_up(w.rows, kQuad * kBlocks) * kQuad;
+  const int32_t pieces = w.columns / 32;
+  const int32_t row_bytes[4] = {pieces * data_bytes(w.dtype), w.columns / scale_columns(w.dtype) * scale_bytes(w.dtype), pieces * high_bytes(w.dtype), pieces * subs_bytes(w.dtype)};
   int32_t outs[2] = {gives_x, gives_old}, at[2] = {-1, -1};
   for (int k = 0; k < 2; k++) {
     if (outs[k] < 0) continue;
@@ -5179,11 +5172,13 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
   }
   link.reads_x = gives_x < 0, link.x_at = gives_x < 0 ? room(in.columns * 4) : at[0];
   link.reads_old = to.add && gives_old < 0;
-  if (to.add) link.old_at = gives_old < 0 ? room(own * 4) : at[1];
+  if (to.add) link.old_at = gives_old < 0 ? room(link.own * 4) : at[1];
   if (in.norm) link.norm_at = room(in.columns * 4);
-  if (to.bias) link.bias_at = room(own * 4);
-  link.w_at = room(PlaneBytes(w, own).all());
-  if (up.data) link.up_at = room(PlaneBytes(up, own).all());
+  if (to.bias) link.bias_at = room(link.own * 4);
+  for (int p = 0; p < 4; p++) {
+    link.row_bytes[p] = row_bytes[p], link.w_at[p] = room(link.own * row_bytes[p]);
+    if (up.data) link.up_at[p] = room(link.own * row_bytes[p]);
+  }
   const int32_t widest = std::max(widest_, in.columns), rounded = static_cast<int32_t>(round_up(size_t(widest) + widest / 4, 128));
   if (used + 2 * rounded + 1024 > ctx.shared_limit) return false;
 
@@ -5240,7 +5235,8 @@ struct Link {
   int32_t x_at, out_at;           // x, and the result where another link reads it: whole, in every block
   int32_t norm_at, bias_at;       // bias: of this block's rows
   int32_t old_at;                 // what the result is added to: whole, or of this block's rows where no link gave it
-  int32_t w_at, up_at;            // this block's rows of the weights, plane behind plane
+  int32_t own;                    // rows of a block, at most: block b has the b-th of them
+  int32_t row_bytes[4], w_at[4], up_at[4];  // by plane, as WeightView's: a row's; where this block's rows of the weights lie
   bool reads_x, reads_old;        // from global memory
 };
 
@@ -5274,34 +5270,32 @@ namespace wkv {
 /** Where a chunk is read: in global memory, once, or in shared memory. */
 enum class From { Global, Shared };
 
-__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
 template <From kFrom>
 __device__ inline int4 load16(const void* from) {
+  if constexpr (kFrom == From::Shared) return *static_cast<const int4*>(from);
   int4 v;
-  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-  else asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(from)));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
 }
 template <From kFrom>
 __device__ inline int2 load8(const void* from) {
+  if constexpr (kFrom == From::Shared) return *static_cast<const int2*>(from);
   int2 v;
-  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
-  else asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared_address(from)));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
   return v;
 }
 template <From kFrom>
 __device__ inline uint32_t load4(const void* from) {
+  if constexpr (kFrom == From::Shared) return *static_cast<const uint32_t*>(from);
   uint32_t v;
-  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
-  else asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(from)));
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
   return v;
 }
 template <From kFrom>
 __device__ inline uint32_t load2(const void* from) {
+  if constexpr (kFrom == From::Shared) return *static_cast<const uint16_t*>(from);
   uint16_t v;
-  if constexpr (kFrom == From::Global) asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
-  else asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared_address(from)));
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
   return v;
 }
 
@@ -5797,6 +5791,19 @@ __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Copies on their way to shared memory: each lane waits for what it asked for itself.
+
+/** Brings 16 bytes from global to shared memory, or zeros. */
+__device__ inline void bring(uint4* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
+}
+__device__ inline void close_item() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/** Waits until at most kCount of the newest items are on their way. */
+template <int kCount>
+__device__ inline void await_items() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
 }
 
 __device__ inline float warp_sum(float x) {
