@@ -4926,25 +4926,8 @@ void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const 
 namespace wkv {
 namespace {
 
+constexpr int32_t kOwnShared = 4096;  // bytes that the kernel declares itself, at most
 constexpr int kBlocks = 16, kThreads = 512, kWarps = kThreads / 32, kQuad = 4, kLanes = 32 / kQuad;  // rows that a warp takes at once, and lanes of each
-
-/** Calls body with a quantised type as a constant. */
-template <typename Body>
-__device__ inline void by_quantised(int32_t dtype, const Body& body) {
-  switch (dtype) {
-    case WKV_Q8_0: return body(std::integral_constant<int, WKV_Q8_0>());
-    case WKV_Q4_0: return body(std::integral_constant<int, WKV_Q4_0>());
-    case WKV_Q4_1: return body(std::integral_constant<int, WKV_Q4_1>());
-    case WKV_Q5_0: return body(std::integral_constant<int, WKV_Q5_0>());
-    case WKV_Q5_1: return body(std::integral_constant<int, WKV_Q5_1>());
-    case WKV_Q2_K: return body(std::integral_constant<int, WKV_Q2_K>());
-    case WKV_Q3_K: return body(std::integral_constant<int, WKV_Q3_K>());
-    case WKV_Q4_K: return body(std::integral_constant<int, WKV_Q4_K>());
-    case WKV_Q5_K: return body(std::integral_constant<int, WKV_Q5_K>());
-    case WKV_Q6_K: return body(std::integral_constant<int, WKV_Q6_K>());
-    default: return body(std::integral_constant<int, WKV_IQ4_NL>());
-  }
-}
 
 /** A block's rows of a link's weights and result. */
 struct Mine {
@@ -4989,7 +4972,7 @@ __device__ inline void round_x(const Link& link, const float4* x, const float4* 
       const float4 v = x[i];
       squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
     }
-    scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(link.w.columns) + link.epsilon);
+    scale = rsqrtf(warp_sum(squares) / static_cast<float>(link.w.columns) + link.epsilon);
   }
   int32_t* words = reinterpret_cast<int32_t*>(to);
   float2* scales = reinterpret_cast<float2*>(to + link.w.columns / 16);
@@ -5049,20 +5032,24 @@ __device__ inline void multiply(const Link& link, const Mine& mine, uint8_t* sha
   }
 }
 
+template <int kType>
 __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constant__ ChainView chain) {
   extern __shared__ int4 shared16[];
   __shared__ uint64_t brought[kMostLinks], given[kMostLinks];  // barriers: a link's weights are here; its result is, from all blocks
   uint8_t* shared = reinterpret_cast<uint8_t*>(shared16);
   const int32_t tid = threadIdx.x, block = blockIdx.x;
+  // Read once from here, each link's numbers would be waited for where they are needed.
+  __shared__ Link links[kMostLinks];
+  for (int32_t k = tid; k < chain.count * static_cast<int32_t>(sizeof(Link) / 8); k += kThreads) reinterpret_cast<uint64_t*>(links)[k] = reinterpret_cast<const uint64_t*>(chain.links)[k];
 
   if (tid == 0) {
     for (int32_t i = 0; i < chain.count; i++) open_barrier(&brought[i]), open_barrier(&given[i]);
   }
-  __syncwarp();
+  __syncthreads();
   say_begun();
   if (tid == 0) {
     for (int32_t i = 0; i < chain.count; i++) {
-      const Link& link = chain.links[i];
+      const Link& link = links[i];
       const Mine mine(link, block);
       expect(&brought[i], mine.rows * (link.row_bytes[0] + link.row_bytes[1] + link.row_bytes[2] + link.row_bytes[3]) * (link.up.data ? 2 : 1));
       if (link.out_at >= 0) expect(&given[i], link.w.rows * 4);
@@ -5071,7 +5058,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
     }
   }
   for (int32_t i = 0; i < chain.count; i++) {  // into the second-level cache
-    const Link& link = chain.links[i];
+    const Link& link = links[i];
     const Mine mine(link, block);
     if (link.norm && tid * 32 < link.w.columns) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.norm + tid * 32) : "memory");
     if (link.bias && tid * 32 < mine.rows) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.bias + mine.first + tid * 32) : "memory");
@@ -5080,7 +5067,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   wait_for_previous();
   let_next_start();
   for (int32_t i = 0; i < chain.count; i++) {
-    const Link& link = chain.links[i];
+    const Link& link = links[i];
     const Mine mine(link, block);
     const auto copy = [&](int32_t at, const float* from, int32_t count) {
       for (int32_t k = tid; k < count / 4; k += kThreads) bring(reinterpret_cast<uint4*>(shared + at) + k, from + k * 4, true);
@@ -5097,7 +5084,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
 
 #pragma unroll 1
   for (int32_t i = 0; i < chain.count; i++) {
-    const Link& link = chain.links[i];
+    const Link& link = links[i];
     const Mine mine(link, block);
     for (int32_t k = 0; k < i; k++) {
       if (link.after >> k & 1) await(&given[k]);
@@ -5106,14 +5093,12 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
     round_x(link, reinterpret_cast<const float4*>(shared + link.x_at), link.norm ? reinterpret_cast<const float4*>(shared + link.norm_at) : nullptr, rounded);
     await(&brought[i]);
     __syncthreads();
-    by_quantised(link.w.dtype, [&](auto type) {
-      if (link.up.data) multiply<type.value, true>(link, mine, shared, rounded, &given[i]);
-      else multiply<type.value, false>(link, mine, shared, rounded, &given[i]);
-    });
+    if (link.up.data) multiply<kType, true>(link, mine, shared, rounded, &given[i]);
+    else multiply<kType, false>(link, mine, shared, rounded, &given[i]);
   }
   // Before a block ends, all that others push into its memory must have come.
   for (int32_t i = 0; i < chain.count; i++) {
-    if (chain.links[i].out_at >= 0) await(&given[i]);
+    if (links[i].out_at >= 0) await(&given[i]);
   }
 }
 
@@ -5131,7 +5116,7 @@ bool whole16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0;
 }  // namespace
 
 bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (view_.count == kMostLinks || ctx.capability < 90 || in.rows != 1 || !suits(w) || (up.data && up.dtype != w.dtype) || !whole16(in.x) || !whole16(to.out)) return false;
+  if (view_.count == kMostLinks || ctx.capability < 90 || in.rows != 1 || !suits(w) || (up.data && up.dtype != w.dtype) || (view_.count > 0 && view_.links[0].w.dtype != w.dtype) || !whole16(in.x) || !whole16(to.out)) return false;
   const Span reads(in.x, in.columns), writes(to.out, w.rows);
   Link link{};
   link.w = w, link.up = up, link.x = in.x, link.norm = in.norm, link.bias = to.bias, link.out = to.out;
@@ -5180,7 +5165,7 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
     if (up.data) link.up_at[p] = room(link.own * row_bytes[p]);
   }
   const int32_t widest = std::max(widest_, in.columns), rounded = static_cast<int32_t>(round_up(size_t(widest) + widest / 4, 128));
-  if (used + 2 * rounded + 1024 > ctx.shared_limit) return false;
+  if (used + 2 * rounded + kOwnShared > ctx.shared_limit) return false;
 
   for (int k = 0; k < 2; k++) {
     if (outs[k] >= 0) view_.links[outs[k]].out_at = at[k];
@@ -5195,11 +5180,20 @@ void Chain::launch(Context& ctx) {
   if (view_.count == 0) return;
   const ChainView chain = view_;
   clear();
-  const Shape shape{kBlocks, kThreads, size_t(chain.rounded_at) + 2 * size_t(chain.rounded_bytes), kBlocks};
-  if (chain.count > 1) {
-    allow_shared(chain_kernel, shape.shared);
-    if (clusters_at_once(chain_kernel, shape) > 0) return wkv::launch(ctx, chain_kernel, shape, chain);
-  }
+  const auto together = [&](auto type) {
+    if constexpr (is_quantised(type.value)) {
+      const Shape shape{kBlocks, kThreads, size_t(chain.rounded_at) + 2 * size_t(chain.rounded_bytes), kBlocks};
+      const auto kernel = chain_kernel<type.value>;
+      allow_shared(kernel, shape.shared);
+      if (clusters_at_once(kernel, shape) == 0) return false;
+      wkv::launch(ctx, kernel, shape, chain);
+      return true;
+    } else {
+      return false;
+    }
+  };
+  const int32_t dtype = chain.links[0].w.dtype;
+  if (chain.count > 1 && (wkv_has_pieces(dtype) ? by_pieces(dtype, together) : by_type(dtype, together))) return;
   for (int32_t i = 0; i < chain.count; i++) {
     const Link& link = chain.links[i];
     const InputView in{link.x, 1, link.w.columns, link.norm, link.epsilon, false};
