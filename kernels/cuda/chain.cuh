@@ -15,7 +15,7 @@ struct Link {
   float* out;
   float epsilon;
   int32_t add, activation;
-  uint32_t after;                 // the links that gave what this one reads, a bit each
+  uint32_t after;                 // the links whose results this one waits for, as the first, a bit each
   int32_t x_at, out_at;           // x, and the result where another link reads it: whole, in every block
   int32_t norm_at, bias_at;       // bias: of this block's rows
   int32_t old_at;                 // what the result is added to: whole, or of this block's rows where no link gave it
@@ -36,11 +36,12 @@ class Chain {
   bool take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to);
   /** Launches what was taken in. */
   void launch(Context& ctx);
-  void clear() { view_.count = used_ = widest_ = 0; }
+  void clear() { view_.count = used_ = widest_ = 0, awaited_ = 0; }
 
  private:
   ChainView view_{};
   int32_t used_ = 0, widest_ = 0;  // bytes of shared memory; columns of the widest x
+  uint32_t awaited_ = 0;           // links whose results a link waits for
 };
 
 }  // namespace wkv

@@ -18,7 +18,7 @@ struct InputView {
 /** activation(gate) * up, a wkv_activation; (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). */
 __device__ inline float activate(int32_t activation, float gate, float up) {
   const float s = activation == WKV_GELU_TANH ? gate * (1.5957691216f + 0.0713548162726f * gate * gate) : gate;
-  return gate / (1.0f + expf(-s)) * up;
+  return __fdividef(gate, 1.0f + __expf(-s)) * up;
 }
 
 /** Where results go: row t at out + t * stride. */
@@ -118,13 +118,15 @@ __device__ inline int32_t round_four(float4 v, float* scale, float* sum) {
   for (int o = 1; o < 8; o <<= 1) high = max(high, __shfl_xor_sync(0xffffffffu, high, o));
   const float most = __uint_as_float(high);
   const bool finite = most <= 3.402823466e38f;  // or else nothing that comes of it is
-  const float inverse = finite && most > 0.0f ? 127.0f / most : 0.0f;
+  float inverse;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(most));
+  inverse = finite && most > 0.0f ? 127.0f * inverse : 0.0f;
   const auto rounded = [&](float x) { return finite ? static_cast<int32_t>(rintf(x * inverse)) : 0; };
   const int32_t a = rounded(v.x), b = rounded(v.y), c = rounded(v.z), d = rounded(v.w);
   int32_t total = a + b + c + d;
 #pragma unroll
   for (int o = 1; o < 8; o <<= 1) total += __shfl_xor_sync(0xffffffffu, total, o);
-  *scale = finite ? most / 127.0f : __uint_as_float(0x7fc00000u);
+  *scale = finite ? most * (1.0f / 127.0f) : __uint_as_float(0x7fc00000u);
   *sum = *scale * static_cast<float>(total);
   return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
 }
