@@ -223,7 +223,8 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
   const Span reads(in.x, in.columns), writes(to.out, w.rows);
   Link link{};
   link.w = w, link.up = up, link.x = in.x, link.norm = in.norm, link.bias = to.bias, link.out = to.out;
-  link.epsilon = in.epsilon, link.add = to.add, link.activation = to.activation, link.out_at = -1;
+  link.epsilon = in.epsilon, link.add = to.add, link.activation = to.activation;
+  link.out_at = link.norm_at = link.bias_at = link.old_at = -1;
   if (reads.meets(writes)) return false;
 
   int32_t gives_x = -1, gives_old = -1;

@@ -4915,7 +4915,8 @@ void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const 
  * pushes its part of the result to all blocks, where a barrier counts the bytes. Results go to global memory as well, so that a graph
  * leaves what its ops would have left one by one.
  *
- * A warp takes 4 rows at once, 8 lanes a row, each every eighth chunk of 16 bytes; sums in a fixed order. Bytes moved: the weights, once.
+ * A result is pushed only where a later link reads it, and every block waits for all of it there, so nothing is on its way to a block that
+ * has ended. Sums are in a fixed order. Bytes moved: the weights, once.
  */
 #include <algorithm>
 
@@ -4927,7 +4928,8 @@ namespace wkv {
 namespace {
 
 constexpr int32_t kOwnShared = 4096;  // bytes that the kernel declares itself, at most
-constexpr int kBlocks = 16, kThreads = 512, kWarps = kThreads / 32, kQuad = 4, kLanes = 32 / kQuad;  // rows that a warp takes at once, and lanes of each
+constexpr int kBlocks = 16, kThreads = 1024, kWarps = kThreads / 32;
+constexpr int kQuad = 4;  // a block's rows are whole fours
 
 /** A block's rows of a link's weights and result. */
 struct Mine {
@@ -4960,19 +4962,21 @@ __device__ inline WeightView kept_weight(const WeightView& w, const int32_t (&at
   return {w.dtype, w.rows, w.columns, shared + at[0], reinterpret_cast<const __half*>(shared + at[1]), shared + at[2], reinterpret_cast<const uint16_t*>(shared + at[3])};
 }
 
-/** x, normed, into shared memory in 8 bits; each warp that takes part sums up the squares for itself. */
-__device__ inline void round_x(const Link& link, const float4* x, const float4* norm, int4* to) {
+/** x, times the norm's weight, into shared memory in 8 bits. The norm's scale, which changes no rounding, is left to do: meanwhile the last
+ *  warp finds it. */
+__device__ inline void round_x(const Link& link, uint8_t* shared, int4* to, float* scale) {
+  const float4 *x = reinterpret_cast<const float4*>(shared + link.x_at), *norm = reinterpret_cast<const float4*>(shared + link.norm_at);
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, fours = link.w.columns / 4, blocks = link.w.columns / 32;
-  if (warp * 32 >= fours) return;
-  float scale = 1.0f;
-  if (norm) {
+  const bool normed = link.norm_at >= 0;
+  if (warp == kWarps - 1) {
     float squares = 0.0f;
 #pragma unroll 4
     for (int32_t i = lane; i < fours; i += 32) {
       const float4 v = x[i];
       squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
     }
-    scale = rsqrtf(warp_sum(squares) / static_cast<float>(link.w.columns) + link.epsilon);
+    squares = warp_sum(squares);
+    if (lane == 0) *scale = normed ? rsqrtf(__fdividef(squares, static_cast<float>(link.w.columns)) + link.epsilon) : 1.0f;
   }
   int32_t* words = reinterpret_cast<int32_t*>(to);
   float2* scales = reinterpret_cast<float2*>(to + link.w.columns / 16);
@@ -4980,9 +4984,9 @@ __device__ inline void round_x(const Link& link, const float4* x, const float4* 
     const int32_t i = start + lane;
     const bool inside = i < fours;
     float4 v = inside ? x[i] : make_float4(0, 0, 0, 0);
-    if (inside && norm) {
+    if (inside && normed) {
       const float4 n = norm[i];
-      v = make_float4(v.x * scale * n.x, v.y * scale * n.y, v.z * scale * n.z, v.w * scale * n.w);
+      v = make_float4(v.x * n.x, v.y * n.y, v.z * n.z, v.w * n.w);
     }
     float2 of;
     const int32_t word = round_four(v, &of.x, &of.y);
@@ -4992,17 +4996,18 @@ __device__ inline void round_x(const Link& link, const float4* x, const float4* 
   }
 }
 
-/** This block's part of a link's result; x lies in 8 bits as in matvec.cu. */
+/** This block's part of a link's result; x lies in 8 bits as in matvec.cu. A warp takes 2 rows at once, or 4 of gate and of up. */
 template <int kType, bool kGated>
-__device__ inline void multiply(const Link& link, const Mine& mine, uint8_t* shared, const int4* x, const uint64_t* given) {
-  constexpr int kColumns = ChunkOf<kType>::kColumns;
+__device__ inline void multiply(const Link& link, const Mine& mine, uint8_t* shared, const int4* x, float scale, const uint64_t* given) {
+  constexpr int kColumns = ChunkOf<kType>::kColumns, kRows = kGated ? 4 : 2, kLanes = 32 / kRows;
+  using Result = std::conditional_t<kGated, float4, float2>;
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = link.w.columns / kColumns, turns = (chunks + kLanes - 1) / kLanes;
   const WeightView w = kept_weight(link.w, link.w_at, shared), up = kept_weight(link.up, link.up_at, shared);
   const float2* scales = reinterpret_cast<const float2*>(x + link.w.columns / 16);
-  for (int32_t quad = warp; quad * kQuad < mine.rows; quad += kWarps) {
-    const int32_t row = quad * kQuad + lane / kLanes;
+  for (int32_t task = warp; task * kRows < mine.rows; task += kWarps) {
+    const int32_t row = task * kRows + lane / kLanes;
     float value = 0.0f, other = 0.0f;
-#pragma unroll 3
+#pragma unroll (kGated ? 1 : 3)
     for (int32_t turn = 0; turn < turns; turn++) {  // the same in all lanes
       const int32_t at = turn * kLanes + lane % kLanes, here = min(at, chunks - 1);
       const int4 low = x[here], high = kType == WKV_Q8_0 ? make_int4(0, 0, 0, 0) : x[chunks + here];
@@ -5020,15 +5025,16 @@ __device__ inline void multiply(const Link& link, const Mine& mine, uint8_t* sha
       value += __shfl_xor_sync(0xffffffffu, value, o);
       if (kGated) other += __shfl_xor_sync(0xffffffffu, other, o);
     }
-    if (kGated) value = activate(link.activation, value, other);
+    value *= scale;
+    if (kGated) value = activate(link.activation, value, other * scale);
     if (link.bias) value += reinterpret_cast<const float*>(shared + link.bias_at)[row];
     if (link.add) value += reinterpret_cast<const float*>(shared + link.old_at)[link.reads_old ? row : mine.first + row];
-    float4 four;
-    four.x = __shfl_sync(0xffffffffu, value, 0), four.y = __shfl_sync(0xffffffffu, value, kLanes);
-    four.z = __shfl_sync(0xffffffffu, value, 2 * kLanes), four.w = __shfl_sync(0xffffffffu, value, 3 * kLanes);
-    const int32_t at = mine.first / kQuad + quad;
-    if (link.out_at >= 0 && lane < kBlocks) push(reinterpret_cast<const float4*>(shared + link.out_at) + at, four, given, lane);
-    if (lane == kBlocks) reinterpret_cast<float4*>(link.out)[at] = four;
+    Result all;
+#pragma unroll
+    for (int k = 0; k < kRows; k++) reinterpret_cast<float*>(&all)[k] = __shfl_sync(0xffffffffu, value, k * kLanes);
+    const int32_t at = mine.first / kRows + task;
+    if (link.out_at >= 0 && lane < kBlocks) push(reinterpret_cast<const Result*>(shared + link.out_at) + at, all, given, lane);
+    if (lane == kBlocks) reinterpret_cast<Result*>(link.out)[at] = all;
   }
 }
 
@@ -5038,6 +5044,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   __shared__ uint64_t brought[kMostLinks], given[kMostLinks];  // barriers: a link's weights are here; its result is, from all blocks
   uint8_t* shared = reinterpret_cast<uint8_t*>(shared16);
   const int32_t tid = threadIdx.x, block = blockIdx.x;
+  __shared__ float scales[2];  // of the norms, in turn
   // Read once from here, each link's numbers would be waited for where they are needed.
   __shared__ Link links[kMostLinks];
   for (int32_t k = tid; k < chain.count * static_cast<int32_t>(sizeof(Link) / 8); k += kThreads) reinterpret_cast<uint64_t*>(links)[k] = reinterpret_cast<const uint64_t*>(chain.links)[k];
@@ -5063,20 +5070,28 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
     if (link.norm && tid * 32 < link.w.columns) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.norm + tid * 32) : "memory");
     if (link.bias && tid * 32 < mine.rows) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.bias + mine.first + tid * 32) : "memory");
   }
+  // Vectors that earlier kernels may have written: which 16 bytes a thread copies is known before they are.
+  const float* from = nullptr;
+  uint4* to = nullptr;
+  const auto find = [&](int32_t piece) {
+    for (int32_t i = 0; i < chain.count; i++) {
+      const Link& link = links[i];
+      const Mine mine(link, block);
+      const auto within = [&](bool there, int32_t at, const float* begin, int32_t count) {
+        if (!there) return false;
+        if (piece < count / 4) from = begin + piece * 4, to = reinterpret_cast<uint4*>(shared + at) + piece;
+        return (piece -= count / 4) < 0;
+      };
+      if (within(link.reads_x, link.x_at, link.x, link.w.columns) || within(link.norm_at >= 0, link.norm_at, link.norm, link.w.columns)) return true;
+      if (within(link.bias_at >= 0, link.bias_at, link.bias + mine.first, mine.rows) || within(link.reads_old, link.old_at, link.out + mine.first, mine.rows)) return true;
+    }
+    return false;
+  };
+  bool more = find(tid);
 
   wait_for_previous();
   let_next_start();
-  for (int32_t i = 0; i < chain.count; i++) {
-    const Link& link = links[i];
-    const Mine mine(link, block);
-    const auto copy = [&](int32_t at, const float* from, int32_t count) {
-      for (int32_t k = tid; k < count / 4; k += kThreads) bring(reinterpret_cast<uint4*>(shared + at) + k, from + k * 4, true);
-    };
-    if (link.reads_x) copy(link.x_at, link.x, link.w.columns);
-    if (link.norm) copy(link.norm_at, link.norm, link.w.columns);
-    if (link.bias) copy(link.bias_at, link.bias + mine.first, mine.rows);
-    if (link.reads_old) copy(link.old_at, link.out + mine.first, mine.rows);
-  }
+  for (int32_t piece = tid; more; more = find(piece)) bring(to, from, true), piece += kThreads;
   close_item();
   await_items<0>();
   __syncthreads();
@@ -5086,19 +5101,13 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   for (int32_t i = 0; i < chain.count; i++) {
     const Link& link = links[i];
     const Mine mine(link, block);
-    for (int32_t k = 0; k < i; k++) {
-      if (link.after >> k & 1) await(&given[k]);
-    }
+    for (uint32_t left = link.after; left; left &= left - 1) await(&given[__ffs(left) - 1]);
     int4* rounded = reinterpret_cast<int4*>(shared + chain.rounded_at + i % 2 * chain.rounded_bytes);
-    round_x(link, reinterpret_cast<const float4*>(shared + link.x_at), link.norm ? reinterpret_cast<const float4*>(shared + link.norm_at) : nullptr, rounded);
+    round_x(link, shared, rounded, &scales[i % 2]);
     await(&brought[i]);
     __syncthreads();
-    if (link.up.data) multiply<kType, true>(link, mine, shared, rounded, &given[i]);
-    else multiply<kType, false>(link, mine, shared, rounded, &given[i]);
-  }
-  // Before a block ends, all that others push into its memory must have come.
-  for (int32_t i = 0; i < chain.count; i++) {
-    if (links[i].out_at >= 0) await(&given[i]);
+    if (link.up.data) multiply<kType, true>(link, mine, shared, rounded, scales[i % 2], &given[i]);
+    else multiply<kType, false>(link, mine, shared, rounded, scales[i % 2], &given[i]);
   }
 }
 
@@ -5120,7 +5129,8 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
   const Span reads(in.x, in.columns), writes(to.out, w.rows);
   Link link{};
   link.w = w, link.up = up, link.x = in.x, link.norm = in.norm, link.bias = to.bias, link.out = to.out;
-  link.epsilon = in.epsilon, link.add = to.add, link.activation = to.activation, link.out_at = -1;
+  link.epsilon = in.epsilon, link.add = to.add, link.activation = to.activation;
+  link.out_at = link.norm_at = link.bias_at = link.old_at = -1;
   if (reads.meets(writes)) return false;
 
   int32_t gives_x = -1, gives_old = -1;
@@ -5153,7 +5163,7 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
     if (outs[k] < 0) continue;
     const Link& before = view_.links[outs[k]];
     at[k] = before.out_at >= 0 ? before.out_at : k == 1 && outs[0] == outs[1] ? at[0] : room(before.w.rows * 4);
-    link.after |= 1u << outs[k];
+    link.after |= 1u << outs[k] & ~awaited_;
   }
   link.reads_x = gives_x < 0, link.x_at = gives_x < 0 ? room(in.columns * 4) : at[0];
   link.reads_old = to.add && gives_old < 0;
@@ -5168,7 +5178,7 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
   if (used + 2 * rounded + kOwnShared > ctx.shared_limit) return false;
 
   for (int k = 0; k < 2; k++) {
-    if (outs[k] >= 0) view_.links[outs[k]].out_at = at[k];
+    if (outs[k] >= 0) view_.links[outs[k]].out_at = at[k], awaited_ |= 1u << outs[k];
   }
   view_.links[view_.count++] = link;
   view_.rounded_at = used, view_.rounded_bytes = rounded;
@@ -5225,7 +5235,7 @@ struct Link {
   float* out;
   float epsilon;
   int32_t add, activation;
-  uint32_t after;                 // the links that gave what this one reads, a bit each
+  uint32_t after;                 // the links whose results this one waits for, as the first, a bit each
   int32_t x_at, out_at;           // x, and the result where another link reads it: whole, in every block
   int32_t norm_at, bias_at;       // bias: of this block's rows
   int32_t old_at;                 // what the result is added to: whole, or of this block's rows where no link gave it
@@ -5246,11 +5256,12 @@ class Chain {
   bool take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to);
   /** Launches what was taken in. */
   void launch(Context& ctx);
-  void clear() { view_.count = used_ = widest_ = 0; }
+  void clear() { view_.count = used_ = widest_ = 0, awaited_ = 0; }
 
  private:
   ChainView view_{};
   int32_t used_ = 0, widest_ = 0;  // bytes of shared memory; columns of the widest x
+  uint32_t awaited_ = 0;           // links whose results a link waits for
 };
 
 }  // namespace wkv
@@ -6466,7 +6477,7 @@ struct InputView {
 /** activation(gate) * up, a wkv_activation; (1 + tanh(u)) / 2 = 1 / (1 + e^-2u). */
 __device__ inline float activate(int32_t activation, float gate, float up) {
   const float s = activation == WKV_GELU_TANH ? gate * (1.5957691216f + 0.0713548162726f * gate * gate) : gate;
-  return gate / (1.0f + expf(-s)) * up;
+  return __fdividef(gate, 1.0f + __expf(-s)) * up;
 }
 
 /** Where results go: row t at out + t * stride. */
@@ -6566,13 +6577,15 @@ __device__ inline int32_t round_four(float4 v, float* scale, float* sum) {
   for (int o = 1; o < 8; o <<= 1) high = max(high, __shfl_xor_sync(0xffffffffu, high, o));
   const float most = __uint_as_float(high);
   const bool finite = most <= 3.402823466e38f;  // or else nothing that comes of it is
-  const float inverse = finite && most > 0.0f ? 127.0f / most : 0.0f;
+  float inverse;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(most));
+  inverse = finite && most > 0.0f ? 127.0f * inverse : 0.0f;
   const auto rounded = [&](float x) { return finite ? static_cast<int32_t>(rintf(x * inverse)) : 0; };
   const int32_t a = rounded(v.x), b = rounded(v.y), c = rounded(v.z), d = rounded(v.w);
   int32_t total = a + b + c + d;
 #pragma unroll
   for (int o = 1; o < 8; o <<= 1) total += __shfl_xor_sync(0xffffffffu, total, o);
-  *scale = finite ? most / 127.0f : __uint_as_float(0x7fc00000u);
+  *scale = finite ? most * (1.0f / 127.0f) : __uint_as_float(0x7fc00000u);
   *sum = *scale * static_cast<float>(total);
   return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
 }
