@@ -23,13 +23,7 @@ namespace {
 
 constexpr int32_t kOwnShared = 4096;  // bytes that the kernel declares itself, at most
 constexpr int kBlocks = 16, kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kQuad = 4;  // a block's rows are whole fours
-
-/** A block's rows of a link's weights and result. */
-struct Mine {
-  int32_t first, rows;
-  __device__ Mine(const Link& link, int32_t block) : first(min(link.w.rows, block * link.own)), rows(min(link.w.rows - first, link.own)) {}
-};
+constexpr int kQuad = 4;  // rows that a warp takes at once
 
 /** The planes of a weight. */
 struct PlanesOf {
@@ -38,14 +32,14 @@ struct PlanesOf {
 };
 
 /** Has this block's rows of a weight brought to its shared memory, which a barrier counts. */
-__device__ inline void bring_rows(const Link& link, const WeightView& w, const int32_t (&at)[4], const Mine& mine, uint8_t* shared, uint64_t* barrier) {
+__device__ inline void bring_rows(const Link& link, const WeightView& w, const int32_t (&at)[4], uint8_t* shared, uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
   const PlanesOf planes(w);
 #pragma unroll
   for (int p = 0; p < 4; p++) {
-    const int32_t bytes = mine.rows * link.row_bytes[p];
+    const int32_t bytes = link.rows * link.row_bytes[p];
     if (bytes == 0) continue;
-    const uint8_t* from = planes.at[p] + int64_t{mine.first} * link.row_bytes[p];
+    const uint8_t* from = planes.at[p] + int64_t{link.first} * link.row_bytes[p];
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared + at[p]))), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
   }
 #endif
@@ -90,16 +84,15 @@ __device__ inline void round_x(const Link& link, uint8_t* shared, int4* to, floa
   }
 }
 
-/** This block's part of a link's result; x lies in 8 bits as in matvec.cu. A warp takes 2 rows at once, or 4 of gate and of up. */
+/** This block's part of a link's result; x lies in 8 bits as in matvec.cu. A warp takes 4 rows at once, 8 lanes each. */
 template <int kType, bool kGated>
-__device__ inline void multiply(const Link& link, const Mine& mine, uint8_t* shared, const int4* x, float scale, const uint64_t* given) {
-  constexpr int kColumns = ChunkOf<kType>::kColumns, kRows = kGated ? 4 : 2, kLanes = 32 / kRows;
-  using Result = std::conditional_t<kGated, float4, float2>;
+__device__ inline void multiply(const Link& link, uint8_t* shared, const int4* x, float scale, const uint64_t* given) {
+  constexpr int kColumns = ChunkOf<kType>::kColumns, kLanes = 32 / kQuad;
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunks = link.w.columns / kColumns, turns = (chunks + kLanes - 1) / kLanes;
   const WeightView w = kept_weight(link.w, link.w_at, shared), up = kept_weight(link.up, link.up_at, shared);
   const float2* scales = reinterpret_cast<const float2*>(x + link.w.columns / 16);
-  for (int32_t task = warp; task * kRows < mine.rows; task += kWarps) {
-    const int32_t row = task * kRows + lane / kLanes;
+  for (int32_t task = warp; task * kQuad < link.rows; task += kWarps) {
+    const int32_t row = task * kQuad + lane / kLanes;
     float value = 0.0f, other = 0.0f;
 #pragma unroll (kGated ? 1 : 3)
     for (int32_t turn = 0; turn < turns; turn++) {  // the same in all lanes
@@ -122,13 +115,13 @@ __device__ inline void multiply(const Link& link, const Mine& mine, uint8_t* sha
     value *= scale;
     if (kGated) value = activate(link.activation, value, other * scale);
     if (link.bias) value += reinterpret_cast<const float*>(shared + link.bias_at)[row];
-    if (link.add) value += reinterpret_cast<const float*>(shared + link.old_at)[link.reads_old ? row : mine.first + row];
-    Result all;
-#pragma unroll
-    for (int k = 0; k < kRows; k++) reinterpret_cast<float*>(&all)[k] = __shfl_sync(0xffffffffu, value, k * kLanes);
-    const int32_t at = mine.first / kRows + task;
-    if (link.out_at >= 0 && lane < kBlocks) push(reinterpret_cast<const Result*>(shared + link.out_at) + at, all, given, lane);
-    if (lane == kBlocks) reinterpret_cast<Result*>(link.out)[at] = all;
+    if (link.add) value += reinterpret_cast<const float*>(shared + link.old_at)[link.reads_old ? row : link.first + row];
+    float4 four;
+    four.x = __shfl_sync(0xffffffffu, value, 0), four.y = __shfl_sync(0xffffffffu, value, kLanes);
+    four.z = __shfl_sync(0xffffffffu, value, 2 * kLanes), four.w = __shfl_sync(0xffffffffu, value, 3 * kLanes);
+    const int32_t at = link.first / kQuad + task;
+    if (link.out_at >= 0 && lane < kBlocks) push(reinterpret_cast<const float4*>(shared + link.out_at) + at, four, given, lane);
+    if (lane == kBlocks) reinterpret_cast<float4*>(link.out)[at] = four;
   }
 }
 
@@ -137,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   extern __shared__ int4 shared16[];
   __shared__ uint64_t brought[kMostLinks], given[kMostLinks];  // barriers: a link's weights are here; its result is, from all blocks
   uint8_t* shared = reinterpret_cast<uint8_t*>(shared16);
-  const int32_t tid = threadIdx.x, block = blockIdx.x;
+  const int32_t tid = threadIdx.x, warp = tid / 32;
   __shared__ float scales[2];  // of the norms, in turn
   // Read once from here, each link's numbers would be waited for where they are needed.
   __shared__ Link links[kMostLinks];
@@ -147,22 +140,25 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
     for (int32_t i = 0; i < chain.count; i++) open_barrier(&brought[i]), open_barrier(&given[i]);
   }
   __syncthreads();
+  if (tid < chain.count) {
+    Link& link = links[tid];
+    link.first = min(link.w.rows, static_cast<int32_t>(blockIdx.x) * link.own), link.rows = min(link.w.rows - link.first, link.own);
+  }
+  __syncthreads();
   say_begun();
   if (tid == 0) {
     for (int32_t i = 0; i < chain.count; i++) {
       const Link& link = links[i];
-      const Mine mine(link, block);
-      expect(&brought[i], mine.rows * (link.row_bytes[0] + link.row_bytes[1] + link.row_bytes[2] + link.row_bytes[3]) * (link.up.data ? 2 : 1));
+      expect(&brought[i], link.rows * (link.row_bytes[0] + link.row_bytes[1] + link.row_bytes[2] + link.row_bytes[3]) * (link.up.data ? 2 : 1));
       if (link.out_at >= 0) expect(&given[i], link.w.rows * 4);
-      bring_rows(link, link.w, link.w_at, mine, shared, &brought[i]);
-      if (link.up.data) bring_rows(link, link.up, link.up_at, mine, shared, &brought[i]);
+      bring_rows(link, link.w, link.w_at, shared, &brought[i]);
+      if (link.up.data) bring_rows(link, link.up, link.up_at, shared, &brought[i]);
     }
   }
   for (int32_t i = 0; i < chain.count; i++) {  // into the second-level cache
     const Link& link = links[i];
-    const Mine mine(link, block);
     if (link.norm && tid * 32 < link.w.columns) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.norm + tid * 32) : "memory");
-    if (link.bias && tid * 32 < mine.rows) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.bias + mine.first + tid * 32) : "memory");
+    if (link.bias && tid * 32 < link.rows) asm volatile("prefetch.global.L2 [%0];" ::"l"(link.bias + link.first + tid * 32) : "memory");
   }
   // Vectors that earlier kernels may have written: which 16 bytes a thread copies is known before they are.
   const float* from = nullptr;
@@ -170,22 +166,25 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   const auto find = [&](int32_t piece) {
     for (int32_t i = 0; i < chain.count; i++) {
       const Link& link = links[i];
-      const Mine mine(link, block);
       const auto within = [&](bool there, int32_t at, const float* begin, int32_t count) {
         if (!there) return false;
         if (piece < count / 4) from = begin + piece * 4, to = reinterpret_cast<uint4*>(shared + at) + piece;
         return (piece -= count / 4) < 0;
       };
       if (within(link.reads_x, link.x_at, link.x, link.w.columns) || within(link.norm_at >= 0, link.norm_at, link.norm, link.w.columns)) return true;
-      if (within(link.bias_at >= 0, link.bias_at, link.bias + mine.first, mine.rows) || within(link.reads_old, link.old_at, link.out + mine.first, mine.rows)) return true;
+      if (within(link.bias_at >= 0, link.bias_at, link.bias + link.first, link.rows) || within(link.reads_old, link.old_at, link.out + link.first, link.rows)) return true;
     }
     return false;
   };
-  bool more = find(tid);
+  bool there = find(tid);
 
   wait_for_previous();
   let_next_start();
-  for (int32_t piece = tid; more; more = find(piece)) bring(to, from, true), piece += kThreads;
+  for (int32_t piece = tid; there;) {
+    bring(to, from, true);
+    piece += kThreads;
+    there = piece < chain.pieces && find(piece);
+  }
   close_item();
   await_items<0>();
   __syncthreads();
@@ -194,14 +193,17 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
 #pragma unroll 1
   for (int32_t i = 0; i < chain.count; i++) {
     const Link& link = links[i];
-    const Mine mine(link, block);
-    for (uint32_t left = link.after; left; left &= left - 1) await(&given[__ffs(left) - 1]);
     int4* rounded = reinterpret_cast<int4*>(shared + chain.rounded_at + i % 2 * chain.rounded_bytes);
-    round_x(link, shared, rounded, &scales[i % 2]);
-    await(&brought[i]);
+    const bool rounds = warp * 128 < link.w.columns || warp == kWarps - 1, multiplies = warp * kQuad < link.rows;
+    if (rounds) {
+      for (uint32_t left = link.after; left; left &= left - 1) await(&given[__ffs(left) - 1]);
+      round_x(link, shared, rounded, &scales[i % 2]);
+    }
+    if (multiplies) await(&brought[i]);
     __syncthreads();
-    if (link.up.data) multiply<kType, true>(link, mine, shared, rounded, scales[i % 2], &given[i]);
-    else multiply<kType, false>(link, mine, shared, rounded, scales[i % 2], &given[i]);
+    if (!multiplies) continue;
+    if (link.up.data) multiply<kType, true>(link, shared, rounded, scales[i % 2], &given[i]);
+    else multiply<kType, false>(link, shared, rounded, scales[i % 2], &given[i]);
   }
 }
 
@@ -276,6 +278,7 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
   }
   view_.links[view_.count++] = link;
   view_.rounded_at = used, view_.rounded_bytes = rounded;
+  view_.pieces += ((link.reads_x ? in.columns : 0) + (in.norm ? in.columns : 0) + (to.bias ? link.own : 0) + (link.reads_old ? link.own : 0)) / 4;
   used_ = used, widest_ = widest;
   return true;
 }

@@ -20,12 +20,14 @@ struct Link {
   int32_t norm_at, bias_at;       // bias: of this block's rows
   int32_t old_at;                 // what the result is added to: whole, or of this block's rows where no link gave it
   int32_t own;                    // rows of a block, at most: block b has the b-th of them
+  int32_t first, rows;            // a block's, in its own copy
   int32_t row_bytes[4], w_at[4], up_at[4];  // by plane, as WeightView's: a row's; where this block's rows of the weights lie
   bool reads_x, reads_old;        // from global memory
 };
 
 struct ChainView {
   int32_t count, rounded_at, rounded_bytes;  // two areas for x in 8 bits, used in turn
+  int32_t pieces;                            // 16 bytes of vectors that a block copies first, at most
   Link links[kMostLinks];
 };
 
@@ -36,7 +38,7 @@ class Chain {
   bool take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to);
   /** Launches what was taken in. */
   void launch(Context& ctx);
-  void clear() { view_.count = used_ = widest_ = 0, awaited_ = 0; }
+  void clear() { view_.count = view_.pieces = used_ = widest_ = 0, awaited_ = 0; }
 
  private:
   ChainView view_{};
