@@ -104,6 +104,19 @@ __device__ inline uint32_t ordered(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// ---- items: each lane reads only what it asked for itself ----
+
+/** Brings 16 bytes from global to shared memory, or zeros. */
+__device__ inline void bring(uint4* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
+}
+__device__ inline void close_item() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/** Waits until at most kCount of the newest items are on their way. */
+template <int kCount>
+__device__ inline void await_items() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
+}
+
 // ---- a block's share of a step ----
 
 /**

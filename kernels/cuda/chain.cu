@@ -17,6 +17,7 @@
 #include "chain.cuh"
 #include "chunk.cuh"
 #include "cluster.cuh"
+#include "mma.cuh"
 
 namespace wkv {
 namespace {
@@ -25,24 +26,14 @@ constexpr int32_t kOwnShared = 4096;  // bytes that the kernel declares itself, 
 constexpr int kBlocks = 16, kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kQuad = 4;  // rows that a warp takes at once
 
-/** The planes of a weight. */
-struct PlanesOf {
-  const uint8_t* at[4];
-  WKV_HD explicit PlanesOf(const WeightView& w) : at{w.data, reinterpret_cast<const uint8_t*>(w.scales), w.high, reinterpret_cast<const uint8_t*>(w.subs)} {}
-};
-
 /** Has this block's rows of a weight brought to its shared memory, which a barrier counts. */
 __device__ inline void bring_rows(const Link& link, const WeightView& w, const int32_t (&at)[4], uint8_t* shared, uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  const PlanesOf planes(w);
+  const void* const planes[4] = {w.data, w.scales, w.high, w.subs};
 #pragma unroll
   for (int p = 0; p < 4; p++) {
     const int32_t bytes = link.rows * link.row_bytes[p];
-    if (bytes == 0) continue;
-    const uint8_t* from = planes.at[p] + int64_t{link.first} * link.row_bytes[p];
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared + at[p]))), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+    if (bytes > 0) copy_bulk(shared + at[p], static_cast<const uint8_t*>(planes[p]) + int64_t{link.first} * link.row_bytes[p], bytes, barrier);
   }
-#endif
 }
 
 /** A weight as it lies in shared memory. */
@@ -52,9 +43,10 @@ __device__ inline WeightView kept_weight(const WeightView& w, const int32_t (&at
 
 /** x, times the norm's weight, into shared memory in 8 bits. The norm's scale, which changes no rounding, is left to do: meanwhile the last
  *  warp finds it. */
+template <int kType>
 __device__ inline void round_x(const Link& link, uint8_t* shared, int4* to, float* scale) {
   const float4 *x = reinterpret_cast<const float4*>(shared + link.x_at), *norm = reinterpret_cast<const float4*>(shared + link.norm_at);
-  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, fours = link.w.columns / 4, blocks = link.w.columns / 32;
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, fours = link.w.columns / 4;
   const bool normed = link.norm_at >= 0;
   if (warp == kWarps - 1) {
     float squares = 0.0f;
@@ -66,8 +58,6 @@ __device__ inline void round_x(const Link& link, uint8_t* shared, int4* to, floa
     squares = warp_sum(squares);
     if (lane == 0) *scale = normed ? rsqrtf(__fdividef(squares, static_cast<float>(link.w.columns)) + link.epsilon) : 1.0f;
   }
-  int32_t* words = reinterpret_cast<int32_t*>(to);
-  float2* scales = reinterpret_cast<float2*>(to + link.w.columns / 16);
   for (int32_t start = warp * 32; start < fours; start += kThreads) {
     const int32_t i = start + lane;
     const bool inside = i < fours;
@@ -76,11 +66,7 @@ __device__ inline void round_x(const Link& link, uint8_t* shared, int4* to, floa
       const float4 n = norm[i];
       v = make_float4(v.x * n.x, v.y * n.y, v.z * n.z, v.w * n.w);
     }
-    float2 of;
-    const int32_t word = round_four(v, &of.x, &of.y);
-    if (!inside) continue;
-    words[link.w.dtype == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
-    if (i % 8 == 0) scales[i / 8] = of;
+    keep_rounded<kType>(v, i, link.w.columns, to);
   }
 }
 
@@ -162,13 +148,13 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   }
   // Vectors that earlier kernels may have written: which 16 bytes a thread copies is known before they are.
   const float* from = nullptr;
-  uint4* to = nullptr;
+  float4* to = nullptr;
   const auto find = [&](int32_t piece) {
     for (int32_t i = 0; i < chain.count; i++) {
       const Link& link = links[i];
       const auto within = [&](bool there, int32_t at, const float* begin, int32_t count) {
         if (!there) return false;
-        if (piece < count / 4) from = begin + piece * 4, to = reinterpret_cast<uint4*>(shared + at) + piece;
+        if (piece < count / 4) from = begin + piece * 4, to = reinterpret_cast<float4*>(shared + at) + piece;
         return (piece -= count / 4) < 0;
       };
       if (within(link.reads_x, link.x_at, link.x, link.w.columns) || within(link.norm_at >= 0, link.norm_at, link.norm, link.w.columns)) return true;
@@ -181,12 +167,12 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   wait_for_previous();
   let_next_start();
   for (int32_t piece = tid; there;) {
-    bring(to, from, true);
+    copy_async<16>(to, from);
     piece += kThreads;
     there = piece < chain.pieces && find(piece);
   }
-  close_item();
-  await_items<0>();
+  end_copies();
+  wait_copies<0>();
   __syncthreads();
   await_begun();
 
@@ -197,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
     const bool rounds = warp * 128 < link.w.columns || warp == kWarps - 1, multiplies = warp * kQuad < link.rows;
     if (rounds) {
       for (uint32_t left = link.after; left; left &= left - 1) await(&given[__ffs(left) - 1]);
-      round_x(link, shared, rounded, &scales[i % 2]);
+      round_x<kType>(link, shared, rounded, &scales[i % 2]);
     }
     if (multiplies) await(&brought[i]);
     __syncthreads();
@@ -221,7 +207,8 @@ bool whole16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0;
 }  // namespace
 
 bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (view_.count == kMostLinks || ctx.capability < 90 || in.rows != 1 || !suits(w) || (up.data && up.dtype != w.dtype) || (view_.count > 0 && view_.links[0].w.dtype != w.dtype) || !whole16(in.x) || !whole16(to.out)) return false;
+  if (ctx.capability < 90 || in.rows != 1 || !suits(w) || !whole16(in.x) || !whole16(to.out)) return false;
+  if (view_.count == kMostLinks || (view_.count > 0 && view_.links[0].w.dtype != w.dtype) || (up.data && up.dtype != w.dtype)) return false;
   const Span reads(in.x, in.columns), writes(to.out, w.rows);
   Link link{};
   link.w = w, link.up = up, link.x = in.x, link.norm = in.norm, link.bias = to.bias, link.out = to.out;
@@ -232,8 +219,10 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
   int32_t gives_x = -1, gives_old = -1;
   for (int32_t i = 0; i < view_.count; i++) {
     const Link& before = view_.links[i];
-    const Span gave(before.out, before.w.rows), read(before.x, before.w.columns);
-    if (before.reads_x && writes.meets(read)) return false;  // another block may not have read it yet
+    const Span gave(before.out, before.w.rows);
+    // Another block may not have read it yet.
+    if (before.reads_x && writes.meets(Span(before.x, before.w.columns))) return false;
+    if ((before.norm && writes.meets(Span(before.norm, before.w.columns))) || (before.bias && writes.meets(Span(before.bias, before.w.rows)))) return false;
     if ((in.norm && gave.meets(Span(in.norm, in.columns))) || (to.bias && gave.meets(Span(to.bias, w.rows)))) return false;
     if (gave.meets(reads)) {
       if (!(gave == reads)) return false;
@@ -244,6 +233,8 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
       gives_old = i;
     }
   }
+
+  if (gives_old >= 0 && gives_x < 0) return false;  // these only add up, as graphs that time a single op do
 
   int32_t used = used_;
   const auto room = [&](int32_t bytes) {

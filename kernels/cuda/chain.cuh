@@ -1,7 +1,5 @@
 /** chain.cuh: products of one row that are recorded one after another, and may become one launch (chain.cu). */
 #pragma once
-#include <vector>
-
 #include "linear.cuh"
 
 namespace wkv {

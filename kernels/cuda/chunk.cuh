@@ -154,6 +154,17 @@ struct PieceChunk {
   }
 };
 
+/** Rounds four columns of x, number i of its fours, to 8 bits and leaves them as product() takes them: Q8_0 in order, others the low halves of
+ *  all blocks of 32, then the high halves; behind them scale and sum of every block. All lanes take part, of neighbouring fours. */
+template <int kType>
+__device__ inline void keep_rounded(float4 v, int32_t i, int32_t columns, int4* to) {
+  float2 of;
+  const int32_t word = round_four(v, &of.x, &of.y);
+  if (i >= columns / 4) return;
+  reinterpret_cast<int32_t*>(to)[kType == WKV_Q8_0 ? i : (i / 4 % 2 * (columns / 32) + i / 8) * 4 + i % 4] = word;
+  if (i % 8 == 0) reinterpret_cast<float2*>(to + columns / 16)[i / 8] = of;
+}
+
 template <int kType>
 using ChunkOf = std::conditional_t<wkv_has_pieces(kType), PieceChunk<kType>, Chunk<kType>>;
 

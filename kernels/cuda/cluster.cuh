@@ -1,16 +1,19 @@
-/** cluster.cuh: how the blocks of a cluster tell each other numbers: pushed into each other's shared memory, where barriers count the bytes. */
+/** cluster.cuh: barriers in shared memory that count bytes (sm_90): of bulk copies from global memory, and of what the blocks of a cluster push
+ *  into each other's memory. */
 #pragma once
 #include "common.cuh"
 
 namespace wkv {
+
+__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
 /** Writes into another block's memory, at the place of one's own `at`, and counts the bytes on its barrier. */
 template <typename V>
 __device__ inline void push(const V* at, const V& value, const uint64_t* barrier, int32_t block) {
 #if __CUDA_ARCH__ >= 900
   uint32_t to, counts;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))), "r"(block));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(at)), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(shared_address(barrier)), "r"(block));
   const auto* words = reinterpret_cast<const uint32_t*>(&value);
   if constexpr (sizeof(V) == 8) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(counts) : "memory");
@@ -23,23 +26,35 @@ __device__ inline void push(const V* at, const V& value, const uint64_t* barrier
 #endif
 }
 
-/** Makes a barrier that one arrival and the bytes it announces complete. */
-__device__ inline void open_barrier(uint64_t* barrier) {
+/** Makes a barrier that so many arrivals and the bytes they announce complete. */
+__device__ inline void open_barrier(uint64_t* barrier, uint32_t arrivals = 1) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+__device__ inline void arrive(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 #endif
 }
 __device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 #endif
 }
-__device__ inline void await(const uint64_t* barrier) {
+/** Waits for the barrier's first completion, or for one of another parity. */
+__device__ inline void await(const uint64_t* barrier, uint32_t parity = 0) {
 #if __CUDA_ARCH__ >= 900
   uint32_t done;
   do {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
   } while (!done);
+#endif
+}
+/** Has whole 16 bytes copied from global to shared memory, which a barrier counts. */
+__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 #endif
 }
 

@@ -282,19 +282,6 @@ __device__ inline void let_next_start() {
 #endif
 }
 
-// Copies on their way to shared memory: each lane waits for what it asked for itself.
-
-/** Brings 16 bytes from global to shared memory, or zeros. */
-__device__ inline void bring(uint4* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
-}
-__device__ inline void close_item() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/** Waits until at most kCount of the newest items are on their way. */
-template <int kCount>
-__device__ inline void await_items() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
-}
-
 __device__ inline float warp_sum(float x) {
 #pragma unroll
   for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);

@@ -4,9 +4,10 @@
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * In a graph, small products of one row that follow each other are one launch (chain.cu). Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
- * (matmul.cu), then each weight is one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is
- * cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops' checks, and the choice.
+ * Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. In a graph, small products of one row
+ * that follow each other are one launch together (chain.cu). For more rows x is normed and rounded once (matmul.cu), then each weight is
+ * one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed
+ * (cublaslt.cu). Here: the ops' checks, and the choice.
  */
 #include <algorithm>
 

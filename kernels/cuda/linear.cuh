@@ -1,4 +1,5 @@
-/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), chain.cu (one row, in graphs), matmul.cu (more rows). */
+/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), chain.cu (one row, in graphs),
+ *  matmul.cu (more rows). */
 #pragma once
 #include <type_traits>
 
@@ -109,7 +110,7 @@ __device__ inline uint32_t iq4_values(uint32_t q) {
   return (low & ~upper) | (high & upper);
 }
 
-/** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32
+/** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them but for ties. 8 neighbouring lanes hold a block; all 32
  *  lanes take part. Gives the four as a word, and the block's scale and sum in every lane. */
 __device__ inline int32_t round_four(float4 v, float* scale, float* sum) {
   const auto bits = [](float x) { return __float_as_uint(fabsf(x)); };

@@ -30,8 +30,7 @@ struct Share {
 };
 
 /** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
- *  Floats: the p-th four columns of every chunk lie together. 8 bits: Q4 has the low halves of all blocks of 32, then the high halves;
- *  then scale and sum of every block. */
+ *  Floats: the p-th four columns of every chunk lie together. 8 bits: as keep_rounded leaves them. */
 template <int kType, bool kInt8>
 struct Staged {
   static constexpr int kFours = ChunkOf<kType>::kFours;
@@ -58,7 +57,7 @@ __device__ inline float norm_scale(const double (*area)[kRows], int32_t t, const
 /** x into shared memory in 8 bits; waits for the norm. */
 template <int kType, int kRows>
 __device__ inline void stage_int8(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
-  const int32_t fours = in.columns / 4, blocks = in.columns / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = Staged<kType, true>::row(in.columns);
+  const int32_t fours = in.columns / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = Staged<kType, true>::row(in.columns);
   const float4* x4 = reinterpret_cast<const float4*>(x);
   if (in.norm) {
 #pragma unroll
@@ -77,8 +76,6 @@ __device__ inline void stage_int8(const InputView& in, const float* x, int32_t r
   }
   for (int t = 0; t < kRows; t++) {
     const float norm = in.norm ? norm_scale(area, t, in) : 1.0f;
-    int32_t* words = reinterpret_cast<int32_t*>(shared + t * row);
-    float2* scales = reinterpret_cast<float2*>(shared + t * row + in.columns / 16);
     for (int32_t start = warp * 32; start < fours; start += blockDim.x) {
       const int32_t i = start + lane;
       const bool inside = i < fours;
@@ -88,12 +85,7 @@ __device__ inline void stage_int8(const InputView& in, const float* x, int32_t r
         const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
         v = make_float4(v.x * norm * n.x, v.y * norm * n.y, v.z * norm * n.z, v.w * norm * n.w);
       }
-      float2 of;
-      const int32_t word = round_four(v, &of.x, &of.y);
-      if (inside) {
-        words[kType == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
-        if (i % 8 == 0) scales[i / 8] = of;
-      }
+      keep_rounded<kType>(v, i, in.columns, shared + t * row);
     }
   }
 }

@@ -3086,6 +3086,19 @@ __device__ inline uint32_t ordered(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// ---- items: each lane reads only what it asked for itself ----
+
+/** Brings 16 bytes from global to shared memory, or zeros. */
+__device__ inline void bring(uint4* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
+}
+__device__ inline void close_item() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/** Waits until at most kCount of the newest items are on their way. */
+template <int kCount>
+__device__ inline void await_items() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
+}
+
 // ---- a block's share of a step ----
 
 /**
@@ -4112,8 +4125,8 @@ void attend_plain(Context& ctx, const Cache& cache, const AttendView& a) {
  *
  * Tried, and not kept (16 sequences of 2,048 tokens on an H100): lanes that bring just what they read, without whole lines, 78 us
  * instead of 61; scores that leave a multiprocessor to one block rather than go to scratch, 11% longer at 8,192 tokens (H200); blocks of
- * 16 warps, no gain at any size; one block of a sequence and head instead of two, 16 to 33% longer; four or eight where two have room,
- * 28 to 40% longer; exponentials of two items at once instead of eight, 272 us instead of 226 at 8,192 tokens.
+ * 16 warps, no gain at any size; one block of a sequence and head instead of two, 16 to 33% longer; four where two have room,
+ * 28 to 44% longer, eight, 40 to 106%; exponentials of two items at once instead of eight, 272 us instead of 226 at 8,192 tokens.
  */
 #include "attend.cuh"
 #include "mma.cuh"
@@ -4923,6 +4936,7 @@ void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const 
 #include "chain.cuh"
 #include "chunk.cuh"
 #include "cluster.cuh"
+#include "mma.cuh"
 
 namespace wkv {
 namespace {
@@ -4931,24 +4945,14 @@ constexpr int32_t kOwnShared = 4096;  // bytes that the kernel declares itself, 
 constexpr int kBlocks = 16, kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kQuad = 4;  // rows that a warp takes at once
 
-/** The planes of a weight. */
-struct PlanesOf {
-  const uint8_t* at[4];
-  WKV_HD explicit PlanesOf(const WeightView& w) : at{w.data, reinterpret_cast<const uint8_t*>(w.scales), w.high, reinterpret_cast<const uint8_t*>(w.subs)} {}
-};
-
 /** Has this block's rows of a weight brought to its shared memory, which a barrier counts. */
 __device__ inline void bring_rows(const Link& link, const WeightView& w, const int32_t (&at)[4], uint8_t* shared, uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  const PlanesOf planes(w);
+  const void* const planes[4] = {w.data, w.scales, w.high, w.subs};
 #pragma unroll
   for (int p = 0; p < 4; p++) {
     const int32_t bytes = link.rows * link.row_bytes[p];
-    if (bytes == 0) continue;
-    const uint8_t* from = planes.at[p] + int64_t{link.first} * link.row_bytes[p];
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared + at[p]))), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+    if (bytes > 0) copy_bulk(shared + at[p], static_cast<const uint8_t*>(planes[p]) + int64_t{link.first} * link.row_bytes[p], bytes, barrier);
   }
-#endif
 }
 
 /** A weight as it lies in shared memory. */
@@ -4958,9 +4962,10 @@ __device__ inline WeightView kept_weight(const WeightView& w, const int32_t (&at
 
 /** x, times the norm's weight, into shared memory in 8 bits. The norm's scale, which changes no rounding, is left to do: meanwhile the last
  *  warp finds it. */
+template <int kType>
 __device__ inline void round_x(const Link& link, uint8_t* shared, int4* to, float* scale) {
   const float4 *x = reinterpret_cast<const float4*>(shared + link.x_at), *norm = reinterpret_cast<const float4*>(shared + link.norm_at);
-  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, fours = link.w.columns / 4, blocks = link.w.columns / 32;
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, fours = link.w.columns / 4;
   const bool normed = link.norm_at >= 0;
   if (warp == kWarps - 1) {
     float squares = 0.0f;
@@ -4972,8 +4977,6 @@ __device__ inline void round_x(const Link& link, uint8_t* shared, int4* to, floa
     squares = warp_sum(squares);
     if (lane == 0) *scale = normed ? rsqrtf(__fdividef(squares, static_cast<float>(link.w.columns)) + link.epsilon) : 1.0f;
   }
-  int32_t* words = reinterpret_cast<int32_t*>(to);
-  float2* scales = reinterpret_cast<float2*>(to + link.w.columns / 16);
   for (int32_t start = warp * 32; start < fours; start += kThreads) {
     const int32_t i = start + lane;
     const bool inside = i < fours;
@@ -4982,11 +4985,7 @@ __device__ inline void round_x(const Link& link, uint8_t* shared, int4* to, floa
       const float4 n = norm[i];
       v = make_float4(v.x * n.x, v.y * n.y, v.z * n.z, v.w * n.w);
     }
-    float2 of;
-    const int32_t word = round_four(v, &of.x, &of.y);
-    if (!inside) continue;
-    words[link.w.dtype == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
-    if (i % 8 == 0) scales[i / 8] = of;
+    keep_rounded<kType>(v, i, link.w.columns, to);
   }
 }
 
@@ -5068,13 +5067,13 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   }
   // Vectors that earlier kernels may have written: which 16 bytes a thread copies is known before they are.
   const float* from = nullptr;
-  uint4* to = nullptr;
+  float4* to = nullptr;
   const auto find = [&](int32_t piece) {
     for (int32_t i = 0; i < chain.count; i++) {
       const Link& link = links[i];
       const auto within = [&](bool there, int32_t at, const float* begin, int32_t count) {
         if (!there) return false;
-        if (piece < count / 4) from = begin + piece * 4, to = reinterpret_cast<uint4*>(shared + at) + piece;
+        if (piece < count / 4) from = begin + piece * 4, to = reinterpret_cast<float4*>(shared + at) + piece;
         return (piece -= count / 4) < 0;
       };
       if (within(link.reads_x, link.x_at, link.x, link.w.columns) || within(link.norm_at >= 0, link.norm_at, link.norm, link.w.columns)) return true;
@@ -5087,12 +5086,12 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   wait_for_previous();
   let_next_start();
   for (int32_t piece = tid; there;) {
-    bring(to, from, true);
+    copy_async<16>(to, from);
     piece += kThreads;
     there = piece < chain.pieces && find(piece);
   }
-  close_item();
-  await_items<0>();
+  end_copies();
+  wait_copies<0>();
   __syncthreads();
   await_begun();
 
@@ -5103,7 +5102,7 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
     const bool rounds = warp * 128 < link.w.columns || warp == kWarps - 1, multiplies = warp * kQuad < link.rows;
     if (rounds) {
       for (uint32_t left = link.after; left; left &= left - 1) await(&given[__ffs(left) - 1]);
-      round_x(link, shared, rounded, &scales[i % 2]);
+      round_x<kType>(link, shared, rounded, &scales[i % 2]);
     }
     if (multiplies) await(&brought[i]);
     __syncthreads();
@@ -5127,7 +5126,8 @@ bool whole16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0;
 }  // namespace
 
 bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (view_.count == kMostLinks || ctx.capability < 90 || in.rows != 1 || !suits(w) || (up.data && up.dtype != w.dtype) || (view_.count > 0 && view_.links[0].w.dtype != w.dtype) || !whole16(in.x) || !whole16(to.out)) return false;
+  if (ctx.capability < 90 || in.rows != 1 || !suits(w) || !whole16(in.x) || !whole16(to.out)) return false;
+  if (view_.count == kMostLinks || (view_.count > 0 && view_.links[0].w.dtype != w.dtype) || (up.data && up.dtype != w.dtype)) return false;
   const Span reads(in.x, in.columns), writes(to.out, w.rows);
   Link link{};
   link.w = w, link.up = up, link.x = in.x, link.norm = in.norm, link.bias = to.bias, link.out = to.out;
@@ -5138,8 +5138,10 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
   int32_t gives_x = -1, gives_old = -1;
   for (int32_t i = 0; i < view_.count; i++) {
     const Link& before = view_.links[i];
-    const Span gave(before.out, before.w.rows), read(before.x, before.w.columns);
-    if (before.reads_x && writes.meets(read)) return false;  // another block may not have read it yet
+    const Span gave(before.out, before.w.rows);
+    // Another block may not have read it yet.
+    if (before.reads_x && writes.meets(Span(before.x, before.w.columns))) return false;
+    if ((before.norm && writes.meets(Span(before.norm, before.w.columns))) || (before.bias && writes.meets(Span(before.bias, before.w.rows)))) return false;
     if ((in.norm && gave.meets(Span(in.norm, in.columns))) || (to.bias && gave.meets(Span(to.bias, w.rows)))) return false;
     if (gave.meets(reads)) {
       if (!(gave == reads)) return false;
@@ -5150,6 +5152,8 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
       gives_old = i;
     }
   }
+
+  if (gives_old >= 0 && gives_x < 0) return false;  // these only add up, as graphs that time a single op do
 
   int32_t used = used_;
   const auto room = [&](int32_t bytes) {
@@ -5223,8 +5227,6 @@ void Context::flush() {
 `,
   "cuda/chain.cuh": `/** chain.cuh: products of one row that are recorded one after another, and may become one launch (chain.cu). */
 #pragma once
-#include <vector>
-
 #include "linear.cuh"
 
 namespace wkv {
@@ -5427,24 +5429,38 @@ struct PieceChunk {
   }
 };
 
+/** Rounds four columns of x, number i of its fours, to 8 bits and leaves them as product() takes them: Q8_0 in order, others the low halves of
+ *  all blocks of 32, then the high halves; behind them scale and sum of every block. All lanes take part, of neighbouring fours. */
+template <int kType>
+__device__ inline void keep_rounded(float4 v, int32_t i, int32_t columns, int4* to) {
+  float2 of;
+  const int32_t word = round_four(v, &of.x, &of.y);
+  if (i >= columns / 4) return;
+  reinterpret_cast<int32_t*>(to)[kType == WKV_Q8_0 ? i : (i / 4 % 2 * (columns / 32) + i / 8) * 4 + i % 4] = word;
+  if (i % 8 == 0) reinterpret_cast<float2*>(to + columns / 16)[i / 8] = of;
+}
+
 template <int kType>
 using ChunkOf = std::conditional_t<wkv_has_pieces(kType), PieceChunk<kType>, Chunk<kType>>;
 
 }  // namespace wkv
 `,
-  "cuda/cluster.cuh": `/** cluster.cuh: how the blocks of a cluster tell each other numbers: pushed into each other's shared memory, where barriers count the bytes. */
+  "cuda/cluster.cuh": `/** cluster.cuh: barriers in shared memory that count bytes (sm_90): of bulk copies from global memory, and of what the blocks of a cluster push
+ *  into each other's memory. */
 #pragma once
 #include "common.cuh"
 
 namespace wkv {
+
+__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
 /** Writes into another block's memory, at the place of one's own \`at\`, and counts the bytes on its barrier. */
 template <typename V>
 __device__ inline void push(const V* at, const V& value, const uint64_t* barrier, int32_t block) {
 #if __CUDA_ARCH__ >= 900
   uint32_t to, counts;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))), "r"(block));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(at)), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(shared_address(barrier)), "r"(block));
   const auto* words = reinterpret_cast<const uint32_t*>(&value);
   if constexpr (sizeof(V) == 8) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(words[0]), "r"(words[1]), "r"(counts) : "memory");
@@ -5457,23 +5473,35 @@ __device__ inline void push(const V* at, const V& value, const uint64_t* barrier
 #endif
 }
 
-/** Makes a barrier that one arrival and the bytes it announces complete. */
-__device__ inline void open_barrier(uint64_t* barrier) {
+/** Makes a barrier that so many arrivals and the bytes they announce complete. */
+__device__ inline void open_barrier(uint64_t* barrier, uint32_t arrivals = 1) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+__device__ inline void arrive(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 #endif
 }
 __device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 #endif
 }
-__device__ inline void await(const uint64_t* barrier) {
+/** Waits for the barrier's first completion, or for one of another parity. */
+__device__ inline void await(const uint64_t* barrier, uint32_t parity = 0) {
 #if __CUDA_ARCH__ >= 900
   uint32_t done;
   do {
-    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\\nselp.u32 %0, 1, 0, p;\\n}" : "=r"(done) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))) : "memory");
+    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\\nselp.u32 %0, 1, 0, p;\\n}" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
   } while (!done);
+#endif
+}
+/** Has whole 16 bytes copied from global to shared memory, which a barrier counts. */
+__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 #endif
 }
 
@@ -5801,19 +5829,6 @@ __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
-}
-
-// Copies on their way to shared memory: each lane waits for what it asked for itself.
-
-/** Brings 16 bytes from global to shared memory, or zeros. */
-__device__ inline void bring(uint4* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
-}
-__device__ inline void close_item() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/** Waits until at most kCount of the newest items are on their way. */
-template <int kCount>
-__device__ inline void await_items() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
 }
 
 __device__ inline float warp_sum(float x) {
@@ -6298,9 +6313,10 @@ __device__ inline Four<T>& four_at(T* from) { return *reinterpret_cast<Four<T>*>
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * In a graph, small products of one row that follow each other are one launch (chain.cu). Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. For more x is normed and rounded once
- * (matmul.cu), then each weight is one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is
- * cuBLASLt's, where that is installed (cublaslt.cu). Here: the ops' checks, and the choice.
+ * Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. In a graph, small products of one row
+ * that follow each other are one launch together (chain.cu). For more rows x is normed and rounded once (matmul.cu), then each weight is
+ * one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed
+ * (cublaslt.cu). Here: the ops' checks, and the choice.
  */
 #include <algorithm>
 
@@ -6462,7 +6478,8 @@ int32_t wkv_gated(int32_t context, int32_t out, int32_t x, int32_t rows, int32_t
   });
 }
 `,
-  "cuda/linear.cuh": `/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), chain.cu (one row, in graphs), matmul.cu (more rows). */
+  "cuda/linear.cuh": `/** linear.cuh: what the files of wkv_linear and wkv_gated share: linear.cu (ops), matvec.cu (few rows), chain.cu (one row, in graphs),
+ *  matmul.cu (more rows). */
 #pragma once
 #include <type_traits>
 
@@ -6573,7 +6590,7 @@ __device__ inline uint32_t iq4_values(uint32_t q) {
   return (low & ~upper) | (high & upper);
 }
 
-/** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them. 8 neighbouring lanes hold a block; all 32
+/** Four neighbours of a block of 32 numbers in 8 bits, as round_row of loops.cpp rounds them but for ties. 8 neighbouring lanes hold a block; all 32
  *  lanes take part. Gives the four as a word, and the block's scale and sum in every lane. */
 __device__ inline int32_t round_four(float4 v, float* scale, float* sum) {
   const auto bits = [](float x) { return __float_as_uint(fabsf(x)); };
@@ -7466,8 +7483,7 @@ struct Share {
 };
 
 /** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
- *  Floats: the p-th four columns of every chunk lie together. 8 bits: Q4 has the low halves of all blocks of 32, then the high halves;
- *  then scale and sum of every block. */
+ *  Floats: the p-th four columns of every chunk lie together. 8 bits: as keep_rounded leaves them. */
 template <int kType, bool kInt8>
 struct Staged {
   static constexpr int kFours = ChunkOf<kType>::kFours;
@@ -7494,7 +7510,7 @@ __device__ inline float norm_scale(const double (*area)[kRows], int32_t t, const
 /** x into shared memory in 8 bits; waits for the norm. */
 template <int kType, int kRows>
 __device__ inline void stage_int8(const InputView& in, const float* x, int32_t rows, int4* shared, double (*area)[kRows]) {
-  const int32_t fours = in.columns / 4, blocks = in.columns / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = Staged<kType, true>::row(in.columns);
+  const int32_t fours = in.columns / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = Staged<kType, true>::row(in.columns);
   const float4* x4 = reinterpret_cast<const float4*>(x);
   if (in.norm) {
 #pragma unroll
@@ -7513,8 +7529,6 @@ __device__ inline void stage_int8(const InputView& in, const float* x, int32_t r
   }
   for (int t = 0; t < kRows; t++) {
     const float norm = in.norm ? norm_scale(area, t, in) : 1.0f;
-    int32_t* words = reinterpret_cast<int32_t*>(shared + t * row);
-    float2* scales = reinterpret_cast<float2*>(shared + t * row + in.columns / 16);
     for (int32_t start = warp * 32; start < fours; start += blockDim.x) {
       const int32_t i = start + lane;
       const bool inside = i < fours;
@@ -7524,12 +7538,7 @@ __device__ inline void stage_int8(const InputView& in, const float* x, int32_t r
         const float4 n = __ldg(reinterpret_cast<const float4*>(in.norm) + i);
         v = make_float4(v.x * norm * n.x, v.y * norm * n.y, v.z * norm * n.z, v.w * norm * n.w);
       }
-      float2 of;
-      const int32_t word = round_four(v, &of.x, &of.y);
-      if (inside) {
-        words[kType == WKV_Q8_0 ? i : (i / 4 % 2 * blocks + i / 8) * 4 + i % 4] = word;
-        if (i % 8 == 0) scales[i / 8] = of;
-      }
+      keep_rounded<kType>(v, i, in.columns, shared + t * row);
     }
   }
 }
@@ -8837,6 +8846,7 @@ void attend_wgmma(Context& ctx, const PrefillView& p);
  * Tried and left: a third stage of tiles forward, and no turns (6% slower at 32,768 rows); in columns some powers of 2 by a polynomial, to
  * spare the special function units (5% to 15% slower).
  */
+#include "cluster.cuh"
 #include "prefill.cuh"
 
 namespace wkv {
@@ -8846,27 +8856,6 @@ constexpr int kGroups = 2, kComputing = kGroups * 128, kAllThreads = kComputing 
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// ---- barriers and copies ----
-
-__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-__device__ inline void open_barrier(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-__device__ inline void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-__device__ inline void await(uint64_t* barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (!done) {
-    asm volatile("{\\n.reg .pred p;\\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\\nselp.u32 %0, 1, 0, p;\\n}" : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-  }
-}
-__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-}
 /** Registers of a thread of the warpgroup that brings tiles, and of the others. */
 __device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 24;"); }
 __device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 240;"); }
