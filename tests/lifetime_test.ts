@@ -18,6 +18,8 @@ import { Tensor } from "../src/backend/tensor.ts";
 import { generate } from "../src/generate.ts";
 import { loadModel } from "../src/model.ts";
 import { type Layer, openCache, qkvWidth } from "../src/selftest/layer.ts";
+import { matrix } from "../src/selftest/matrix.ts";
+import { Random } from "../src/selftest/numbers.ts";
 import { afterAll, beforeAll, describe, it } from "./device.ts";
 import { LibraryCopy, runScript } from "./isolated.ts";
 
@@ -238,6 +240,33 @@ describe("a graph", () => {
     using graph = backend.record(() => cache.attend(0, out, qkv));
     await Promise.all(Array.from({ length: 100 }, () => graph.run(3)));
     assertEquals(cache.stats().seen, 300);
+  });
+
+  it("runs beside another backend's, whichever takes the whole device", async () => {
+    const made = async () => {
+      const backend = await open(2), random = new Random(7);
+      const [first, second] = [1024, 640].map((rows, i) =>
+        matrix(backend, random, "BF16", rows, i ? 1024 : 512).tensor
+      ) as [Tensor, Tensor];
+      const x = Tensor.from(backend, random.normals(512));
+      const inner = new Tensor(backend, "F32", 1, 1024);
+      const out = new Tensor(backend, "F32", 1, 640);
+      const once = { rows: 1, precision: "f32" } as const;
+      const graph = backend.record(() => {
+        linear(backend, inner, x, first, once);
+        linear(backend, out, inner, second, once);
+      });
+      return { backend, graph, out };
+    };
+    const both = [await made(), await made()];
+    using _one = both[0]!.backend, _other = both[1]!.backend;
+    await both[0]!.graph.run();
+    const expected = both[0]!.out.floats();
+    assert(expected.some((y) => y !== 0));
+    for (let i = 0; i < 3; i++) {
+      await Promise.all(both.map(({ graph }) => graph.run(100)));
+      for (const { out } of both) assertEquals(out.floats(), expected);
+    }
   });
 
   it("left behind goes with its backend", async () => {

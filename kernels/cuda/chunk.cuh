@@ -1,4 +1,4 @@
-/** chunk.cuh: a few columns of a weight's row in a lane's registers, and their products with x; used by matvec.cu and chain.cu. */
+/** chunk.cuh: a few columns of a weight's row in a lane's registers, and their products with x; used by matvec.cu and the chains. */
 #pragma once
 #include "linear.cuh"
 
@@ -167,5 +167,18 @@ __device__ inline void keep_rounded(float4 v, int32_t i, int32_t columns, int4* 
 
 template <int kType>
 using ChunkOf = std::conditional_t<wkv_has_pieces(kType), PieceChunk<kType>, Chunk<kType>>;
+
+/** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
+ *  Floats: the p-th four columns of every chunk lie together. 8 bits: as keep_rounded leaves them. */
+template <int kType, bool kInt8>
+struct Staged {
+  static constexpr int kFours = ChunkOf<kType>::kFours;
+  /** In units of 16 bytes: from one four to the next, of a row; the former keeps writes free of conflicts. */
+  static __host__ __device__ int32_t plane(int32_t columns) { return kFours == 1 ? 0 : (columns / chunk_columns(kType) + 7) / 8 * 8 + 8 / kFours; }
+  static __host__ __device__ int32_t row(int32_t columns) {
+    if (kInt8) return columns / 16 + columns / 64 + (columns / 32 % 2);
+    return kFours == 1 ? columns / 4 : plane(columns) * kFours;
+  }
+};
 
 }  // namespace wkv

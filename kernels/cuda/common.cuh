@@ -86,7 +86,7 @@ struct Faults {
 
 // ---- tensors ----
 
-constexpr bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
+WKV_HD constexpr bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
 
 /**
  * A weight as kernels see it. Quantised rows lie in planes, each with a part for every 32 columns:
@@ -156,6 +156,7 @@ TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t
 /** A captured graph, and all that its kernels read and write. */
 struct Graph : Object {
   cudaGraphExec_t run = nullptr;
+  bool takes_device = false;  // a kernel's blocks wait for each other, one a multiprocessor
   std::vector<std::shared_ptr<void>> holds;
   Graph() : Object(Kind::Graph) {}
   ~Graph() override {
@@ -170,6 +171,7 @@ class Chain;
 struct Context : ContextBase {
   int32_t device = 0, processors = 0;
   int32_t shared_limit = 0;  // bytes a block; WKV_CUDA_SHARED_KB lowers it, to test what smaller GPUs take
+  bool shared_device = false;  // other processes' kernels run beside ours (MPS)
   int32_t capability = 0;    // 90 for 9.0: the device's, or that of the code it runs when this is lower
   std::string name;          // for wkv_device
   cudaStream_t stream = nullptr, side = nullptr;
@@ -194,6 +196,8 @@ struct Context : ContextBase {
   }
   /** Launches the products that wait in `chain`; launch() does so first. */
   void flush();
+  /** Launches a graph so many times. Two that take the device never run at once: each might have what the other waits for. */
+  void start(const Graph& graph, int32_t times = 1);
   /** Ends an op: checks its launches and, unless a graph is recorded, waits for it and for its faults. */
   void submitted();
   /** Waits for a stream, and fails with the fault that kernels left. */

@@ -4,8 +4,8 @@
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. In a graph, small products of one row
- * that follow each other are one launch together (chain.cu). For more rows x is normed and rounded once (matmul.cu), then each weight is
+ * Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. In a graph, products of one row that
+ * follow each other are one launch together (chain.cu). For more rows x is normed and rounded once (matmul.cu), then each weight is
  * one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed
  * (cublaslt.cu). Here: the ops' checks, and the choice.
  */
@@ -81,9 +81,9 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
 
 /** Scratch: x prepared, products, then x copied, or up's product where each weight goes its own way. */
 void project(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
-  if (ctx.chain && int8 && ctx.chain->take(ctx, in, w, up, to)) return;
+  if (ctx.chain && ctx.chain->take(ctx, in, w, up, int8, to)) return;
   ctx.flush();
-  if (ctx.chain && int8 && ctx.chain->take(ctx, in, w, up, to)) return;  // the first of the next one
+  if (ctx.chain && ctx.chain->take(ctx, in, w, up, int8, to)) return;  // the first of the next one
   const size_t own = prepared_bytes(in);
   if (up.data && w.dtype != up.dtype) {
     const size_t products = std::max(product_bytes(in, w, false, int8), product_bytes(in, up, false, int8));

@@ -29,19 +29,6 @@ struct Share {
   bool gated;
 };
 
-/** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
- *  Floats: the p-th four columns of every chunk lie together. 8 bits: as keep_rounded leaves them. */
-template <int kType, bool kInt8>
-struct Staged {
-  static constexpr int kFours = ChunkOf<kType>::kFours;
-  /** In units of 16 bytes: from one four to the next, of a row; the former keeps writes free of conflicts. */
-  static __host__ __device__ int32_t plane(int32_t columns) { return kFours == 1 ? 0 : (columns / chunk_columns(kType) + 7) / 8 * 8 + 8 / kFours; }
-  static __host__ __device__ int32_t row(int32_t columns) {
-    if (kInt8) return columns / 16 + columns / 64 + (columns / 32 % 2);
-    return kFours == 1 ? columns / 4 : plane(columns) * kFours;
-  }
-};
-
 /** The norm's scale of row t from the warps' sums of squares. */
 template <int kRows>
 __device__ inline float norm_scale(const double (*area)[kRows], int32_t t, const InputView& in) {

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 
 #include "chain.cuh"
 #include "cublaslt.cuh"
@@ -104,6 +105,9 @@ Context::Context() {
   int32_t driver = 0;
   check(cudaDriverGetVersion(&driver), "Asking for the driver's version");
   processors = properties.multiProcessorCount;
+  int mps = 0;
+  check(cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, device), "Asking for the device");
+  shared_device = mps != 0;
   capability = properties.major * 10 + properties.minor;
   shared_limit = shared_bytes(properties.sharedMemPerBlockOptin);
   name = std::string(properties.name) + ", sm_" + std::to_string(capability) + ", " + std::to_string(processors) + " multiprocessors, driver " + version_text(driver);
@@ -129,10 +133,20 @@ Context::Context() {
   }
 }
 
+namespace {
+std::mutex turn_mutex;
+std::map<int32_t, Context*> turns;  // by device: whose graph took it last
+}  // namespace
+
 Context::~Context() { release(); }
 
 void Context::release() {
   if (going) cudaStreamSynchronize(side);
+  {
+    std::lock_guard<std::mutex> lock(turn_mutex);
+    const auto turn = turns.find(device);
+    if (turn != turns.end() && turn->second == this) turns.erase(turn);
+  }
   if (word) cudaFreeHost(word);
   if (side) cudaStreamDestroy(side);
   if (stream) cudaStreamDestroy(stream);
@@ -142,6 +156,23 @@ uint8_t* Context::reserve(size_t bytes) {
   if (!scratch || scratch->bytes() < bytes) scratch = std::make_shared<DeviceMemory>(round_up(bytes, size_t{1} << 20));
   hold(scratch);
   return scratch->as<uint8_t>();
+}
+
+void Context::start(const Graph& graph, int32_t times) {
+  std::unique_lock<std::mutex> lock(turn_mutex, std::defer_lock);
+  if (graph.takes_device) {
+    lock.lock();
+    Context*& last = turns[device];
+    if (last && last != this) {
+      cudaEvent_t ended;
+      check(cudaEventCreateWithFlags(&ended, cudaEventDisableTiming), "Making an event");
+      const std::shared_ptr<void> owner(ended, [](void* event) { cudaEventDestroy(static_cast<cudaEvent_t>(event)); });
+      check(cudaEventRecord(ended, last->side), "Recording an event");
+      check(cudaStreamWaitEvent(side, ended), "Waiting for another context's graph");
+    }
+    last = this;
+  }
+  for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph.run, side), "Launching a graph");
 }
 
 void Context::submitted() {
@@ -250,7 +281,7 @@ Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tens
     scales_at = round_up(pieces * data_bytes(dtype));
     high_at = round_up(scales_at + size_t(rows) * (columns / scale_columns(dtype)) * scale_bytes(dtype));
     subs_at = round_up(high_at + pieces * high_bytes(dtype));
-    bytes = subs_at + pieces * subs_bytes(dtype);
+    bytes = round_up(subs_at + pieces * subs_bytes(dtype));  // whole 16 bytes can be read
   }
   memory = std::make_shared<DeviceMemory>(bytes);
 }
@@ -406,7 +437,7 @@ int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
     require(times >= 0, "times must not be negative: " + std::to_string(times));
     const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
     ctx.settle();
-    for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
+    ctx.start(*graph, times);
     ctx.finish(ctx.side);
   });
 }
@@ -417,7 +448,7 @@ int32_t wkv_graph_start(int32_t context, int32_t handle) {
     const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
     ctx.settle();
     ctx.failed.reset();
-    check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
+    ctx.start(*graph);
     ctx.going = graph;
   });
 }

@@ -4918,10 +4918,112 @@ void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const 
 }  // namespace wkv
 `,
   "cuda/chain.cu": `/**
- * chain.cu: products of one row that follow each other in a graph, of weights so small that launches would take longer than they, in one
- * launch: what attention gave to the next layer's queries, say.
+ * chain.cu: products of one row that follow each other in a graph are one launch: what attention gave to the next layer's queries, say.
  *
  *   x += attended . output;  hidden = silu(norm(x) . gate) * (norm(x) . up);  x += hidden . down;  qkv = norm(x) . w
+ *
+ * While a graph is recorded they wait here until another op comes. Weights that the shared memory of one cluster holds go to
+ * chain_cluster.cu, others to chain_grid.cu; a product that stays alone goes to matvec.cu.
+ */
+#include "chain.cuh"
+
+#include <algorithm>
+
+namespace wkv {
+namespace {
+/** Bytes of shared memory that any kernel needs beside x. */
+constexpr int32_t kBesideX = 40 * 1024;
+bool whole16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+}  // namespace
+
+bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to) {
+  const bool known = int8 || w.dtype == WKV_F16 || w.dtype == WKV_BF16;
+  if (ctx.capability < 90 || in.rows != 1 || !known || w.columns % 32 != 0 || !whole16(in.x) || !whole16(in.norm)) return false;
+  if (up.data && up.dtype != w.dtype) return false;
+  if (w.columns * (int8 ? 2 : 4) + kBesideX > ctx.shared_limit) return false;
+  if (products_.size() == kMostLinks || (!products_.empty() && (products_[0].w.dtype != w.dtype || int8_ != int8))) return false;
+  const Span reads(in.x, in.columns), norm(in.norm, in.columns), bias(to.bias, w.rows), writes(to.out, w.rows);
+  if (reads.meets(writes) || norm.meets(writes) || bias.meets(writes)) return false;
+  int32_t after = -1;
+  bool reads_given = false, writes_given = false;
+  for (int32_t i = 0; i < static_cast<int32_t>(products_.size()); i++) {
+    const Product& before = products_[i];
+    const int32_t columns = before.w.columns, rows = before.w.rows;
+    const Span gave(before.to.out, rows);
+    if (gave.meets(norm) || gave.meets(bias) || writes.meets(Span(before.in.norm, columns)) || writes.meets(Span(before.to.bias, rows))) return false;
+    if (gave.meets(reads) || gave.meets(writes) || writes.meets(Span(before.in.x, columns))) after = i;
+    reads_given |= gave.meets(reads), writes_given |= gave.meets(writes);
+  }
+  if (writes_given && !reads_given) return false;  // a graph that times one op
+  products_.push_back({in, w, up, to, after});
+  int8_ = int8;
+  return true;
+}
+
+void Chain::launch(Context& ctx) {
+  const std::vector<Product> products = std::move(products_);
+  clear();
+  if (products.size() > 1 && ((int8_ && chain_cluster(ctx, products)) || chain_grid(ctx, products))) return;
+  for (const Product& product : products) {
+    const bool started = matvec(ctx, product.in, product.w, product.up, int8_, product.to);
+    require(started, "A product of one row found no kernel");
+  }
+}
+
+void Context::flush() {
+  if (chain) chain->launch(*this);
+}
+
+}  // namespace wkv
+`,
+  "cuda/chain.cuh": `/** chain.cuh: products of one row that are recorded one after another, and may become one launch: chain.cu (which do), chain_cluster.cu (small
+ *  ones), chain_grid.cu (others). */
+#pragma once
+#include "linear.cuh"
+
+namespace wkv {
+
+constexpr int32_t kMostLinks = 8;  // of a chain
+
+/** A product of a chain. */
+struct Product {
+  InputView in;
+  WeightView w, up;
+  OutputView to;
+  int32_t after;  // the last one before that must have ended, in all blocks, when this one begins to read or write; -1: none
+};
+
+/** What is recorded and not launched yet. All of one type, rounded to 8 bits or not. */
+class Chain {
+ public:
+  /** Takes a product in; false, and nothing changed, where it must be launched by itself. */
+  bool take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
+  /** Launches what was taken in. */
+  void launch(Context& ctx);
+  /** Forgets it. */
+  void clear() { products_.clear(); }
+
+ private:
+  std::vector<Product> products_;
+  bool int8_ = false;
+};
+
+/** One launch of them all; false, and nothing launched, where there is no room. */
+bool chain_cluster(Context& ctx, const std::vector<Product>& products);
+bool chain_grid(Context& ctx, const std::vector<Product>& products);
+
+/** Floats in global memory. */
+struct Span {
+  const float *begin, *end;
+  Span(const float* begin, int32_t count) : begin(begin), end(begin ? begin + count : begin) {}
+  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
+  bool operator==(const Span& other) const { return begin == other.begin && end == other.end; }
+};
+
+}  // namespace wkv
+`,
+  "cuda/chain_cluster.cu": `/**
+ * chain_cluster.cu: a chain of products (chain.cu) of weights so small that launches would take longer than they.
  *
  * One cluster of 16 blocks does it all. A block owns a 16th of the rows of every weight, and has them brought to its shared memory before
  * the kernel in front has ended. Every block holds each x whole: it norms it, rounds it to 8 bits in blocks of 32 as matvec.cu does, and
@@ -4944,6 +5046,29 @@ namespace {
 constexpr int32_t kOwnShared = 4096;  // bytes that the kernel declares itself, at most
 constexpr int kBlocks = 16, kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kQuad = 4;  // rows that a warp takes at once
+
+/** One product, as the kernel sees it. Places are bytes of a block's shared memory, -1 for none. */
+struct Link {
+  WeightView w, up;  // w . x, or gated with up where up has data
+  const float *x, *norm, *bias;
+  float* out;
+  float epsilon;
+  int32_t add, activation;
+  uint32_t after;                 // the links whose results this one waits for, as the first, a bit each
+  int32_t x_at, out_at;           // x, and the result where another link reads it: whole, in every block
+  int32_t norm_at, bias_at;       // bias: of this block's rows
+  int32_t old_at;                 // what the result is added to: whole, or of this block's rows where no link gave it
+  int32_t own;                    // rows of a block, at most: block b has the b-th of them
+  int32_t first, rows;            // a block's, in its own copy
+  int32_t row_bytes[4], w_at[4], up_at[4];  // by plane, as WeightView's: a row's; where this block's rows of the weights lie
+  bool reads_x, reads_old;        // from global memory
+};
+
+struct ChainView {
+  int32_t count, rounded_at, rounded_bytes;  // two areas for x in 8 bits, used in turn
+  int32_t pieces;                            // 16 bytes of vectors that a block copies first, at most
+  Link links[kMostLinks];
+};
 
 /** Has this block's rows of a weight brought to its shared memory, which a barrier counts. */
 __device__ inline void bring_rows(const Link& link, const WeightView& w, const int32_t (&at)[4], uint8_t* shared, uint64_t* barrier) {
@@ -5031,7 +5156,7 @@ __device__ inline void multiply(const Link& link, uint8_t* shared, const int4* x
 }
 
 template <int kType>
-__global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constant__ ChainView chain) {
+__global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const __grid_constant__ ChainView chain) {
   extern __shared__ int4 shared16[];
   __shared__ uint64_t brought[kMostLinks], given[kMostLinks];  // barriers: a link's weights are here; its result is, from all blocks
   uint8_t* shared = reinterpret_cast<uint8_t*>(shared16);
@@ -5112,28 +5237,32 @@ __global__ void __launch_bounds__(kThreads, 1) chain_kernel(const __grid_constan
   }
 }
 
-/** Floats in global memory. */
-struct Span {
-  const float *begin, *end;
-  Span(const float* begin, int32_t count) : begin(begin), end(begin + count) {}
-  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
-  bool operator==(const Span& other) const { return begin == other.begin && end == other.end; }
+bool suits(const WeightView& w) { return w.rows % kQuad == 0 && w.columns % 64 == 0; }
+
+/** Where everything lies in shared memory. */
+class Layout {
+ public:
+  /** Takes the next product in; false where it does not suit a cluster. */
+  bool add(const Context& ctx, const Product& product);
+  const ChainView& view() const { return view_; }
+  size_t bytes() const { return size_t(view_.rounded_at) + 2 * size_t(view_.rounded_bytes); }
+
+ private:
+  ChainView view_{};
+  int32_t used_ = 0, widest_ = 0;  // bytes of shared memory; columns of the widest x
+  uint32_t awaited_ = 0;           // links whose results a link waits for
 };
 
-bool suits(const WeightView& w) { return is_quantised(w.dtype) && w.rows % kQuad == 0 && w.columns % 64 == 0; }
-bool whole16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
-
-}  // namespace
-
-bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to) {
-  if (ctx.capability < 90 || in.rows != 1 || !suits(w) || !whole16(in.x) || !whole16(to.out)) return false;
-  if (view_.count == kMostLinks || (view_.count > 0 && view_.links[0].w.dtype != w.dtype) || (up.data && up.dtype != w.dtype)) return false;
+bool Layout::add(const Context& ctx, const Product& product) {
+  const InputView& in = product.in;
+  const WeightView &w = product.w, &up = product.up;
+  const OutputView& to = product.to;
+  if (!suits(w) || reinterpret_cast<uintptr_t>(to.out) % 16 != 0) return false;
   const Span reads(in.x, in.columns), writes(to.out, w.rows);
   Link link{};
   link.w = w, link.up = up, link.x = in.x, link.norm = in.norm, link.bias = to.bias, link.out = to.out;
   link.epsilon = in.epsilon, link.add = to.add, link.activation = to.activation;
   link.out_at = link.norm_at = link.bias_at = link.old_at = -1;
-  if (reads.meets(writes)) return false;
 
   int32_t gives_x = -1, gives_old = -1;
   for (int32_t i = 0; i < view_.count; i++) {
@@ -5153,13 +5282,11 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
     }
   }
 
-  if (gives_old >= 0 && gives_x < 0) return false;  // these only add up, as graphs that time a single op do
-
-  int32_t used = used_;
-  const auto room = [&](int32_t bytes) {
-    const int32_t at = used;
-    used += static_cast<int32_t>(round_up(size_t(bytes), 128));
-    return at;
+  int64_t used = used_;
+  const auto room = [&](int64_t bytes) {
+    const int64_t at = used;
+    used += static_cast<int64_t>(round_up(size_t(bytes), 128));
+    return static_cast<int32_t>(at);
   };
   link.own = divide_up(w.rows, kQuad * kBlocks) * kQuad;
   const int32_t pieces = w.columns / 32;
@@ -5177,8 +5304,8 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
   if (in.norm) link.norm_at = room(in.columns * 4);
   if (to.bias) link.bias_at = room(link.own * 4);
   for (int p = 0; p < 4; p++) {
-    link.row_bytes[p] = row_bytes[p], link.w_at[p] = room(link.own * row_bytes[p]);
-    if (up.data) link.up_at[p] = room(link.own * row_bytes[p]);
+    link.row_bytes[p] = row_bytes[p], link.w_at[p] = room(int64_t{link.own} * row_bytes[p]);
+    if (up.data) link.up_at[p] = room(int64_t{link.own} * row_bytes[p]);
   }
   const int32_t widest = std::max(widest_, in.columns), rounded = static_cast<int32_t>(round_up(size_t(widest) + widest / 4, 128));
   if (used + 2 * rounded + kOwnShared > ctx.shared_limit) return false;
@@ -5187,93 +5314,445 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
     if (outs[k] >= 0) view_.links[outs[k]].out_at = at[k], awaited_ |= 1u << outs[k];
   }
   view_.links[view_.count++] = link;
-  view_.rounded_at = used, view_.rounded_bytes = rounded;
+  view_.rounded_at = used_ = static_cast<int32_t>(used), view_.rounded_bytes = rounded, widest_ = widest;
   view_.pieces += ((link.reads_x ? in.columns : 0) + (in.norm ? in.columns : 0) + (to.bias ? link.own : 0) + (link.reads_old ? link.own : 0)) / 4;
-  used_ = used, widest_ = widest;
   return true;
 }
 
-void Chain::launch(Context& ctx) {
-  if (view_.count == 0) return;
-  const ChainView chain = view_;
-  clear();
+}  // namespace
+
+bool chain_cluster(Context& ctx, const std::vector<Product>& products) {
+  Layout layout;
+  for (const Product& product : products) {
+    if (!layout.add(ctx, product)) return false;
+  }
+  const int32_t dtype = products[0].w.dtype;
   const auto together = [&](auto type) {
     if constexpr (is_quantised(type.value)) {
-      const Shape shape{kBlocks, kThreads, size_t(chain.rounded_at) + 2 * size_t(chain.rounded_bytes), kBlocks};
-      const auto kernel = chain_kernel<type.value>;
+      const Shape shape{kBlocks, kThreads, layout.bytes(), kBlocks};
+      const auto kernel = cluster_kernel<type.value>;
       allow_shared(kernel, shape.shared);
       if (clusters_at_once(kernel, shape) == 0) return false;
-      wkv::launch(ctx, kernel, shape, chain);
+      launch(ctx, kernel, shape, layout.view());
       return true;
     } else {
       return false;
     }
   };
-  const int32_t dtype = chain.links[0].w.dtype;
-  if (chain.count > 1 && (wkv_has_pieces(dtype) ? by_pieces(dtype, together) : by_type(dtype, together))) return;
-  for (int32_t i = 0; i < chain.count; i++) {
-    const Link& link = chain.links[i];
-    const InputView in{link.x, 1, link.w.columns, link.norm, link.epsilon, false};
-    const bool started = matvec(ctx, in, link.w, link.up, true, {link.out, link.w.rows, link.bias, link.add, link.activation});
-    require(started, "A product of one row found no kernel");
-  }
-}
-
-void Context::flush() {
-  if (chain) chain->launch(*this);
+  return wkv_has_pieces(dtype) ? by_pieces(dtype, together) : by_type(dtype, together);
 }
 
 }  // namespace wkv
 `,
-  "cuda/chain.cuh": `/** chain.cuh: products of one row that are recorded one after another, and may become one launch (chain.cu). */
-#pragma once
-#include "linear.cuh"
+  "cuda/chain_grid.cu": `/**
+ * chain_grid.cu: a chain of products (chain.cu) of weights that no shared memory holds, in one launch of a block a multiprocessor.
+ *
+ * A unit is some rows of a weight, or half as many of gate and of up. A warp of its own brings units to a ring in shared memory by bulk
+ * copies; 16 others share their columns, and where rows are short the rows. Weights depend on nothing, so they keep coming while blocks wait
+ * for each other's results, and the first ones are asked for before the kernel in front has ended. Blocks read neighbouring units, as memory
+ * likes it.
+ *
+ * Results go through global memory. Where a product waits for one before, blocks tell that they have ended it by adding to a counter; its
+ * highest bit turns over when all have, so that it needs no clearing. Every block then stages x whole: floats, or 8 bits in blocks of 32 as
+ * matvec.cu has them; the norm's scale multiplies finished sums. Sums are in a fixed order. Bytes moved: the weights, once.
+ */
+#include <algorithm>
+
+#include "chain.cuh"
+#include "chunk.cuh"
+#include "cluster.cuh"
 
 namespace wkv {
+namespace {
 
-constexpr int32_t kMostLinks = 8;  // of a chain
+constexpr int kWorkers = 512, kWarps = kWorkers / 32, kThreads = kWorkers + 32;
+constexpr int kQuad = 4;  // rows that a warp takes at once
+constexpr int32_t kMostStages = 16, kOwnShared = 4096;  // of a ring; bytes that the kernel declares itself, at most
+constexpr int32_t kMostHeld = 64;         // units whose sums wait, at most
+constexpr int kClaims = 3;               // claims of a block under way
 
-/** One product, as the kernel sees it. Places are bytes of a block's shared memory, -1 for none. */
+/** One product, as the kernel sees it. */
 struct Link {
   WeightView w, up;  // w . x, or gated with up where up has data
   const float *x, *norm, *bias;
   float* out;
   float epsilon;
-  int32_t add, activation;
-  uint32_t after;                 // the links whose results this one waits for, as the first, a bit each
-  int32_t x_at, out_at;           // x, and the result where another link reads it: whole, in every block
-  int32_t norm_at, bias_at;       // bias: of this block's rows
-  int32_t old_at;                 // what the result is added to: whole, or of this block's rows where no link gave it
-  int32_t own;                    // rows of a block, at most: block b has the b-th of them
-  int32_t first, rows;            // a block's, in its own copy
-  int32_t row_bytes[4], w_at[4], up_at[4];  // by plane, as WeightView's: a row's; where this block's rows of the weights lie
-  bool reads_x, reads_old;        // from global memory
+  int32_t add, activation, after;
+  int32_t counts;  // whether a later one waits for it
+  int32_t ways, unit_rows, own, units, pieces;  // warps that share a row; rows of a unit, and results; pieces of a row
+  int32_t held;                                 // units whose results are finished together, one a thread
+  int32_t row_bytes[4], piece_bytes[4], place[4];  // by plane: of a row, of a piece of it; where pieces begin in a stage
 };
 
-struct ChainView {
-  int32_t count, rounded_at, rounded_bytes;  // two areas for x in 8 bits, used in turn
-  int32_t pieces;                            // 16 bytes of vectors that a block copies first, at most
+struct GridView {
+  int32_t count, stages, stage_bytes, sums_at, ring_at;  // places in shared memory, behind x
+  uint32_t *ended, *claimed;                             // one a link
   Link links[kMostLinks];
 };
 
-/** What is recorded and not launched yet. */
-class Chain {
- public:
-  /** Takes a product in; false, and nothing changed, where it must be launched by itself. */
-  bool take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, const OutputView& to);
-  /** Launches what was taken in. */
-  void launch(Context& ctx);
-  void clear() { view_.count = view_.pieces = used_ = widest_ = 0, awaited_ = 0; }
-
- private:
-  ChainView view_{};
-  int32_t used_ = 0, widest_ = 0;  // bytes of shared memory; columns of the widest x
-  uint32_t awaited_ = 0;           // links whose results a link waits for
+/** What a stage of the ring holds. */
+struct Held {
+  int16_t link, last;  // last: of the unit's pieces
+  int32_t unit, piece;
 };
+
+/** A plane of a weight: so many bytes for every so many columns. */
+struct Plane {
+  int32_t columns, bytes;
+  __host__ __device__ constexpr int32_t shift() const { return columns == 1 ? 0 : columns == 32 ? 5 : 8; }
+};
+template <int kType>
+__host__ __device__ constexpr Plane plane_of(int p) {
+  if (!is_quantised(kType)) return {1, p == 0 ? 2 : 0};
+  if (p == 0) return {32, data_bytes(kType)};
+  if (p == 1) return {scale_columns(kType), scale_bytes(kType)};
+  return {32, p == 2 ? high_bytes(kType) : subs_bytes(kType)};
+}
+
+__device__ inline const uint8_t* plane_begin(const WeightView& w, int p) {
+  return p == 0 ? w.data : p == 1 ? reinterpret_cast<const uint8_t*>(w.scales) : p == 2 ? w.high : reinterpret_cast<const uint8_t*>(w.subs);
+}
+
+/** Whether all blocks have ended a link. */
+__device__ inline bool all_ended(const uint32_t* counter, uint32_t before) {
+  uint32_t now;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  return ((now ^ before) & 0x80000000u) != 0;
+}
+
+/** x, times the norm's weight, into shared memory, and each warp's sum of squares. */
+template <int kType>
+__device__ inline void stage_x(const Link& link, int4* shared, float* area) {
+  constexpr bool kInt8 = is_quantised(kType);
+  constexpr int kFours = ChunkOf<kType>::kFours, kAtOnce = 4;
+  const int32_t fours = link.w.columns / 4, plane = Staged<kType, kInt8>::plane(link.w.columns), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float4 *x = reinterpret_cast<const float4*>(link.x), *norm = reinterpret_cast<const float4*>(link.norm);
+  float squares = 0.0f;
+  for (int32_t start = warp * 32; start < fours; start += kWorkers * kAtOnce) {
+    float4 v[kAtOnce], n[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++) {
+      const int32_t i = start + k * kWorkers + lane;
+      v[k] = i < fours ? __ldcg(x + i) : make_float4(0, 0, 0, 0);  // not from the first-level cache, which may hold what x was
+      n[k] = i < fours && norm ? __ldg(norm + i) : make_float4(1, 1, 1, 1);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++) {
+      if (start + k * kWorkers >= fours) break;
+      const int32_t i = start + k * kWorkers + lane;
+      squares += v[k].x * v[k].x + v[k].y * v[k].y + (v[k].z * v[k].z + v[k].w * v[k].w);
+      v[k] = make_float4(v[k].x * n[k].x, v[k].y * n[k].y, v[k].z * n[k].z, v[k].w * n[k].w);
+      if constexpr (kInt8) keep_rounded<kType>(v[k], i, link.w.columns, shared);
+      else if (i < fours) reinterpret_cast<float4*>(shared)[i % kFours * plane + i / kFours] = v[k];
+    }
+  }
+  squares = warp_sum(squares);
+  if (lane == 0) area[warp] = squares;
+}
+
+/** A block's first unit of link l, and the \`nth\` where it takes one of every so many blocks'. */
+__device__ inline int32_t nth_unit(int32_t l, int32_t n) { return (blockIdx.x + l * (gridDim.x / 4 + 1)) % gridDim.x + n * gridDim.x; }
+
+/** Brings units to the ring; one warp. Lane 4 r + p asks for plane p, of row r where rows come in pieces, or else of all rows of w (0) or up (1). */
+template <int kType>
+__device__ inline void bring_units(const GridView& chain, const Link* links, uint8_t* ring, uint64_t* brought, uint64_t* free, Held* held) {
+  const int32_t lane = threadIdx.x % 32, plane = lane % 4, span = lane / 4;
+  int32_t stage = 0;
+  uint32_t parity = 1;
+  const auto next = [&] {
+    if (++stage == chain.stages) stage = 0, parity ^= 1;
+  };
+#pragma unroll 1
+  for (int32_t l = 0; l < chain.count; l++) {
+    const Link& link = links[l];
+    const bool gated = link.up.data != nullptr, pieces = link.pieces > 1;
+    const int32_t own = link.own, rows = pieces ? 1 : own;  // of a span
+    const int32_t spans = pieces ? link.unit_rows : gated ? 2 : 1;
+    const bool second = gated && (pieces ? span >= own : span == 1);
+    const int32_t row_bytes = link.row_bytes[plane], piece_bytes = link.piece_bytes[plane];
+    const bool asks = span < spans && row_bytes > 0;
+    const uint8_t* from = plane_begin(second ? link.up : link.w, plane);
+    uint8_t* to = ring + link.place[plane] + span * rows * piece_bytes;
+    const int32_t within = pieces ? span - (second ? own : 0) : 0;
+    int32_t unit = nth_unit(l, 0), claims[kClaims];
+    const auto claim = [&] { return lane == 0 ? static_cast<int32_t>(atomicAdd(&chain.claimed[l], 1)) : 0; };
+    if (!link.add) {
+#pragma unroll
+      for (int k = 0; k < kClaims; k++) claims[k] = claim();
+    }
+#pragma unroll 1
+    while (unit < link.units) {
+      const int32_t row = unit * own + within;
+#pragma unroll 1
+      for (int32_t piece = 0; piece < link.pieces; piece++) {
+        int32_t bytes = 0;
+        if (asks) bytes = pieces ? row < link.w.rows ? min(piece_bytes, row_bytes - piece * piece_bytes) : 0 : min(rows, link.w.rows - row) * row_bytes;
+        bytes = (bytes + 15) / 16 * 16;
+        const int32_t all = __reduce_add_sync(0xffffffffu, bytes);
+        await(&free[stage], parity);
+        if (lane == 0) held[stage] = {static_cast<int16_t>(l), static_cast<int16_t>(piece + 1 == link.pieces), unit, piece}, expect(&brought[stage], all);
+        __syncwarp();
+        if (bytes > 0) copy_bulk(to + stage * chain.stage_bytes, from + int64_t{row} * row_bytes + piece * piece_bytes, bytes, &brought[stage]);
+        next();
+      }
+      unit += gridDim.x;
+      if (link.add) continue;
+      unit = static_cast<int32_t>(gridDim.x) + __shfl_sync(0xffffffffu, claims[0], 0);
+#pragma unroll
+      for (int k = 1; k < kClaims; k++) claims[k - 1] = claims[k];
+      claims[kClaims - 1] = unit < link.units ? claim() : -1;
+    }
+    if (link.add || lane != 0) continue;
+    const int32_t most = max(0, link.units - static_cast<int32_t>(gridDim.x)) + kClaims * static_cast<int32_t>(gridDim.x);
+    bool last = unit - static_cast<int32_t>(gridDim.x) == most - 1;
+#pragma unroll
+    for (int k = 0; k < kClaims; k++) last |= claims[k] == most - 1;
+    if (last) chain.claimed[l] = 0;  // nobody claims any more
+  }
+  await(&free[stage], parity);
+  if (lane == 0) held[stage] = {static_cast<int16_t>(chain.count), 0, 0, 0}, arrive(&brought[stage]);
+}
+
+/** All warps but that one. */
+__device__ inline void workers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory"); }
+
+/** The sums of kQuad values over all lanes: the k-th in lanes from 32 / kQuad * k on. */
+__device__ inline float quad_sum(float (&v)[kQuad], int32_t lane) {
+#pragma unroll
+  for (int n = kQuad / 2, o = 16; n > 0; n /= 2, o /= 2) {
+    const bool high = lane & o;
+#pragma unroll
+    for (int k = 0; k < n; k++) {
+      const float mine = high ? v[k + n] : v[k], other = high ? v[k] : v[k + n];
+      v[k] = mine + __shfl_xor_sync(0xffffffffu, other, o);
+    }
+  }
+#pragma unroll
+  for (int o = 16 / kQuad; o > 0; o /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], o);
+  return v[0];
+}
+
+/** Finishes the results of \`count\` units whose sums are there, [unit][row of the unit][way]: a thread one. plus: what is added. */
+__device__ inline void finish_units(const Link& link, const float* sums, const int32_t* units, int32_t count, float scale, float plus) {
+  const int32_t u = threadIdx.x / link.own, r = threadIdx.x % link.own, ways = link.ways;
+  if (u >= count) return;
+  const int32_t row = units[u] * link.own + r;
+  if (row >= link.w.rows) return;
+  const auto sum = [&](int32_t row_of_unit) {
+    const float* from = sums + (u * link.unit_rows + row_of_unit) * ways;
+    if (ways < 4) return (ways == 1 ? from[0] : from[0] + from[1]) * scale;
+    float4 v[kWarps / 4];
+#pragma unroll
+    for (int k = 0; k < kWarps / 4; k++) v[k] = k * 4 < ways ? reinterpret_cast<const float4*>(from)[k] : make_float4(0, 0, 0, 0);
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kWarps / 4; k++) total += v[k].x + v[k].y + (v[k].z + v[k].w);
+    return total * scale;
+  };
+  float value = sum(r);
+  if (link.up.data) value = activate(link.activation, value, sum(link.own + r));
+  else if (!link.add && link.bias) value += __ldg(link.bias + row);
+  link.out[row] = value + plus;
+}
+
+template <int kType>
+__global__ void __launch_bounds__(kThreads, 1) grid_kernel(const __grid_constant__ GridView chain) {
+  constexpr bool kInt8 = is_quantised(kType);
+  constexpr int kColumns = ChunkOf<kType>::kColumns, kFours = ChunkOf<kType>::kFours;
+  extern __shared__ __align__(128) int4 shared16[];
+  __shared__ Link links[kMostLinks];
+  __shared__ uint64_t brought[kMostStages], free[kMostStages];  // barriers
+  __shared__ Held held[kMostStages];
+  __shared__ int32_t units[kMostHeld];
+  __shared__ float squares[kWarps];
+  const int32_t tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  for (int32_t k = tid; k < chain.count * static_cast<int32_t>(sizeof(Link) / 8); k += kThreads) reinterpret_cast<uint64_t*>(links)[k] = reinterpret_cast<const uint64_t*>(chain.links)[k];
+  if (tid < chain.stages) open_barrier(&brought[tid]), open_barrier(&free[tid], kWarps), barriers_opened();
+  __syncthreads();
+  uint8_t* shared = reinterpret_cast<uint8_t*>(shared16);
+  const uint8_t* ring = shared + chain.ring_at;
+  float* sums = reinterpret_cast<float*>(shared + chain.sums_at);
+  if (warp == kWarps) {
+    let_next_start();
+    return bring_units<kType>(chain, links, shared + chain.ring_at, brought, free, held);
+  }
+  if (tid < chain.count && links[tid].norm) {  // into the second-level cache
+    for (int32_t c = blockIdx.x * 32; c < links[tid].w.columns; c += gridDim.x * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(links[tid].norm + c) : "memory");
+  }
+
+  wait_for_previous();
+  let_next_start();
+  uint32_t before = 0;
+  if (tid < chain.count) before = *const_cast<volatile uint32_t*>(chain.ended + tid);  // no link ends without this block
+  int32_t stage = 0, over = -1;
+  uint32_t parity = 0;
+#pragma unroll 1
+  for (int32_t l = 0; l < chain.count; l++) {
+    const Link& link = links[l];
+    if (link.after > over) {
+      if (tid == link.after) {
+        while (!all_ended(&chain.ended[tid], before)) {}
+      }
+      over = link.after;
+    }
+    workers_sync();  // x's room is free, too
+    float plus = 0.0f;  // asked for long before it is added: behind so many copies it comes late
+    const auto find_plus = [&](int32_t n) {
+      const int32_t row = nth_unit(l, n + tid / link.own) * link.own + tid % link.own;
+      if (!link.add || tid >= link.held * link.own || row >= link.w.rows) return;
+      plus = __ldcg(link.out + row);
+      if (link.bias) plus += __ldg(link.bias + row);
+    };
+    find_plus(0);
+    stage_x<kType>(link, shared16, squares);
+    workers_sync();
+    float scale = 1.0f;
+    if (link.norm) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kWarps; k++) sum += squares[k];
+      scale = rsqrtf(__fdividef(sum, static_cast<float>(link.w.columns)) + link.epsilon);
+    }
+    const int32_t chunks = link.w.columns / kColumns, plane = Staged<kType, kInt8>::plane(link.w.columns);
+    const bool gated = link.up.data != nullptr;
+    const int32_t way = warp % link.ways, group = warp / link.ways, i = way * 32 + lane, piece_chunks = link.ways * 32;
+    const float2* scales = reinterpret_cast<const float2*>(shared16 + link.w.columns / 16);
+    // Where the warp's rows begin in a stage, by plane.
+    const auto row_of = [&](int k) { return gated ? (k / (kQuad / 2) * link.unit_rows + group * kQuad) / 2 + k % (kQuad / 2) : group * kQuad + k; };
+    uint32_t begins[kQuad][4];
+#pragma unroll
+    for (int k = 0; k < kQuad; k++) {
+#pragma unroll
+      for (int p = 0; p < 4; p++) begins[k][p] = link.place[p] + row_of(k) * link.piece_bytes[p];
+    }
+    const int32_t sum_at = row_of(lane / (32 / kQuad)) * link.ways + way, unit_sums = link.unit_rows * link.ways;
+    float total[kQuad] = {};
+    int32_t count = 0, finished = 0;
+#pragma unroll 1
+    while (true) {
+      await(&brought[stage], parity);
+      const Held here = held[stage];
+      if (here.link != l) break;
+      const int32_t at = here.piece * piece_chunks + i;
+      if (at < chunks) {
+        const uint8_t* from = ring + stage * chain.stage_bytes;
+        ChunkOf<kType> chunk[kQuad];
+#pragma unroll
+        for (int k = 0; k < kQuad; k++) {
+          const WeightView w{kType, 1, 0, from + begins[k][0], reinterpret_cast<const __half*>(from + begins[k][1]), from + begins[k][2], reinterpret_cast<const uint16_t*>(from + begins[k][3])};
+          chunk[k].template load<From::Shared>(w, i);
+        }
+        if constexpr (kInt8) {
+          const float2 of = scales[at * kColumns / 32];
+          const int4 low = shared16[at], high = kType == WKV_Q8_0 ? make_int4(0, 0, 0, 0) : shared16[chunks + at];
+#pragma unroll
+          for (int k = 0; k < kQuad; k++) total[k] += chunk[k].product(low, high, of);
+        } else {
+#pragma unroll
+          for (int p = 0; p < kFours; p++) {
+            const float4 y = reinterpret_cast<const float4*>(shared16)[p * plane + at];
+#pragma unroll
+            for (int k = 0; k < kQuad; k++) {
+              const float4 u = chunk[k].four(p);
+              total[k] = fmaf(u.x, y.x, fmaf(u.y, y.y, fmaf(u.z, y.z, fmaf(u.w, y.w, total[k]))));
+            }
+          }
+        }
+      }
+      __syncwarp();
+      if (lane == 0) arrive(&free[stage]);
+      if (++stage == chain.stages) stage = 0, parity ^= 1;
+      if (!here.last) continue;
+      const float sum = quad_sum(total, lane);
+      if (lane % (32 / kQuad) == 0) sums[count * unit_sums + sum_at] = sum;
+      if (tid == 0) units[count] = here.unit;
+#pragma unroll
+      for (int k = 0; k < kQuad; k++) total[k] = 0.0f;
+      if (++count < link.held) continue;
+      workers_sync();
+      finish_units(link, sums, units, count, scale, plus);
+      finished += count, count = 0;
+      find_plus(finished);
+      workers_sync();
+    }
+    workers_sync();
+    finish_units(link, sums, units, count, scale, plus);
+    if (!link.counts) continue;
+    workers_sync();
+    if (tid == 0) {
+      const uint32_t one = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+      asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(&chain.ended[l]), "r"(one) : "memory");
+    }
+  }
+}
+
+/** Fills in how rows are shared out and where things lie; false where there is no room, or copies would not be of whole 16 bytes. */
+template <int kType>
+bool lay_out(GridView& chain, int32_t shared_limit, size_t* shared) {
+  constexpr int kColumns = ChunkOf<kType>::kColumns;
+  int32_t widest = 0;
+  chain.stage_bytes = 0;
+  for (int32_t i = 0; i < chain.count; i++) {
+    Link& link = chain.links[i];
+    const int32_t columns = link.w.columns, chunks = columns / kColumns;
+    widest = std::max(widest, columns);
+    for (link.ways = 1; link.ways < kWarps && link.ways * 32 < chunks;) link.ways *= 2;
+    link.unit_rows = kQuad * kWarps / link.ways, link.pieces = divide_up(chunks, link.ways * 32);
+    const int32_t piece_columns = link.pieces > 1 ? link.ways * 32 * kColumns : columns, own = link.up.data ? link.unit_rows / 2 : link.unit_rows;
+    link.own = own, link.units = divide_up(link.w.rows, own), link.held = std::min(kMostHeld, kWorkers / own);
+    int32_t at = 0;
+    for (int p = 0; p < 4; p++) {
+      const Plane plane = plane_of<kType>(p);
+      if (columns % plane.columns != 0) return false;
+      link.row_bytes[p] = columns / plane.columns * plane.bytes, link.piece_bytes[p] = piece_columns / plane.columns * plane.bytes, link.place[p] = at;
+      if (link.row_bytes[p] * (link.pieces > 1 ? 1 : own) % 16 != 0) return false;
+      at += static_cast<int32_t>(round_up(size_t(link.piece_bytes[p]) * link.unit_rows, 128));
+    }
+    chain.stage_bytes = std::max(chain.stage_bytes, at);
+  }
+  const size_t x = round_up(size_t(Staged<kType, is_quantised(kType)>::row(widest)) * 16, 128), limit = size_t(shared_limit) - kOwnShared;
+  chain.sums_at = static_cast<int32_t>(x), chain.ring_at = static_cast<int32_t>(x + size_t(kMostHeld) * kQuad * kWarps * 4);
+  if (size_t(chain.ring_at) + 2 * size_t(chain.stage_bytes) > limit) return false;
+  chain.stages = std::min(kMostStages, static_cast<int32_t>((limit - chain.ring_at) / chain.stage_bytes));
+  *shared = size_t(chain.ring_at) + size_t(chain.stages) * chain.stage_bytes;
+  return true;
+}
+
+}  // namespace
+
+bool chain_grid(Context& ctx, const std::vector<Product>& products) {
+  if (ctx.shared_device) return false;
+  GridView chain{};
+  chain.count = static_cast<int32_t>(products.size());
+  for (int32_t i = 0; i < chain.count; i++) {
+    const Product& from = products[i];
+    Link& link = chain.links[i];
+    link.w = from.w, link.up = from.up, link.x = from.in.x, link.norm = from.in.norm, link.bias = from.to.bias, link.out = from.to.out;
+    link.epsilon = from.in.epsilon, link.add = from.to.add, link.activation = from.to.activation, link.after = from.after;
+    if (from.after >= 0) chain.links[from.after].counts = 1;
+  }
+  const auto together = [&](auto type) {
+    if constexpr (type.value != WKV_F32) {
+      size_t shared;
+      if (!lay_out<type.value>(chain, ctx.shared_limit, &shared)) return false;
+      const auto counters = std::make_shared<DeviceMemory>(2 * kMostLinks * sizeof(uint32_t));
+      ctx.zero(counters->as<void>(), counters->bytes());
+      ctx.hold(counters);
+      chain.ended = counters->as<uint32_t>(), chain.claimed = chain.ended + kMostLinks;
+      launch(ctx, grid_kernel<type.value>, {dim3(ctx.processors), dim3(kThreads), shared}, chain);
+      ctx.recording->takes_device = true;
+      return true;
+    } else {
+      return false;
+    }
+  };
+  const int32_t dtype = products[0].w.dtype;
+  return wkv_has_pieces(dtype) ? by_pieces(dtype, together) : by_type(dtype, together);
+}
 
 }  // namespace wkv
 `,
-  "cuda/chunk.cuh": `/** chunk.cuh: a few columns of a weight's row in a lane's registers, and their products with x; used by matvec.cu and chain.cu. */
+  "cuda/chunk.cuh": `/** chunk.cuh: a few columns of a weight's row in a lane's registers, and their products with x; used by matvec.cu and the chains. */
 #pragma once
 #include "linear.cuh"
 
@@ -5443,6 +5922,19 @@ __device__ inline void keep_rounded(float4 v, int32_t i, int32_t columns, int4* 
 template <int kType>
 using ChunkOf = std::conditional_t<wkv_has_pieces(kType), PieceChunk<kType>, Chunk<kType>>;
 
+/** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
+ *  Floats: the p-th four columns of every chunk lie together. 8 bits: as keep_rounded leaves them. */
+template <int kType, bool kInt8>
+struct Staged {
+  static constexpr int kFours = ChunkOf<kType>::kFours;
+  /** In units of 16 bytes: from one four to the next, of a row; the former keeps writes free of conflicts. */
+  static __host__ __device__ int32_t plane(int32_t columns) { return kFours == 1 ? 0 : (columns / chunk_columns(kType) + 7) / 8 * 8 + 8 / kFours; }
+  static __host__ __device__ int32_t row(int32_t columns) {
+    if (kInt8) return columns / 16 + columns / 64 + (columns / 32 % 2);
+    return kFours == 1 ? columns / 4 : plane(columns) * kFours;
+  }
+};
+
 }  // namespace wkv
 `,
   "cuda/cluster.cuh": `/** cluster.cuh: barriers in shared memory that count bytes (sm_90): of bulk copies from global memory, and of what the blocks of a cluster push
@@ -5477,6 +5969,12 @@ __device__ inline void push(const V* at, const V& value, const uint64_t* barrier
 __device__ inline void open_barrier(uint64_t* barrier, uint32_t arrivals = 1) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+/** Lets copies see barriers that this thread opened. */
+__device__ inline void barriers_opened() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 __device__ inline void arrive(uint64_t* barrier) {
@@ -5635,7 +6133,7 @@ struct Faults {
 
 // ---- tensors ----
 
-constexpr bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
+WKV_HD constexpr bool is_quantised(int32_t dtype) { return dtype >= WKV_Q8_0; }
 
 /**
  * A weight as kernels see it. Quantised rows lie in planes, each with a part for every 32 columns:
@@ -5705,6 +6203,7 @@ TensorRef find_tensor(int32_t context, int32_t handle, const char* what, int32_t
 /** A captured graph, and all that its kernels read and write. */
 struct Graph : Object {
   cudaGraphExec_t run = nullptr;
+  bool takes_device = false;  // a kernel's blocks wait for each other, one a multiprocessor
   std::vector<std::shared_ptr<void>> holds;
   Graph() : Object(Kind::Graph) {}
   ~Graph() override {
@@ -5719,6 +6218,7 @@ class Chain;
 struct Context : ContextBase {
   int32_t device = 0, processors = 0;
   int32_t shared_limit = 0;  // bytes a block; WKV_CUDA_SHARED_KB lowers it, to test what smaller GPUs take
+  bool shared_device = false;  // other processes' kernels run beside ours (MPS)
   int32_t capability = 0;    // 90 for 9.0: the device's, or that of the code it runs when this is lower
   std::string name;          // for wkv_device
   cudaStream_t stream = nullptr, side = nullptr;
@@ -5743,6 +6243,8 @@ struct Context : ContextBase {
   }
   /** Launches the products that wait in \`chain\`; launch() does so first. */
   void flush();
+  /** Launches a graph so many times. Two that take the device never run at once: each might have what the other waits for. */
+  void start(const Graph& graph, int32_t times = 1);
   /** Ends an op: checks its launches and, unless a graph is recorded, waits for it and for its faults. */
   void submitted();
   /** Waits for a stream, and fails with the fault that kernels left. */
@@ -6390,9 +6892,9 @@ void project_many(Context& ctx, const InputView& in, const WeightView& w, const 
 
 /** Scratch: x prepared, products, then x copied, or up's product where each weight goes its own way. */
 void project(Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to, bool aliased) {
-  if (ctx.chain && int8 && ctx.chain->take(ctx, in, w, up, to)) return;
+  if (ctx.chain && ctx.chain->take(ctx, in, w, up, int8, to)) return;
   ctx.flush();
-  if (ctx.chain && int8 && ctx.chain->take(ctx, in, w, up, to)) return;  // the first of the next one
+  if (ctx.chain && ctx.chain->take(ctx, in, w, up, int8, to)) return;  // the first of the next one
   const size_t own = prepared_bytes(in);
   if (up.data && w.dtype != up.dtype) {
     const size_t products = std::max(product_bytes(in, w, false, int8), product_bytes(in, up, false, int8));
@@ -7480,19 +7982,6 @@ constexpr int resident(int rows) { return rows == 1 ? 2 : 1; }
 struct Share {
   int32_t pairs, block_pairs, ways, warps;
   bool gated;
-};
-
-/** Rows of x in shared memory, so laid out that neighbouring lanes read neighbouring 16 bytes.
- *  Floats: the p-th four columns of every chunk lie together. 8 bits: as keep_rounded leaves them. */
-template <int kType, bool kInt8>
-struct Staged {
-  static constexpr int kFours = ChunkOf<kType>::kFours;
-  /** In units of 16 bytes: from one four to the next, of a row; the former keeps writes free of conflicts. */
-  static __host__ __device__ int32_t plane(int32_t columns) { return kFours == 1 ? 0 : (columns / chunk_columns(kType) + 7) / 8 * 8 + 8 / kFours; }
-  static __host__ __device__ int32_t row(int32_t columns) {
-    if (kInt8) return columns / 16 + columns / 64 + (columns / 32 % 2);
-    return kFours == 1 ? columns / 4 : plane(columns) * kFours;
-  }
 };
 
 /** The norm's scale of row t from the warps' sums of squares. */
@@ -9224,6 +9713,7 @@ void attend_wgmma(Context& ctx, const PrefillView& p) {
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 
 #include "chain.cuh"
 #include "cublaslt.cuh"
@@ -9324,6 +9814,9 @@ Context::Context() {
   int32_t driver = 0;
   check(cudaDriverGetVersion(&driver), "Asking for the driver's version");
   processors = properties.multiProcessorCount;
+  int mps = 0;
+  check(cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, device), "Asking for the device");
+  shared_device = mps != 0;
   capability = properties.major * 10 + properties.minor;
   shared_limit = shared_bytes(properties.sharedMemPerBlockOptin);
   name = std::string(properties.name) + ", sm_" + std::to_string(capability) + ", " + std::to_string(processors) + " multiprocessors, driver " + version_text(driver);
@@ -9349,10 +9842,20 @@ Context::Context() {
   }
 }
 
+namespace {
+std::mutex turn_mutex;
+std::map<int32_t, Context*> turns;  // by device: whose graph took it last
+}  // namespace
+
 Context::~Context() { release(); }
 
 void Context::release() {
   if (going) cudaStreamSynchronize(side);
+  {
+    std::lock_guard<std::mutex> lock(turn_mutex);
+    const auto turn = turns.find(device);
+    if (turn != turns.end() && turn->second == this) turns.erase(turn);
+  }
   if (word) cudaFreeHost(word);
   if (side) cudaStreamDestroy(side);
   if (stream) cudaStreamDestroy(stream);
@@ -9362,6 +9865,23 @@ uint8_t* Context::reserve(size_t bytes) {
   if (!scratch || scratch->bytes() < bytes) scratch = std::make_shared<DeviceMemory>(round_up(bytes, size_t{1} << 20));
   hold(scratch);
   return scratch->as<uint8_t>();
+}
+
+void Context::start(const Graph& graph, int32_t times) {
+  std::unique_lock<std::mutex> lock(turn_mutex, std::defer_lock);
+  if (graph.takes_device) {
+    lock.lock();
+    Context*& last = turns[device];
+    if (last && last != this) {
+      cudaEvent_t ended;
+      check(cudaEventCreateWithFlags(&ended, cudaEventDisableTiming), "Making an event");
+      const std::shared_ptr<void> owner(ended, [](void* event) { cudaEventDestroy(static_cast<cudaEvent_t>(event)); });
+      check(cudaEventRecord(ended, last->side), "Recording an event");
+      check(cudaStreamWaitEvent(side, ended), "Waiting for another context's graph");
+    }
+    last = this;
+  }
+  for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph.run, side), "Launching a graph");
 }
 
 void Context::submitted() {
@@ -9470,7 +9990,7 @@ Tensor::Tensor(int32_t dtype, int32_t rows, int32_t columns) : Object(Kind::Tens
     scales_at = round_up(pieces * data_bytes(dtype));
     high_at = round_up(scales_at + size_t(rows) * (columns / scale_columns(dtype)) * scale_bytes(dtype));
     subs_at = round_up(high_at + pieces * high_bytes(dtype));
-    bytes = subs_at + pieces * subs_bytes(dtype);
+    bytes = round_up(subs_at + pieces * subs_bytes(dtype));  // whole 16 bytes can be read
   }
   memory = std::make_shared<DeviceMemory>(bytes);
 }
@@ -9626,7 +10146,7 @@ int32_t wkv_graph_run(int32_t context, int32_t handle, int32_t times) {
     require(times >= 0, "times must not be negative: " + std::to_string(times));
     const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
     ctx.settle();
-    for (int32_t i = 0; i < times; i++) check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
+    ctx.start(*graph, times);
     ctx.finish(ctx.side);
   });
 }
@@ -9637,7 +10157,7 @@ int32_t wkv_graph_start(int32_t context, int32_t handle) {
     const auto graph = find<Graph>(context, handle, Kind::Graph, "graph");
     ctx.settle();
     ctx.failed.reset();
-    check(cudaGraphLaunch(graph->run, ctx.side), "Launching a graph");
+    ctx.start(*graph);
     ctx.going = graph;
   });
 }

@@ -446,6 +446,14 @@ const chain: ChainCase[] = [
         outputs: [576, 192, 192],
         bias: true,
       },
+      // Rows that are not whole fours.
+      {
+        ...common,
+        attended: of(64),
+        width: of(128),
+        hidden: of(192),
+        outputs: [97, 31],
+      },
     ];
   }),
   // Rows that are not whole fours, columns that are not whole 64; several launches.
@@ -460,6 +468,31 @@ const chain: ChainCase[] = [
       activation: "gelu-tanh",
       tolerance,
     })),
+  ...(["BF16", "F16", "Q4_1"] as const).flatMap((dtypes) =>
+    // Units for all of a GPU's multiprocessors, and more; columns that no piece of them divides; odd numbers of rows, and biases.
+    ([[288, 288, 4128, [288, 99, 99]], [96, 96, 1120, [64]]] as const).map((
+      [attended, width, hidden, outputs],
+    ): ChainCase => ({
+      kernel: "chain",
+      dtypes,
+      attended,
+      width,
+      hidden,
+      outputs: [...outputs],
+      bias: width > 96,
+      tolerance: toleranceOf(dtypes, "f32"),
+    }))
+  ),
+  // More rows than a block finishes at once; rows of more columns than it reads at once.
+  {
+    kernel: "chain",
+    dtypes: "Q4_1",
+    attended: 32,
+    width: 70400,
+    hidden: 32,
+    outputs: [8],
+    tolerance,
+  },
   {
     kernel: "chain",
     dtypes: ["Q8_0", "Q4_0"],

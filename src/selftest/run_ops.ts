@@ -330,14 +330,17 @@ async function checkChain(
     const made = stack.use(matrix(backend, random, dtype, rows, columns));
     const biases = biased ? random.normals(rows) : new Float32Array(rows);
     const bias = biased ? stack.use(Tensor.from(backend, biases)) : undefined;
-    const product = (x: Float64Array) =>
-      made.rows.map((w, j) => dot(x, w) + biases[j]!);
+    const product = (x: Numbers | Float64Array) => {
+      const exact = Float64Array.from(x);
+      const read = isQuantised(dtype) ? rounded(exact) : exact;
+      return made.rows.map((w, j) => dot(read, w) + biases[j]!);
+    };
     return { w: made.tensor, bias, product };
   };
   const normOf = (scale: number) => {
     const numbers = random.normals(width).map((x) => scale * (1 + x / 4));
     return {
-      of: (x: Numbers) => rounded(normed(x, numbers)),
+      of: (x: Numbers) => normed(x, numbers),
       norm: {
         weight: stack.use(Tensor.from(backend, numbers)),
         epsilon: EPSILON,
@@ -399,22 +402,22 @@ async function checkChain(
   };
   const [x1, h] = await run(2);
   const [x2, h2, results] = await run(4);
-  found.must("bytes of a shorter graph", sameBytes(h!, h2!));
+  // Another kernel may have taken what is short.
+  found.note("a shorter graph", relativeError(h!, h2!), row.tolerance);
   const repeated = await run(4);
   found.must("bytes of a repeated run", sameBytes(results!, repeated[2]!));
 
   const sum = (a: Numbers, b: number[]) => b.map((y, j) => a[j]! + y);
   const note = (quantity: string, actual: Numbers, expected: number[]) =>
     found.note(quantity, relativeError(actual, expected), row.tolerance);
-  const wide = (numbers: Numbers) => rounded(Float64Array.from(numbers));
-  note("chain, output", x1!, sum(x0, output.product(wide(from))));
+  note("chain, output", x1!, sum(x0, output.product(from)));
   const normedX = before.of(x1!), ups = up.product(normedX);
   note(
     "chain, gated",
     h!,
     gate.product(normedX).map((g, j) => activated(g, activation) * ups[j]!),
   );
-  note("chain, down", x2!, sum(x1!, down.product(wide(h!))));
+  note("chain, down", x2!, sum(x1!, down.product(h!)));
   const end = behind.of(x2!);
   note("chain, last", results!, last.flatMap(({ product }) => product(end)));
 }
