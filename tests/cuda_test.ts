@@ -501,6 +501,18 @@ describe("on a GPU", () => {
     }
   });
 
+  withGpu("WKV_CUDA_GRID_MB is how large a chain's weights are", async () => {
+    for (const value of ["0", "1024", ""]) {
+      const { ok, message } = await opening({ WKV_CUDA_GRID_MB: value });
+      assert(ok !== undefined, message);
+    }
+    for (const value of ["-1", "1.5", "x"]) {
+      const { status, message } = await opening({ WKV_CUDA_GRID_MB: value });
+      assertEquals(status, wkv_status.WKV_INVALID, value);
+      assertMatch(message!, new RegExp(`current value is "${value}"`));
+    }
+  });
+
   withGpu(
     "memory that cannot be had is an error, and life goes on",
     async () => {

@@ -3,8 +3,8 @@
  *
  *   x += attended . output;  hidden = silu(norm(x) . gate) * (norm(x) . up);  x += hidden . down;  qkv = norm(x) . w
  *
- * While a graph is recorded they wait here until another op comes. Weights that the shared memory of one cluster holds go to
- * chain_cluster.cu, others to chain_grid.cu; a product that stays alone goes to matvec.cu.
+ * While a graph is recorded they wait here until another op comes. Large weights go to chain_grid.cu, such as the shared memory of one
+ * cluster holds to chain_cluster.cu; a product that stays alone goes to matvec.cu.
  */
 #include "chain.cuh"
 
@@ -44,9 +44,13 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
 void Chain::launch(Context& ctx) {
   const std::vector<Product> products = std::move(products_);
   clear();
-  if (products.size() > 1 && ((int8_ && chain_cluster(ctx, products)) || chain_grid(ctx, products))) return;
-  for (const Product& product : products) {
-    const bool started = matvec(ctx, product.in, product.w, product.up, int8_, product.to);
+  if (products.size() > 1 && chain_grid(ctx, products)) return;
+  for (size_t i = 0; i < products.size();) {
+    const size_t together = int8_ ? chain_cluster(ctx, &products[i], products.size() - i) : 0;
+    i += std::max<size_t>(together, 1);
+    if (together > 0) continue;
+    const Product& alone = products[i - 1];
+    const bool started = matvec(ctx, alone.in, alone.w, alone.up, int8_, alone.to);
     require(started, "A product of one row found no kernel");
   }
 }

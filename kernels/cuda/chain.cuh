@@ -1,5 +1,5 @@
-/** chain.cuh: products of one row that are recorded one after another, and may become one launch: chain.cu (which do), chain_cluster.cu (small
- *  ones), chain_grid.cu (others). */
+/** chain.cuh: products of one row that are recorded one after another, and may become one launch: chain.cu (which do), chain_cluster.cu (of
+ *  small weights), chain_grid.cu (of large ones). */
 #pragma once
 #include "linear.cuh"
 
@@ -30,9 +30,10 @@ class Chain {
   bool int8_ = false;
 };
 
-/** One launch of them all; false, and nothing launched, where there is no room. */
-bool chain_cluster(Context& ctx, const std::vector<Product>& products);
+/** One launch of them all; false, and nothing launched, where their weights are small or there is no room. */
 bool chain_grid(Context& ctx, const std::vector<Product>& products);
+/** One launch of as many as find room from the first on, which it counts; none where they are not two. */
+size_t chain_cluster(Context& ctx, const Product* first, size_t count);
 
 /** Floats in global memory. */
 struct Span {

@@ -297,12 +297,12 @@ bool Layout::add(const Context& ctx, const Product& product) {
 
 }  // namespace
 
-bool chain_cluster(Context& ctx, const std::vector<Product>& products) {
+size_t chain_cluster(Context& ctx, const Product* first, size_t count) {
   Layout layout;
-  for (const Product& product : products) {
-    if (!layout.add(ctx, product)) return false;
-  }
-  const int32_t dtype = products[0].w.dtype;
+  size_t taken = 0;
+  while (taken < count && layout.add(ctx, first[taken])) taken++;
+  if (taken < 2) return 0;
+  const int32_t dtype = first->w.dtype;
   const auto together = [&](auto type) {
     if constexpr (is_quantised(type.value)) {
       const Shape shape{kBlocks, kThreads, layout.bytes(), kBlocks};
@@ -315,7 +315,7 @@ bool chain_cluster(Context& ctx, const std::vector<Product>& products) {
       return false;
     }
   };
-  return wkv_has_pieces(dtype) ? by_pieces(dtype, together) : by_type(dtype, together);
+  return (wkv_has_pieces(dtype) ? by_pieces(dtype, together) : by_type(dtype, together)) ? taken : 0;
 }
 
 }  // namespace wkv

@@ -172,6 +172,7 @@ struct Context : ContextBase {
   int32_t device = 0, processors = 0;
   int32_t shared_limit = 0;  // bytes a block; WKV_CUDA_SHARED_KB lowers it, to test what smaller GPUs take
   bool shared_device = false;  // other processes' kernels run beside ours (MPS)
+  int64_t least_grid = 0;    // bytes of weights from which chain_grid.cu is the fastest; WKV_CUDA_GRID_MB sets it, to test that on small ones
   int32_t capability = 0;    // 90 for 9.0: the device's, or that of the code it runs when this is lower
   std::string name;          // for wkv_device
   cudaStream_t stream = nullptr, side = nullptr;

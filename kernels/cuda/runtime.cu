@@ -81,16 +81,16 @@ std::string fault_text(const FaultWord& word, int32_t* status) {
 }  // namespace
 
 namespace {
-/** What a block may have of shared memory: all that the device gives, or less by WKV_CUDA_SHARED_KB. */
-int32_t shared_bytes(size_t most) {
-  const char* text = std::getenv("WKV_CUDA_SHARED_KB");
-  if (!text || !*text) return static_cast<int32_t>(most);
+/** A whole number from the environment. */
+int64_t environment(const char* name, int64_t least, int64_t most, int64_t otherwise) {
+  const char* text = std::getenv(name);
+  if (!text || !*text) return otherwise;
   char* end = nullptr;
-  const long kb = std::strtol(text, &end, 10);
-  if (*end || kb < 48 || kb > static_cast<long>(most / 1024)) {
-    fail(WKV_INVALID, "WKV_CUDA_SHARED_KB must be a whole number between 48 and " + std::to_string(most / 1024) + ": current value is \"" + text + "\"");
+  const long long number = std::strtoll(text, &end, 10);
+  if (*end || number < least || number > most) {
+    fail(WKV_INVALID, std::string(name) + " must be a whole number between " + std::to_string(least) + " and " + std::to_string(most) + ": current value is \"" + text + "\"");
   }
-  return static_cast<int32_t>(kb * 1024);
+  return number;
 }
 }  // namespace
 
@@ -109,7 +109,9 @@ Context::Context() {
   check(cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, device), "Asking for the device");
   shared_device = mps != 0;
   capability = properties.major * 10 + properties.minor;
-  shared_limit = shared_bytes(properties.sharedMemPerBlockOptin);
+  const int64_t shared_kb = static_cast<int64_t>(properties.sharedMemPerBlockOptin / 1024);
+  shared_limit = static_cast<int32_t>(environment("WKV_CUDA_SHARED_KB", 48, shared_kb, shared_kb) * 1024);
+  least_grid = environment("WKV_CUDA_GRID_MB", 0, 1 << 20, 64) << 20;
   name = std::string(properties.name) + ", sm_" + std::to_string(capability) + ", " + std::to_string(processors) + " multiprocessors, driver " + version_text(driver);
   if (properties.major < 8) fail(WKV_DEVICE, name + ": the GPU is too old, compute capability 8.0 or later is needed");
   cudaFuncAttributes attributes;

@@ -4922,8 +4922,8 @@ void settle_step(Context& ctx, const Cache& cache, const CacheView& view, const 
  *
  *   x += attended . output;  hidden = silu(norm(x) . gate) * (norm(x) . up);  x += hidden . down;  qkv = norm(x) . w
  *
- * While a graph is recorded they wait here until another op comes. Weights that the shared memory of one cluster holds go to
- * chain_cluster.cu, others to chain_grid.cu; a product that stays alone goes to matvec.cu.
+ * While a graph is recorded they wait here until another op comes. Large weights go to chain_grid.cu, such as the shared memory of one
+ * cluster holds to chain_cluster.cu; a product that stays alone goes to matvec.cu.
  */
 #include "chain.cuh"
 
@@ -4963,9 +4963,13 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
 void Chain::launch(Context& ctx) {
   const std::vector<Product> products = std::move(products_);
   clear();
-  if (products.size() > 1 && ((int8_ && chain_cluster(ctx, products)) || chain_grid(ctx, products))) return;
-  for (const Product& product : products) {
-    const bool started = matvec(ctx, product.in, product.w, product.up, int8_, product.to);
+  if (products.size() > 1 && chain_grid(ctx, products)) return;
+  for (size_t i = 0; i < products.size();) {
+    const size_t together = int8_ ? chain_cluster(ctx, &products[i], products.size() - i) : 0;
+    i += std::max<size_t>(together, 1);
+    if (together > 0) continue;
+    const Product& alone = products[i - 1];
+    const bool started = matvec(ctx, alone.in, alone.w, alone.up, int8_, alone.to);
     require(started, "A product of one row found no kernel");
   }
 }
@@ -4976,8 +4980,8 @@ void Context::flush() {
 
 }  // namespace wkv
 `,
-  "cuda/chain.cuh": `/** chain.cuh: products of one row that are recorded one after another, and may become one launch: chain.cu (which do), chain_cluster.cu (small
- *  ones), chain_grid.cu (others). */
+  "cuda/chain.cuh": `/** chain.cuh: products of one row that are recorded one after another, and may become one launch: chain.cu (which do), chain_cluster.cu (of
+ *  small weights), chain_grid.cu (of large ones). */
 #pragma once
 #include "linear.cuh"
 
@@ -5008,9 +5012,10 @@ class Chain {
   bool int8_ = false;
 };
 
-/** One launch of them all; false, and nothing launched, where there is no room. */
-bool chain_cluster(Context& ctx, const std::vector<Product>& products);
+/** One launch of them all; false, and nothing launched, where their weights are small or there is no room. */
 bool chain_grid(Context& ctx, const std::vector<Product>& products);
+/** One launch of as many as find room from the first on, which it counts; none where they are not two. */
+size_t chain_cluster(Context& ctx, const Product* first, size_t count);
 
 /** Floats in global memory. */
 struct Span {
@@ -5321,12 +5326,12 @@ bool Layout::add(const Context& ctx, const Product& product) {
 
 }  // namespace
 
-bool chain_cluster(Context& ctx, const std::vector<Product>& products) {
+size_t chain_cluster(Context& ctx, const Product* first, size_t count) {
   Layout layout;
-  for (const Product& product : products) {
-    if (!layout.add(ctx, product)) return false;
-  }
-  const int32_t dtype = products[0].w.dtype;
+  size_t taken = 0;
+  while (taken < count && layout.add(ctx, first[taken])) taken++;
+  if (taken < 2) return 0;
+  const int32_t dtype = first->w.dtype;
   const auto together = [&](auto type) {
     if constexpr (is_quantised(type.value)) {
       const Shape shape{kBlocks, kThreads, layout.bytes(), kBlocks};
@@ -5339,7 +5344,7 @@ bool chain_cluster(Context& ctx, const std::vector<Product>& products) {
       return false;
     }
   };
-  return wkv_has_pieces(dtype) ? by_pieces(dtype, together) : by_type(dtype, together);
+  return (wkv_has_pieces(dtype) ? by_pieces(dtype, together) : by_type(dtype, together)) ? taken : 0;
 }
 
 }  // namespace wkv
@@ -5347,14 +5352,22 @@ bool chain_cluster(Context& ctx, const std::vector<Product>& products) {
   "cuda/chain_grid.cu": `/**
  * chain_grid.cu: a chain of products (chain.cu) of weights that no shared memory holds, in one launch of a block a multiprocessor.
  *
- * A unit is some rows of a weight, or half as many of gate and of up. A warp of its own brings units to a ring in shared memory by bulk
+ * A unit is 4 to 64 rows of a weight, or half as many of gate and of up. One warp of a block brings units to a ring in shared memory by bulk
  * copies; 16 others share their columns, and where rows are short the rows. Weights depend on nothing, so they keep coming while blocks wait
- * for each other's results, and the first ones are asked for before the kernel in front has ended. Blocks read neighbouring units, as memory
- * likes it.
+ * for each other's results, and the first ones are asked for before the kernel in front has ended. Blocks read neighbouring units at a time,
+ * as memory likes it. They get unlike shares of its bandwidth, so they claim units one by one; but where results are added to what is there
+ * a block's units are fixed, and what they are added to is asked for first: behind so many copies it comes late.
  *
  * Results go through global memory. Where a product waits for one before, blocks tell that they have ended it by adding to a counter; its
  * highest bit turns over when all have, so that it needs no clearing. Every block then stages x whole: floats, or 8 bits in blocks of 32 as
- * matvec.cu has them; the norm's scale multiplies finished sums. Sums are in a fixed order. Bytes moved: the weights, once.
+ * matvec.cu has them; the norm's scale multiplies finished sums. A unit's sums are the same in whichever block, in a fixed order.
+ *
+ * Blocks wait for each other, so all of them must be on the device at once: graphs take turns (Context::start).
+ *
+ * Bytes moved: the weights, once. The 436 MB of a layer of Llama 3 8B in bf16 take 108 us on an H200 when such launches follow each other, 87%
+ * of what it reads. 122 us: pairs of rows that a warp takes alone, as each of 2,112 warps then reads elsewhere; 226: each piece of a unit
+ * counted, and its unit found in a list; 111: no claims, and what results are added to asked for at the end. A cooperative launch, whose
+ * blocks begin together, takes 2 us longer behind attention.
  */
 #include <algorithm>
 
@@ -5366,10 +5379,10 @@ namespace wkv {
 namespace {
 
 constexpr int kWorkers = 512, kWarps = kWorkers / 32, kThreads = kWorkers + 32;
-constexpr int kQuad = 4;  // rows that a warp takes at once
+constexpr int kQuad = 4;                                // rows that a warp takes at once
 constexpr int32_t kMostStages = 16, kOwnShared = 4096;  // of a ring; bytes that the kernel declares itself, at most
-constexpr int32_t kMostHeld = 64;         // units whose sums wait, at most
-constexpr int kClaims = 3;               // claims of a block under way
+constexpr int32_t kMostHeld = 16;                       // units whose sums wait, at most
+constexpr int kClaims = 3;                              // claims of a block under way
 
 /** One product, as the kernel sees it. */
 struct Link {
@@ -5399,7 +5412,6 @@ struct Held {
 /** A plane of a weight: so many bytes for every so many columns. */
 struct Plane {
   int32_t columns, bytes;
-  __host__ __device__ constexpr int32_t shift() const { return columns == 1 ? 0 : columns == 32 ? 5 : 8; }
 };
 template <int kType>
 __host__ __device__ constexpr Plane plane_of(int p) {
@@ -5450,7 +5462,7 @@ __device__ inline void stage_x(const Link& link, int4* shared, float* area) {
   if (lane == 0) area[warp] = squares;
 }
 
-/** A block's first unit of link l, and the \`nth\` where it takes one of every so many blocks'. */
+/** A block's n-th unit of link l where units are fixed; the first is in any case. Blocks that get one more are others for each link. */
 __device__ inline int32_t nth_unit(int32_t l, int32_t n) { return (blockIdx.x + l * (gridDim.x / 4 + 1)) % gridDim.x + n * gridDim.x; }
 
 /** Brings units to the ring; one warp. Lane 4 r + p asks for plane p, of row r where rows come in pieces, or else of all rows of w (0) or up (1). */
@@ -5596,7 +5608,7 @@ __global__ void __launch_bounds__(kThreads, 1) grid_kernel(const __grid_constant
       over = link.after;
     }
     workers_sync();  // x's room is free, too
-    float plus = 0.0f;  // asked for long before it is added: behind so many copies it comes late
+    float plus = 0.0f;  // what this thread's result is added to
     const auto find_plus = [&](int32_t n) {
       const int32_t row = nth_unit(l, n + tid / link.own) * link.own + tid % link.own;
       if (!link.add || tid >= link.held * link.own || row >= link.w.rows) return;
@@ -5723,6 +5735,7 @@ bool lay_out(GridView& chain, int32_t shared_limit, size_t* shared) {
 bool chain_grid(Context& ctx, const std::vector<Product>& products) {
   if (ctx.shared_device) return false;
   GridView chain{};
+  int64_t bytes = 0;
   chain.count = static_cast<int32_t>(products.size());
   for (int32_t i = 0; i < chain.count; i++) {
     const Product& from = products[i];
@@ -5730,7 +5743,9 @@ bool chain_grid(Context& ctx, const std::vector<Product>& products) {
     link.w = from.w, link.up = from.up, link.x = from.in.x, link.norm = from.in.norm, link.bias = from.to.bias, link.out = from.to.out;
     link.epsilon = from.in.epsilon, link.add = from.to.add, link.activation = from.to.activation, link.after = from.after;
     if (from.after >= 0) chain.links[from.after].counts = 1;
+    bytes += int64_t{from.w.rows} * wkv_row_bytes(from.w.dtype, from.w.columns) * (from.up.data ? 2 : 1);
   }
+  if (bytes < ctx.least_grid) return false;
   const auto together = [&](auto type) {
     if constexpr (type.value != WKV_F32) {
       size_t shared;
@@ -6219,6 +6234,7 @@ struct Context : ContextBase {
   int32_t device = 0, processors = 0;
   int32_t shared_limit = 0;  // bytes a block; WKV_CUDA_SHARED_KB lowers it, to test what smaller GPUs take
   bool shared_device = false;  // other processes' kernels run beside ours (MPS)
+  int64_t least_grid = 0;    // bytes of weights from which chain_grid.cu is the fastest; WKV_CUDA_GRID_MB sets it, to test that on small ones
   int32_t capability = 0;    // 90 for 9.0: the device's, or that of the code it runs when this is lower
   std::string name;          // for wkv_device
   cudaStream_t stream = nullptr, side = nullptr;
@@ -6815,8 +6831,8 @@ __device__ inline Four<T>& four_at(T* from) { return *reinterpret_cast<Four<T>*>
  *   out[t, j] = norm(x[t]) . w[j] + bias[j] (+ out[t, j])            x [rows, C], w [J, C], out [rows, J of a wider tensor]
  *   out[t, j] = activation(norm(x[t]) . gate[j]) * (norm(x[t]) . up[j])
  *
- * Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. In a graph, small products of one row
- * that follow each other are one launch together (chain.cu). For more rows x is normed and rounded once (matmul.cu), then each weight is
+ * Few rows go to matvec.cu, and 2 to 64 with f16 or bf16 weights to matmul_skinny.cu: one launch. In a graph, products of one row that
+ * follow each other are one launch together (chain.cu). For more rows x is normed and rounded once (matmul.cu), then each weight is
  * one launch: on the tensor cores (matmul_int8.cu, matmul_half.cu) or not (matmul.cu); or it is cuBLASLt's, where that is installed
  * (cublaslt.cu). Here: the ops' checks, and the choice.
  */
@@ -9790,16 +9806,16 @@ std::string fault_text(const FaultWord& word, int32_t* status) {
 }  // namespace
 
 namespace {
-/** What a block may have of shared memory: all that the device gives, or less by WKV_CUDA_SHARED_KB. */
-int32_t shared_bytes(size_t most) {
-  const char* text = std::getenv("WKV_CUDA_SHARED_KB");
-  if (!text || !*text) return static_cast<int32_t>(most);
+/** A whole number from the environment. */
+int64_t environment(const char* name, int64_t least, int64_t most, int64_t otherwise) {
+  const char* text = std::getenv(name);
+  if (!text || !*text) return otherwise;
   char* end = nullptr;
-  const long kb = std::strtol(text, &end, 10);
-  if (*end || kb < 48 || kb > static_cast<long>(most / 1024)) {
-    fail(WKV_INVALID, "WKV_CUDA_SHARED_KB must be a whole number between 48 and " + std::to_string(most / 1024) + ": current value is \\"" + text + "\\"");
+  const long long number = std::strtoll(text, &end, 10);
+  if (*end || number < least || number > most) {
+    fail(WKV_INVALID, std::string(name) + " must be a whole number between " + std::to_string(least) + " and " + std::to_string(most) + ": current value is \\"" + text + "\\"");
   }
-  return static_cast<int32_t>(kb * 1024);
+  return number;
 }
 }  // namespace
 
@@ -9818,7 +9834,9 @@ Context::Context() {
   check(cudaDeviceGetAttribute(&mps, cudaDevAttrMpsEnabled, device), "Asking for the device");
   shared_device = mps != 0;
   capability = properties.major * 10 + properties.minor;
-  shared_limit = shared_bytes(properties.sharedMemPerBlockOptin);
+  const int64_t shared_kb = static_cast<int64_t>(properties.sharedMemPerBlockOptin / 1024);
+  shared_limit = static_cast<int32_t>(environment("WKV_CUDA_SHARED_KB", 48, shared_kb, shared_kb) * 1024);
+  least_grid = environment("WKV_CUDA_GRID_MB", 0, 1 << 20, 64) << 20;
   name = std::string(properties.name) + ", sm_" + std::to_string(capability) + ", " + std::to_string(processors) + " multiprocessors, driver " + version_text(driver);
   if (properties.major < 8) fail(WKV_DEVICE, name + ": the GPU is too old, compute capability 8.0 or later is needed");
   cudaFuncAttributes attributes;
