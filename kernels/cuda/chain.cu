@@ -42,8 +42,7 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
 }
 
 void Chain::launch(Context& ctx) {
-  const std::vector<Product> products = std::move(products_);
-  clear();
+  const std::vector<Product> products = std::exchange(products_, {});
   if (products.size() > 1 && chain_grid(ctx, products)) return;
   for (size_t i = 0; i < products.size();) {
     const size_t together = int8_ ? chain_cluster(ctx, &products[i], products.size() - i) : 0;

@@ -22,8 +22,6 @@ class Chain {
   bool take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
   /** Launches what was taken in. */
   void launch(Context& ctx);
-  /** Forgets it. */
-  void clear() { products_.clear(); }
 
  private:
   std::vector<Product> products_;

@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const __grid_const
   uint8_t* shared = reinterpret_cast<uint8_t*>(shared16);
   const int32_t tid = threadIdx.x, warp = tid / 32;
   __shared__ float scales[2];  // of the norms, in turn
-  // Read once from here, each link's numbers would be waited for where they are needed.
   __shared__ Link links[kMostLinks];
+  // Read once from here, each link's numbers would be waited for where they are needed.
   for (int32_t k = tid; k < chain.count * static_cast<int32_t>(sizeof(Link) / 8); k += kThreads) reinterpret_cast<uint64_t*>(links)[k] = reinterpret_cast<const uint64_t*>(chain.links)[k];
 
   if (tid == 0) {
@@ -265,8 +265,6 @@ bool Layout::add(const Context& ctx, const Product& product) {
     return static_cast<int32_t>(at);
   };
   link.own = divide_up(w.rows, kQuad * kBlocks) * kQuad;
-  const int32_t pieces = w.columns / 32;
-  const int32_t row_bytes[4] = {pieces * data_bytes(w.dtype), w.columns / scale_columns(w.dtype) * scale_bytes(w.dtype), pieces * high_bytes(w.dtype), pieces * subs_bytes(w.dtype)};
   int32_t outs[2] = {gives_x, gives_old}, at[2] = {-1, -1};
   for (int k = 0; k < 2; k++) {
     if (outs[k] < 0) continue;
@@ -280,8 +278,9 @@ bool Layout::add(const Context& ctx, const Product& product) {
   if (in.norm) link.norm_at = room(in.columns * 4);
   if (to.bias) link.bias_at = room(link.own * 4);
   for (int p = 0; p < 4; p++) {
-    link.row_bytes[p] = row_bytes[p], link.w_at[p] = room(int64_t{link.own} * row_bytes[p]);
-    if (up.data) link.up_at[p] = room(int64_t{link.own} * row_bytes[p]);
+    const Plane plane = plane_of(w.dtype, p);
+    link.row_bytes[p] = w.columns / plane.columns * plane.bytes, link.w_at[p] = room(int64_t{link.own} * link.row_bytes[p]);
+    if (up.data) link.up_at[p] = room(int64_t{link.own} * link.row_bytes[p]);
   }
   const int32_t widest = std::max(widest_, in.columns), rounded = static_cast<int32_t>(round_up(size_t(widest) + widest / 4, 128));
   if (used + 2 * rounded + kOwnShared > ctx.shared_limit) return false;

@@ -58,18 +58,6 @@ struct Held {
   int32_t unit, piece;
 };
 
-/** A plane of a weight: so many bytes for every so many columns. */
-struct Plane {
-  int32_t columns, bytes;
-};
-template <int kType>
-__host__ __device__ constexpr Plane plane_of(int p) {
-  if (!is_quantised(kType)) return {1, p == 0 ? 2 : 0};
-  if (p == 0) return {32, data_bytes(kType)};
-  if (p == 1) return {scale_columns(kType), scale_bytes(kType)};
-  return {32, p == 2 ? high_bytes(kType) : subs_bytes(kType)};
-}
-
 __device__ inline const uint8_t* plane_begin(const WeightView& w, int p) {
   return p == 0 ? w.data : p == 1 ? reinterpret_cast<const uint8_t*>(w.scales) : p == 2 ? w.high : reinterpret_cast<const uint8_t*>(w.subs);
 }
@@ -363,7 +351,7 @@ bool lay_out(GridView& chain, int32_t shared_limit, size_t* shared) {
     link.own = own, link.units = divide_up(link.w.rows, own), link.held = std::min(kMostHeld, kWorkers / own);
     int32_t at = 0;
     for (int p = 0; p < 4; p++) {
-      const Plane plane = plane_of<kType>(p);
+      const Plane plane = plane_of(kType, p);
       if (columns % plane.columns != 0) return false;
       link.row_bytes[p] = columns / plane.columns * plane.bytes, link.piece_bytes[p] = piece_columns / plane.columns * plane.bytes, link.place[p] = at;
       if (link.row_bytes[p] * (link.pieces > 1 ? 1 : own) % 16 != 0) return false;

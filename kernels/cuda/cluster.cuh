@@ -66,8 +66,9 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uin
 
 /** Says that this block has begun and its barriers are open; await_begun waits for all of the cluster. */
 __device__ inline void say_begun() {
+  barriers_opened();
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ inline void await_begun() {

@@ -112,6 +112,17 @@ WKV_HD constexpr int32_t scale_bytes(int32_t dtype) { return wkv_form_of(dtype).
 /** Columns that share an entry of the plane of scales. */
 WKV_HD constexpr int32_t scale_columns(int32_t dtype) { return wkv_form_of(dtype).columns; }
 
+/** A plane of a weight, 0 to 3 as WeightView has them: so many bytes for every so many columns. */
+struct Plane {
+  int32_t columns, bytes;
+};
+WKV_HD constexpr Plane plane_of(int32_t dtype, int p) {
+  if (!is_quantised(dtype)) return {1, p > 0 ? 0 : dtype == WKV_F32 ? 4 : 2};
+  if (p == 0) return {32, data_bytes(dtype)};
+  if (p == 1) return {scale_columns(dtype), scale_bytes(dtype)};
+  return {32, p == 2 ? high_bytes(dtype) : subs_bytes(dtype)};
+}
+
 /** Number i of 32 columns of a type of quants.h, from their parts of the planes. */
 WKV_HD inline float piece_number(int32_t dtype, const uint8_t* data, const uint8_t* high, uint32_t subs, float d, float least, int32_t i) {
   const wkv_form form = wkv_form_of(dtype);

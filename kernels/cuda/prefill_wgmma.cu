@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) forward_kernel(PrefillView p, 
   if (threadIdx.x == 0) {
     open_barrier(&q_full, 1);
     for (int i = 0; i < kForwardStages; i++) open_barrier(&key_full[i], 1), open_barrier(&value_full[i], 1), open_barrier(&key_empty[i], kComputing / 32), open_barrier(&value_empty[i], kComputing / 32);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_opened();
   }
   __syncthreads();
   wait_for_previous();
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) columns_kernel(PrefillView p) 
   if (threadIdx.x == 0) {
     open_barrier(&key_full, 1);
     for (int i = 0; i < kColumnStages; i++) open_barrier(&full[i], 1), open_barrier(&empty[i], kComputing / 32);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_opened();
   }
   __syncthreads();
   wait_for_previous();

@@ -4961,8 +4961,7 @@ bool Chain::take(const Context& ctx, const InputView& in, const WeightView& w, c
 }
 
 void Chain::launch(Context& ctx) {
-  const std::vector<Product> products = std::move(products_);
-  clear();
+  const std::vector<Product> products = std::exchange(products_, {});
   if (products.size() > 1 && chain_grid(ctx, products)) return;
   for (size_t i = 0; i < products.size();) {
     const size_t together = int8_ ? chain_cluster(ctx, &products[i], products.size() - i) : 0;
@@ -5004,8 +5003,6 @@ class Chain {
   bool take(const Context& ctx, const InputView& in, const WeightView& w, const WeightView& up, bool int8, const OutputView& to);
   /** Launches what was taken in. */
   void launch(Context& ctx);
-  /** Forgets it. */
-  void clear() { products_.clear(); }
 
  private:
   std::vector<Product> products_;
@@ -5167,8 +5164,8 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const __grid_const
   uint8_t* shared = reinterpret_cast<uint8_t*>(shared16);
   const int32_t tid = threadIdx.x, warp = tid / 32;
   __shared__ float scales[2];  // of the norms, in turn
-  // Read once from here, each link's numbers would be waited for where they are needed.
   __shared__ Link links[kMostLinks];
+  // Read once from here, each link's numbers would be waited for where they are needed.
   for (int32_t k = tid; k < chain.count * static_cast<int32_t>(sizeof(Link) / 8); k += kThreads) reinterpret_cast<uint64_t*>(links)[k] = reinterpret_cast<const uint64_t*>(chain.links)[k];
 
   if (tid == 0) {
@@ -5294,8 +5291,6 @@ bool Layout::add(const Context& ctx, const Product& product) {
     return static_cast<int32_t>(at);
   };
   link.own = divide_up(w.rows, kQuad * kBlocks) * kQuad;
-  const int32_t pieces = w.columns / 32;
-  const int32_t row_bytes[4] = {pieces * data_bytes(w.dtype), w.columns / scale_columns(w.dtype) * scale_bytes(w.dtype), pieces * high_bytes(w.dtype), pieces * subs_bytes(w.dtype)};
   int32_t outs[2] = {gives_x, gives_old}, at[2] = {-1, -1};
   for (int k = 0; k < 2; k++) {
     if (outs[k] < 0) continue;
@@ -5309,8 +5304,9 @@ bool Layout::add(const Context& ctx, const Product& product) {
   if (in.norm) link.norm_at = room(in.columns * 4);
   if (to.bias) link.bias_at = room(link.own * 4);
   for (int p = 0; p < 4; p++) {
-    link.row_bytes[p] = row_bytes[p], link.w_at[p] = room(int64_t{link.own} * row_bytes[p]);
-    if (up.data) link.up_at[p] = room(int64_t{link.own} * row_bytes[p]);
+    const Plane plane = plane_of(w.dtype, p);
+    link.row_bytes[p] = w.columns / plane.columns * plane.bytes, link.w_at[p] = room(int64_t{link.own} * link.row_bytes[p]);
+    if (up.data) link.up_at[p] = room(int64_t{link.own} * link.row_bytes[p]);
   }
   const int32_t widest = std::max(widest_, in.columns), rounded = static_cast<int32_t>(round_up(size_t(widest) + widest / 4, 128));
   if (used + 2 * rounded + kOwnShared > ctx.shared_limit) return false;
@@ -5408,18 +5404,6 @@ struct Held {
   int16_t link, last;  // last: of the unit's pieces
   int32_t unit, piece;
 };
-
-/** A plane of a weight: so many bytes for every so many columns. */
-struct Plane {
-  int32_t columns, bytes;
-};
-template <int kType>
-__host__ __device__ constexpr Plane plane_of(int p) {
-  if (!is_quantised(kType)) return {1, p == 0 ? 2 : 0};
-  if (p == 0) return {32, data_bytes(kType)};
-  if (p == 1) return {scale_columns(kType), scale_bytes(kType)};
-  return {32, p == 2 ? high_bytes(kType) : subs_bytes(kType)};
-}
 
 __device__ inline const uint8_t* plane_begin(const WeightView& w, int p) {
   return p == 0 ? w.data : p == 1 ? reinterpret_cast<const uint8_t*>(w.scales) : p == 2 ? w.high : reinterpret_cast<const uint8_t*>(w.subs);
@@ -5714,7 +5698,7 @@ bool lay_out(GridView& chain, int32_t shared_limit, size_t* shared) {
     link.own = own, link.units = divide_up(link.w.rows, own), link.held = std::min(kMostHeld, kWorkers / own);
     int32_t at = 0;
     for (int p = 0; p < 4; p++) {
-      const Plane plane = plane_of<kType>(p);
+      const Plane plane = plane_of(kType, p);
       if (columns % plane.columns != 0) return false;
       link.row_bytes[p] = columns / plane.columns * plane.bytes, link.piece_bytes[p] = piece_columns / plane.columns * plane.bytes, link.place[p] = at;
       if (link.row_bytes[p] * (link.pieces > 1 ? 1 : own) % 16 != 0) return false;
@@ -6020,8 +6004,9 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uin
 
 /** Says that this block has begun and its barriers are open; await_begun waits for all of the cluster. */
 __device__ inline void say_begun() {
+  barriers_opened();
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;\\nbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ inline void await_begun() {
@@ -6173,6 +6158,17 @@ WKV_HD constexpr int32_t subs_bytes(int32_t dtype) { return wkv_form_of(dtype).s
 WKV_HD constexpr int32_t scale_bytes(int32_t dtype) { return wkv_form_of(dtype).least || wkv_form_of(dtype).subs ? 4 : 2; }
 /** Columns that share an entry of the plane of scales. */
 WKV_HD constexpr int32_t scale_columns(int32_t dtype) { return wkv_form_of(dtype).columns; }
+
+/** A plane of a weight, 0 to 3 as WeightView has them: so many bytes for every so many columns. */
+struct Plane {
+  int32_t columns, bytes;
+};
+WKV_HD constexpr Plane plane_of(int32_t dtype, int p) {
+  if (!is_quantised(dtype)) return {1, p > 0 ? 0 : dtype == WKV_F32 ? 4 : 2};
+  if (p == 0) return {32, data_bytes(dtype)};
+  if (p == 1) return {scale_columns(dtype), scale_bytes(dtype)};
+  return {32, p == 2 ? high_bytes(dtype) : subs_bytes(dtype)};
+}
 
 /** Number i of 32 columns of a type of quants.h, from their parts of the planes. */
 WKV_HD inline float piece_number(int32_t dtype, const uint8_t* data, const uint8_t* high, uint32_t subs, float d, float least, int32_t i) {
@@ -9448,7 +9444,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) forward_kernel(PrefillView p, 
   if (threadIdx.x == 0) {
     open_barrier(&q_full, 1);
     for (int i = 0; i < kForwardStages; i++) open_barrier(&key_full[i], 1), open_barrier(&value_full[i], 1), open_barrier(&key_empty[i], kComputing / 32), open_barrier(&value_empty[i], kComputing / 32);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_opened();
   }
   __syncthreads();
   wait_for_previous();
@@ -9608,7 +9604,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) columns_kernel(PrefillView p) 
   if (threadIdx.x == 0) {
     open_barrier(&key_full, 1);
     for (int i = 0; i < kColumnStages; i++) open_barrier(&full[i], 1), open_barrier(&empty[i], kComputing / 32);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_opened();
   }
   __syncthreads();
   wait_for_previous();
