@@ -2,7 +2,7 @@
  * Checks the CUDA library on a machine with a GPU: every kernel case against
  * f64, long runs and the default model beside the CPU library, the memory that
  * a long prompt takes, how soon Ctrl-C ends a run, and the tests that take a
- * device. About three minutes on 16 cores and a GPU with nothing else on it.
+ * device. About ten minutes on 16 cores and a GPU with nothing else on it.
  *
  *   deno run -A tests/cuda_check.ts
  *     [--only table,long,model,prefill,interrupt,tests] [--small] [--model FILE]

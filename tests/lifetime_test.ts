@@ -260,11 +260,13 @@ describe("a graph", () => {
     };
     // As large weights are taken, on a GPU.
     Deno.env.set("WKV_CUDA_GRID_MB", "0");
-    const both = [await made(), await made()];
-    Deno.env.delete("WKV_CUDA_GRID_MB");
-    using _one = both[0]!.backend, _other = both[1]!.backend;
-    await both[0]!.graph.run();
-    const expected = both[0]!.out.floats();
+    using _ = {
+      [Symbol.dispose]: () => Deno.env.delete("WKV_CUDA_GRID_MB"),
+    };
+    const one = await made(), both = [one, await made()];
+    using _one = one.backend, _other = both[1]!.backend;
+    await one.graph.run();
+    const expected = one.out.floats();
     assert(expected.some((y) => y !== 0));
     for (let i = 0; i < 3; i++) {
       await Promise.all(both.map(({ graph }) => graph.run(100)));
