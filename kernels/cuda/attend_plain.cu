@@ -114,8 +114,8 @@ struct PlainWay : AttendStep<Cut> {
         bring_slowly();
       } else {
         const T* at = from + int64_t{next_slot} * dim;
-        bring(item(next), at, next_slot < first_limit);
-        bring(item(next) + 32, at + apart, next_slot < second_limit);
+        bring(shared_address(item(next)), at, next_slot < first_limit);
+        bring(shared_address(item(next) + 32), at + apart, next_slot < second_limit);
       }
     }
     close_item();
@@ -125,6 +125,7 @@ struct PlainWay : AttendStep<Cut> {
 
   // ---- scores ----
 
+  __device__ void read_turns() {}
   __device__ void begin_scores(int32_t) {}
 
   /** Adds a lane's part of some keys times all queries to `sums`. */

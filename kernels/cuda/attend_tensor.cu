@@ -11,12 +11,13 @@
  * they are turned with; of values, parts g, g + 8, .. of slots 2 i and 2 i + 1. The products give it the scores of query head g for slots
  * 2 i and 2 i + 1, which is just what it has to bring to the second product. A chunk's keys are turned while the products of the chunk
  * before are made, the first one's before q is there. Keys are turned by rank * (angle a position, in turns of 2^32): it wraps as turns do.
- * Instructions of a warp, 128 dimensions: some 60 a slot, of them 26 to turn its key. Bytes moved: 4 D a slot, and its state.
+ * Instructions of a warp, 128 dimensions: some 57 a slot, of them 27 to turn its key. Bytes moved: 4 D a slot, and its state.
  *
  * Tried, and not kept (16 sequences of 2,048 tokens on an H100): lanes that bring just what they read, without whole lines, 78 us
  * instead of 61; scores that leave a multiprocessor to one block rather than go to scratch, 11% longer at 8,192 tokens (H200); blocks of
  * 16 warps, no gain at any size; one block of a sequence and head instead of two, 16 to 33% longer; four where two have room,
- * 28 to 44% longer, eight, 40 to 106%; exponentials of two items at once instead of eight, 272 us instead of 226 at 8,192 tokens.
+ * 28 to 44% longer, eight, 40 to 106%; exponentials of two items at once instead of eight, 272 us instead of 226 at 8,192 tokens; blocks of
+ * 16 warps that have a sequence and head alone, 58 us instead of 54; scores added up by some warps sooner than by others, 58 instead of 56.
  */
 #include "attend.cuh"
 #include "mma.cuh"
@@ -73,21 +74,28 @@ struct TensorWay : AttendStep<Cut> {
 
   const int g, i;
   uint4* const query;                                  // [kSteps, kSets, lane]
-  uint32_t phases[kParts * 8];                         // of the pairs that this lane turns
+  uint32_t turns[kParts * 8];                          // of the pairs that this lane turns: angles a position
   uint32_t turned[kWords * 4];                         // a chunk's keys, this lane's part
   float sums[kMine][kOutputs][4];
-  // The next item to bring: its first slot, its pieces of 16 bytes that are of slots, this lane's first piece, and all of its here.
+  // The next item to bring: its first slot, this lane's first piece of 16 bytes, and how far it is to that of the item behind it.
   int32_t next, next_slot;
   const T* from;
-  int32_t place[kWords];
+  int64_t apart;
+  uint32_t place[kWords];                              // pieces of an item that this lane brings: where they lie in shared memory
+  bool whole;                                          // items are whole chunks of full rows
   int32_t key_at[kWords];                              // pieces of an item that this lane takes, of keys
 
   __device__ TensorWay(const AttendView& a, const Faults& faults, typename Step::Area& area, uint8_t* shared)
-      : Step(a, faults, area, shared), g(lane >> 2), i(lane & 3), query(reinterpret_cast<uint4*>(shared + a.plan.q_at)) {
+      : Step(a, faults, area, shared), g(lane >> 2), i(lane & 3), query(reinterpret_cast<uint4*>(shared + a.plan.q_at)) {}
+
+  /** The angles a position of the pairs that this lane turns. */
+  __device__ void read_turns() {
 #pragma unroll
-    for (int n = 0; n < kParts * 8; n++) {
+    for (int n = 0; n < kParts * 8; n += 4) {
       const int32_t x = (i + n / 8 * 4) * 8 + n % 8;
-      phases[n] = x < pairs && !c.text ? static_cast<uint32_t>((c.rope.phases[x] + 0x80000000u) >> 32) : 0;
+      uint4 four = make_uint4(0, 0, 0, 0);
+      if (x < pairs && !c.text) four = *reinterpret_cast<const uint4*>(c.rope.turns + x);
+      turns[n] = four.x, turns[n + 1] = four.y, turns[n + 2] = four.z, turns[n + 3] = four.w;
     }
   }
 
@@ -116,14 +124,15 @@ struct TensorWay : AttendStep<Cut> {
 
   __device__ void begin_keys() {
     next = 0, next_slot = this->slot_at(this->item_at(0)), from = keys + int64_t{next_slot} * dim + lane * 8;
-    const int32_t across = dim / 8;
+    apart = int64_t{this->slot_step(0)} * dim;
+    const auto find_places = [&](int32_t across) {
 #pragma unroll
-    for (int w = 0; w < kWords; w++) {
-      const int32_t piece = w * 32 + lane, x = (i + w / 2 * 4) * 8;
-      place[w] = place_of(piece / across, piece % across);
-      key_at[w] = place_of(g, (w % 2 ? this->second_of(x) : this->first_of(x)) / 8);
-    }
-    if (dim == kDim && c.slots % kChunk == 0) return;
+      for (int w = 0; w < kWords; w++) place[w] = shared_address(items + place_of((w * 32 + lane) / across, (w * 32 + lane) % across));
+    };
+    if (dim == kDim) find_places(kAcross);
+    else find_places(dim / 8);
+    whole = dim == kDim && c.slots % kChunk == 0;
+    if (whole) return;
     // What is never brought must be numbers.
     for (int n = 0; n < kStages * kWords; n++) items[n * 32 + lane] = make_uint4(0, 0, 0, 0);
     __syncwarp();
@@ -133,14 +142,21 @@ struct TensorWay : AttendStep<Cut> {
   __device__ void bring_item() {
     if (next == length) next_slot = this->slot_at(this->item_at(0)), from = values + int64_t{next_slot} * dim + lane * 8;
     if (next < 2 * length) {
-      const int32_t pieces = min(c.slots - next_slot, kChunk) * (dim / 8) - lane;
+      const uint32_t stage = static_cast<uint32_t>(next) % kStages * (kWords * 512);
+      const auto bring_piece = [&](int w) { bring(place[w] + stage, from + w * 256, true); };
+      if (whole) {
 #pragma unroll
-      for (int w = 0; w < kWords; w++) {
-        if (w * 32 < pieces) bring(item(next) + place[w], from + w * 256, true);
+        for (int w = 0; w < kWords; w++) bring_piece(w);
+      } else {
+        const int32_t pieces = min(c.slots - next_slot, kChunk) * (dim / 8) - lane;
+#pragma unroll
+        for (int w = 0; w < kWords; w++) {
+          if (w * 32 < pieces) bring_piece(w);
+        }
       }
     }
     close_item();
-    next_slot += this->slot_step(0), from += this->slot_step(0) * dim;
+    next_slot += this->slot_step(0), from += apart;
     next++;
   }
   /** The item that is waited for next has come, to all lanes. */
@@ -167,9 +183,8 @@ struct TensorWay : AttendStep<Cut> {
       float cosines[2], sines[2];
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        // The high bits of the angle as a number from 1 to 2, a turn and a half too large.
-        const uint32_t phase = rank * phases[w * 2 + k] + 0x80000000u;
-        const float angle = fmaf(__uint_as_float(__funnelshift_r(phase, 0x7f, 9)), 6.28318530718f, -9.42477796077f);
+        // The high bits of the angle as a number from 1 to 2, a turn too large.
+        const float angle = fmaf(__uint_as_float(__funnelshift_r(rank * turns[w * 2 + k], 0x7f, 9)), 6.28318530718f, -6.28318530718f);
         cosines[k] = __cosf(angle), sines[k] = __sinf(angle);
       }
       first = pack<__half>(was.x * cosines[0] - other.x * sines[0], was.y * cosines[1] - other.y * sines[1]);
@@ -179,6 +194,11 @@ struct TensorWay : AttendStep<Cut> {
 
   /** The first keys, before q is there. */
   __device__ void begin_scores(int32_t ranks) {
+#pragma unroll
+    for (int w = 0; w < kWords; w++) {
+      const int32_t x = (i + w / 2 * 4) * 8;
+      key_at[w] = place_of(g, (w % 2 ? this->second_of(x) : this->first_of(x)) / 8);
+    }
     if (length == 0) return;
     await_item();
     turn(0, ranks);

@@ -73,10 +73,12 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     rope->positions = positions;
     std::vector<double> wide;
     std::vector<uint64_t> phases;
+    std::vector<uint32_t> turns;
     for (int32_t i = 0; i < rope->count; i++) {
       require(std::isfinite(frequencies[i]), "frequency " + std::to_string(i) + " is not finite");
       wide.push_back(frequencies[i]);
       phases.push_back(phase_of(frequencies[i]));
+      turns.push_back(static_cast<uint32_t>((phases[i] + 0x80000000u) >> 32));
     }
     const size_t count = size_t(positions) * rope->count;
     std::vector<float> tables(count * 2);
@@ -88,9 +90,11 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     rope->tables = std::make_shared<DeviceMemory>(count * 8);
     rope->frequencies = std::make_shared<DeviceMemory>(wide.size() * 8);
     rope->phases = std::make_shared<DeviceMemory>(phases.size() * 8);
+    rope->turns = std::make_shared<DeviceMemory>(turns.size() * 4);
     if (count) ctx.copy(rope->tables->as<void>(), tables.data(), count * 8);
     ctx.copy(rope->frequencies->as<void>(), wide.data(), wide.size() * 8);
     ctx.copy(rope->phases->as<void>(), phases.data(), phases.size() * 8);
+    ctx.copy(rope->turns->as<void>(), turns.data(), turns.size() * 4);
     *out = add_handle(context, rope);
   });
 }

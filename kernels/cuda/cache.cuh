@@ -35,6 +35,7 @@ struct RopeView {
   const float *cosines, *sines;  // [positions, pairs]
   const double* frequencies;
   const uint64_t* phases;        // each pair's angle a position, in turns of 2^64
+  const uint32_t* turns;         // the same, rounded to turns of 2^32
 
   /** Where dimension d of the library's own order, in which the rotated pairs are (i, i + pairs), lies in the model's. */
   __host__ __device__ int32_t source(int32_t d) const {
@@ -50,12 +51,12 @@ struct RopeView {
 
 struct Rope : Object {
   int32_t head_dim, pairs, count, positions;
-  DeviceRef tables, frequencies, phases;
+  DeviceRef tables, frequencies, phases, turns;
   Rope() : Object(Kind::Rope) {}
   size_t bytes() const override { return tables->bytes(); }
   RopeView view() const {
     const float* cosines = tables->as<float>();
-    return {count, positions, pairs == WKV_PAIRS_INTERLEAVED, cosines, cosines + int64_t{positions} * count, frequencies->as<double>(), phases->as<uint64_t>()};
+    return {count, positions, pairs == WKV_PAIRS_INTERLEAVED, cosines, cosines + int64_t{positions} * count, frequencies->as<double>(), phases->as<uint64_t>(), turns->as<uint32_t>()};
   }
 };
 using RopeRef = std::shared_ptr<Rope>;

@@ -2993,10 +2993,13 @@ int32_t wkv_attend(int32_t context, int32_t handle, int32_t layer, int32_t kv_he
  * updates the state of its own slots, and the warp that owns the right neighbour merges and writes the new token's rows. The last block,
  * \`home\`, owns the new token until it has a slot.
  *
- * What needs nothing of the kernel in front is done before it has ended: the cache's length is read, and the first keys and values.
+ * What needs nothing of the kernel in front is done before it has ended: the first keys are brought, at first as if the cache were full, as
+ * its length comes later. Where blocks fill the device all of their stages are 5 us of reading, behind which whatever is asked for later
+ * waits, q too, and a store of the kernel in front, and so its end: so two stages of keys go first, then q, then the other keys.
  *
  * The new token takes the same way through \`accumulate\` as the others, and outputs are joined behind the choice of the victim, as both
  * lie on the way of the slowest warp. Reading the cache before the kernel in front has ended takes 1.3 to 2.3 us off at batch 1 (H200).
+ * Asking for keys before the length is known takes 0.9 of 45 us off at 16 sequences of 2,048 tokens, 1.0 of 18 at 512 (H200).
  *
  * Scores of a block stay in shared memory or, for long caches, in scratch: 8 slots of a chunk for each query head, in units of ln 2, then
  * 2^(score - the warp's highest); behind them the ranks, which accumulate leaves there. Where blocks fill the device, scores are added up
@@ -3022,7 +3025,7 @@ struct AttendPlan {
   int32_t room;                      // entries that a block may own
   float share;                       // 1 / G
   float* weights;                    // scratch, [units, blocks, room, kGroup + 1]; null: in shared memory
-  bool first;                        // scores are added up before values are summed, which then are on their way meanwhile
+  bool fills;                        // blocks fill the device: scores are added up before values are summed, which are on their way meanwhile
   bool early;                        // the kernel in front does not write the layer, which is read before it has ended
 };
 
@@ -3089,8 +3092,8 @@ __device__ inline uint32_t ordered(float x) {
 // ---- items: each lane reads only what it asked for itself ----
 
 /** Brings 16 bytes from global to shared memory, or zeros. */
-__device__ inline void bring(uint4* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
+__device__ inline void bring(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0) : "memory");
 }
 __device__ inline void close_item() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /** Waits until at most kCount of the newest items are on their way. */
@@ -3168,32 +3171,41 @@ struct AttendStep {
 
   // ---- before the scores ----
 
-  /** What needs nothing of earlier kernels; returns the phase of this thread's pair. */
-  __device__ uint64_t begin() {
+  /** What needs nothing of memory. */
+  __device__ void begin() {
     if (tid == 0) {
       area.newest = -1;
       if (blocks > 1) open_barrier(&area.met), open_barrier(&area.told), open_barrier(&area.given);
     }
     __syncwarp();
     if (blocks > 1) say_begun();
-    return tid % kHalf < pairs ? c.rope.phases[tid % kHalf] : 0;
   }
+
+  /** The phase of this thread's pair. */
+  __device__ uint64_t read_phase() const { return tid % kHalf < pairs ? c.rope.phases[tid % kHalf] : 0; }
+  /** A lane's part of the counts. Not all lanes read the same, or the compiler would wait for it at once. */
+  __device__ int32_t read_counts() const { return __ldcg(&c.counts[head].kept + lane % 2); }
 
   /** Chunks of a block. */
   __device__ int32_t chunks_of(int32_t b) const {
     const int32_t chunks = (kept + kChunk - 1) / kChunk;
     return chunks > b ? (chunks - b + blocks - 1) >> a.plan.blocks_log : 0;
   }
+  /** This warp's items of keys where its block has so many chunks. */
+  __device__ int32_t items_of(int32_t chunks) const {
+    const int32_t n = chunks > warp ? (chunks - warp + kWarps - 1) / kWarps * kItems : 0;
+    return (n + Cut::kAtOnce - 1) / Cut::kAtOnce * Cut::kAtOnce;
+  }
 
+  /** As if the cache were full. */
+  __device__ void assume_full() { kept = c.slots, length = items_of(chunks_of(block)); }
   /** The cache's length is now known: that, and the cosine and sine of this thread's pair at the new token's place. */
-  __device__ float2 use_counts(uint64_t phase) {
-    const int2 counts = __ldcg(reinterpret_cast<const int2*>(c.counts + head));
-    kept = counts.x, step = counts.y + 1;
+  __device__ float2 use_counts(int32_t counts, uint64_t phase) {
+    kept = __shfl_sync(0xffffffffu, counts, 0), step = __shfl_sync(0xffffffffu, counts, 1) + 1;
     full = kept >= c.slots;
     const int32_t mine = chunks_of(block);
     local = mine * kChunk, count = local + (home ? 1 : 0), fresh_warp = chunks_of(blocks - 1) % kWarps;
-    const int32_t n = mine > warp ? (mine - warp + kWarps - 1) / kWarps * kItems : 0;
-    length = (n + Cut::kAtOnce - 1) / Cut::kAtOnce * Cut::kAtOnce;
+    length = items_of(mine);
     return turn_at(static_cast<uint32_t>(c.text ? step - 1 : kept), phase);
   }
 
@@ -3647,21 +3659,43 @@ __global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(c
   __shared__ typename Way::Area area;
   Way my(a, faults, area, reinterpret_cast<uint8_t*>(shared16));
   const CacheView& c = a.cache;
-  const uint64_t phase = my.begin();
-  const auto places = my.find_rows();
-  typename Way::Rows rows;
   const auto begin_step = [&] {
     wait_for_previous();
     let_next_start();
   };
-  if (!a.plan.early) begin_step(), rows = my.read_rows(places);
-  const float2 turn = my.use_counts(phase);
+  my.begin();
+  if (!a.plan.early) begin_step();
+  // What is asked for first comes before the keys do.
+  const int32_t counts = my.read_counts();
   const Own own = my.read_own(my.slot_at(my.entry_at(0)));
+  const uint64_t phase = my.read_phase();
+  my.read_turns();
+  my.assume_full();
   my.begin_keys();
+  const int32_t before_q = a.plan.fills ? Way::kStages / 2 : Way::kStages;
 #pragma unroll 1
-  for (int n = 0; n < Way::kStages; n++) my.bring_item();
+  for (int32_t n = 0; n < before_q; n++) my.bring_item();
+  const auto places = my.find_rows();
+  typename Way::Rows rows;
+  if (a.plan.fills) {
+    if (a.plan.early) begin_step();
+    rows = my.read_rows(places);
+#pragma unroll 1
+    for (int32_t n = before_q; n < Way::kStages; n++) my.bring_item();
+  }
+  const int32_t assumed = my.length;
+  const float2 turn = my.use_counts(counts, phase);
+  if (my.length < assumed && my.length < Way::kStages) {  // values come sooner than a full cache's
+    await_items<0>();
+    my.begin_keys();
+#pragma unroll 1
+    for (int32_t n = 0; n < Way::kStages; n++) my.bring_item();
+  }
   my.begin_scores(own.rank);
-  if (a.plan.early) begin_step(), rows = my.read_rows(places);
+  if (!a.plan.fills) {
+    if (a.plan.early) begin_step();
+    rows = my.read_rows(places);
+  }
   const int32_t forced = a.victims ? a.victims[my.unit] : -1;
   my.prepare(rows, turn, [&](int32_t x, int32_t g, float2 numbers) { my.keep_q(x, g, numbers); });
   area.first[my.tid] = own;
@@ -3681,7 +3715,7 @@ __global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(c
   Candidate mine;
 #pragma unroll 1
   for (int part = 0; part < 2; part++) {
-    if ((part == 0) == a.plan.first) {
+    if ((part == 0) == a.plan.fills) {
       const auto ahead = my.read_ahead();
       const auto shares = my.join_softmax();
       mine = my.accumulate(shares, ahead, selects, forced);
@@ -3692,7 +3726,7 @@ __global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(c
   }
   for (int32_t pass = 0;; pass++) {
     // A candidate also says that its warp has read its values for the last time: the victim's may then be written over.
-    const bool ends = (pass + 1) * Way::kPass >= my.group;
+    const bool ends = Way::kPass == Way::kGroup || (pass + 1) * Way::kPass >= my.group;
     if (ends && selects) my.tell_candidate(mine);
     __syncthreads();
     my.tell_output(pass);
@@ -3765,8 +3799,8 @@ void start_attend(Context& ctx, const Cache& cache, AttendView a) {
     weights = size_t(plan.room) * (Way::kGroup + 1) * 4;
     return plan.weights_at + weights <= limit;
   };
-  plan.first = units * blocks > ctx.processors;
-  if (plan.first) {  // they fill the device: then rather more of them, some waiting for others, than scores in scratch
+  plan.fills = units * blocks > ctx.processors;
+  if (plan.fills) {  // they fill the device: then rather more of them, some waiting for others, than scores in scratch
     for (int32_t more = blocks; more <= std::min(most, 8); more *= 2) {
       if (!cut_for(more)) continue;
       blocks = more;
@@ -3909,8 +3943,8 @@ struct PlainWay : AttendStep<Cut> {
         bring_slowly();
       } else {
         const T* at = from + int64_t{next_slot} * dim;
-        bring(item(next), at, next_slot < first_limit);
-        bring(item(next) + 32, at + apart, next_slot < second_limit);
+        bring(shared_address(item(next)), at, next_slot < first_limit);
+        bring(shared_address(item(next) + 32), at + apart, next_slot < second_limit);
       }
     }
     close_item();
@@ -3920,6 +3954,7 @@ struct PlainWay : AttendStep<Cut> {
 
   // ---- scores ----
 
+  __device__ void read_turns() {}
   __device__ void begin_scores(int32_t) {}
 
   /** Adds a lane's part of some keys times all queries to \`sums\`. */
@@ -4121,12 +4156,13 @@ void attend_plain(Context& ctx, const Cache& cache, const AttendView& a) {
  * they are turned with; of values, parts g, g + 8, .. of slots 2 i and 2 i + 1. The products give it the scores of query head g for slots
  * 2 i and 2 i + 1, which is just what it has to bring to the second product. A chunk's keys are turned while the products of the chunk
  * before are made, the first one's before q is there. Keys are turned by rank * (angle a position, in turns of 2^32): it wraps as turns do.
- * Instructions of a warp, 128 dimensions: some 60 a slot, of them 26 to turn its key. Bytes moved: 4 D a slot, and its state.
+ * Instructions of a warp, 128 dimensions: some 57 a slot, of them 27 to turn its key. Bytes moved: 4 D a slot, and its state.
  *
  * Tried, and not kept (16 sequences of 2,048 tokens on an H100): lanes that bring just what they read, without whole lines, 78 us
  * instead of 61; scores that leave a multiprocessor to one block rather than go to scratch, 11% longer at 8,192 tokens (H200); blocks of
  * 16 warps, no gain at any size; one block of a sequence and head instead of two, 16 to 33% longer; four where two have room,
- * 28 to 44% longer, eight, 40 to 106%; exponentials of two items at once instead of eight, 272 us instead of 226 at 8,192 tokens.
+ * 28 to 44% longer, eight, 40 to 106%; exponentials of two items at once instead of eight, 272 us instead of 226 at 8,192 tokens; blocks of
+ * 16 warps that have a sequence and head alone, 58 us instead of 54; scores added up by some warps sooner than by others, 58 instead of 56.
  */
 #include "attend.cuh"
 #include "mma.cuh"
@@ -4183,21 +4219,28 @@ struct TensorWay : AttendStep<Cut> {
 
   const int g, i;
   uint4* const query;                                  // [kSteps, kSets, lane]
-  uint32_t phases[kParts * 8];                         // of the pairs that this lane turns
+  uint32_t turns[kParts * 8];                          // of the pairs that this lane turns: angles a position
   uint32_t turned[kWords * 4];                         // a chunk's keys, this lane's part
   float sums[kMine][kOutputs][4];
-  // The next item to bring: its first slot, its pieces of 16 bytes that are of slots, this lane's first piece, and all of its here.
+  // The next item to bring: its first slot, this lane's first piece of 16 bytes, and how far it is to that of the item behind it.
   int32_t next, next_slot;
   const T* from;
-  int32_t place[kWords];
+  int64_t apart;
+  uint32_t place[kWords];                              // pieces of an item that this lane brings: where they lie in shared memory
+  bool whole;                                          // items are whole chunks of full rows
   int32_t key_at[kWords];                              // pieces of an item that this lane takes, of keys
 
   __device__ TensorWay(const AttendView& a, const Faults& faults, typename Step::Area& area, uint8_t* shared)
-      : Step(a, faults, area, shared), g(lane >> 2), i(lane & 3), query(reinterpret_cast<uint4*>(shared + a.plan.q_at)) {
+      : Step(a, faults, area, shared), g(lane >> 2), i(lane & 3), query(reinterpret_cast<uint4*>(shared + a.plan.q_at)) {}
+
+  /** The angles a position of the pairs that this lane turns. */
+  __device__ void read_turns() {
 #pragma unroll
-    for (int n = 0; n < kParts * 8; n++) {
+    for (int n = 0; n < kParts * 8; n += 4) {
       const int32_t x = (i + n / 8 * 4) * 8 + n % 8;
-      phases[n] = x < pairs && !c.text ? static_cast<uint32_t>((c.rope.phases[x] + 0x80000000u) >> 32) : 0;
+      uint4 four = make_uint4(0, 0, 0, 0);
+      if (x < pairs && !c.text) four = *reinterpret_cast<const uint4*>(c.rope.turns + x);
+      turns[n] = four.x, turns[n + 1] = four.y, turns[n + 2] = four.z, turns[n + 3] = four.w;
     }
   }
 
@@ -4226,14 +4269,15 @@ struct TensorWay : AttendStep<Cut> {
 
   __device__ void begin_keys() {
     next = 0, next_slot = this->slot_at(this->item_at(0)), from = keys + int64_t{next_slot} * dim + lane * 8;
-    const int32_t across = dim / 8;
+    apart = int64_t{this->slot_step(0)} * dim;
+    const auto find_places = [&](int32_t across) {
 #pragma unroll
-    for (int w = 0; w < kWords; w++) {
-      const int32_t piece = w * 32 + lane, x = (i + w / 2 * 4) * 8;
-      place[w] = place_of(piece / across, piece % across);
-      key_at[w] = place_of(g, (w % 2 ? this->second_of(x) : this->first_of(x)) / 8);
-    }
-    if (dim == kDim && c.slots % kChunk == 0) return;
+      for (int w = 0; w < kWords; w++) place[w] = shared_address(items + place_of((w * 32 + lane) / across, (w * 32 + lane) % across));
+    };
+    if (dim == kDim) find_places(kAcross);
+    else find_places(dim / 8);
+    whole = dim == kDim && c.slots % kChunk == 0;
+    if (whole) return;
     // What is never brought must be numbers.
     for (int n = 0; n < kStages * kWords; n++) items[n * 32 + lane] = make_uint4(0, 0, 0, 0);
     __syncwarp();
@@ -4243,14 +4287,21 @@ struct TensorWay : AttendStep<Cut> {
   __device__ void bring_item() {
     if (next == length) next_slot = this->slot_at(this->item_at(0)), from = values + int64_t{next_slot} * dim + lane * 8;
     if (next < 2 * length) {
-      const int32_t pieces = min(c.slots - next_slot, kChunk) * (dim / 8) - lane;
+      const uint32_t stage = static_cast<uint32_t>(next) % kStages * (kWords * 512);
+      const auto bring_piece = [&](int w) { bring(place[w] + stage, from + w * 256, true); };
+      if (whole) {
 #pragma unroll
-      for (int w = 0; w < kWords; w++) {
-        if (w * 32 < pieces) bring(item(next) + place[w], from + w * 256, true);
+        for (int w = 0; w < kWords; w++) bring_piece(w);
+      } else {
+        const int32_t pieces = min(c.slots - next_slot, kChunk) * (dim / 8) - lane;
+#pragma unroll
+        for (int w = 0; w < kWords; w++) {
+          if (w * 32 < pieces) bring_piece(w);
+        }
       }
     }
     close_item();
-    next_slot += this->slot_step(0), from += this->slot_step(0) * dim;
+    next_slot += this->slot_step(0), from += apart;
     next++;
   }
   /** The item that is waited for next has come, to all lanes. */
@@ -4277,9 +4328,8 @@ struct TensorWay : AttendStep<Cut> {
       float cosines[2], sines[2];
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        // The high bits of the angle as a number from 1 to 2, a turn and a half too large.
-        const uint32_t phase = rank * phases[w * 2 + k] + 0x80000000u;
-        const float angle = fmaf(__uint_as_float(__funnelshift_r(phase, 0x7f, 9)), 6.28318530718f, -9.42477796077f);
+        // The high bits of the angle as a number from 1 to 2, a turn too large.
+        const float angle = fmaf(__uint_as_float(__funnelshift_r(rank * turns[w * 2 + k], 0x7f, 9)), 6.28318530718f, -6.28318530718f);
         cosines[k] = __cosf(angle), sines[k] = __sinf(angle);
       }
       first = pack<__half>(was.x * cosines[0] - other.x * sines[0], was.y * cosines[1] - other.y * sines[1]);
@@ -4289,6 +4339,11 @@ struct TensorWay : AttendStep<Cut> {
 
   /** The first keys, before q is there. */
   __device__ void begin_scores(int32_t ranks) {
+#pragma unroll
+    for (int w = 0; w < kWords; w++) {
+      const int32_t x = (i + w / 2 * 4) * 8;
+      key_at[w] = place_of(g, (w % 2 ? this->second_of(x) : this->first_of(x)) / 8);
+    }
     if (length == 0) return;
     await_item();
     turn(0, ranks);
@@ -4572,10 +4627,12 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     rope->positions = positions;
     std::vector<double> wide;
     std::vector<uint64_t> phases;
+    std::vector<uint32_t> turns;
     for (int32_t i = 0; i < rope->count; i++) {
       require(std::isfinite(frequencies[i]), "frequency " + std::to_string(i) + " is not finite");
       wide.push_back(frequencies[i]);
       phases.push_back(phase_of(frequencies[i]));
+      turns.push_back(static_cast<uint32_t>((phases[i] + 0x80000000u) >> 32));
     }
     const size_t count = size_t(positions) * rope->count;
     std::vector<float> tables(count * 2);
@@ -4587,9 +4644,11 @@ int32_t wkv_rope_open(int32_t context, int32_t head_dim, int32_t pairs, const fl
     rope->tables = std::make_shared<DeviceMemory>(count * 8);
     rope->frequencies = std::make_shared<DeviceMemory>(wide.size() * 8);
     rope->phases = std::make_shared<DeviceMemory>(phases.size() * 8);
+    rope->turns = std::make_shared<DeviceMemory>(turns.size() * 4);
     if (count) ctx.copy(rope->tables->as<void>(), tables.data(), count * 8);
     ctx.copy(rope->frequencies->as<void>(), wide.data(), wide.size() * 8);
     ctx.copy(rope->phases->as<void>(), phases.data(), phases.size() * 8);
+    ctx.copy(rope->turns->as<void>(), turns.data(), turns.size() * 4);
     *out = add_handle(context, rope);
   });
 }
@@ -4768,6 +4827,7 @@ struct RopeView {
   const float *cosines, *sines;  // [positions, pairs]
   const double* frequencies;
   const uint64_t* phases;        // each pair's angle a position, in turns of 2^64
+  const uint32_t* turns;         // the same, rounded to turns of 2^32
 
   /** Where dimension d of the library's own order, in which the rotated pairs are (i, i + pairs), lies in the model's. */
   __host__ __device__ int32_t source(int32_t d) const {
@@ -4783,12 +4843,12 @@ struct RopeView {
 
 struct Rope : Object {
   int32_t head_dim, pairs, count, positions;
-  DeviceRef tables, frequencies, phases;
+  DeviceRef tables, frequencies, phases, turns;
   Rope() : Object(Kind::Rope) {}
   size_t bytes() const override { return tables->bytes(); }
   RopeView view() const {
     const float* cosines = tables->as<float>();
-    return {count, positions, pairs == WKV_PAIRS_INTERLEAVED, cosines, cosines + int64_t{positions} * count, frequencies->as<double>(), phases->as<uint64_t>()};
+    return {count, positions, pairs == WKV_PAIRS_INTERLEAVED, cosines, cosines + int64_t{positions} * count, frequencies->as<double>(), phases->as<uint64_t>(), turns->as<uint32_t>()};
   }
 };
 using RopeRef = std::shared_ptr<Rope>;

@@ -402,7 +402,10 @@ async function checkChain(
   };
   const [x1, h] = await run(2);
   const [x2, h2, results] = await run(4);
-  found.must("bytes of a shorter graph", sameBytes(h!, h2!));
+  // Of two types the gate ends the shorter graph alone, in another kernel.
+  if (inner === dtype) {
+    found.must("bytes of a shorter graph", sameBytes(h!, h2!));
+  } else found.note("a shorter graph", relativeError(h!, h2!), row.tolerance);
   const repeated = await run(4);
   found.must("bytes of a repeated run", sameBytes(results!, repeated[2]!));
 
