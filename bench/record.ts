@@ -1,12 +1,13 @@
 /** The frame of a result file, what bench/results/*.json says of how it came about. */
 
-import { type LibraryKind, sourceHash } from "../src/backend/build.ts";
+import { Backend } from "../src/backend/backend.ts";
+import type { LibraryKind } from "../src/backend/build.ts";
 
 /** What a result file says of how it came about. */
 export interface Frame {
   /** Which library was measured. */
   library: LibraryKind;
-  /** Hash of its sources. */
+  /** Hash of the sources it was built from. */
   kernels: string;
   /** The processor. */
   cpu: string;
@@ -27,9 +28,10 @@ export async function frame(
   command: string,
   library: LibraryKind = "cpu",
 ): Promise<Frame> {
+  using backend = await Backend.open({ device: library });
   return {
     library,
-    kernels: await sourceHash(library),
+    kernels: backend.sourceHash,
     cpu: await cpu() ?? Deno.build.arch,
     cores: navigator.hardwareConcurrency,
     ...(library === "cuda" ? await gpu() : {}),

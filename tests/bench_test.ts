@@ -25,6 +25,7 @@ import { median, quantile, timeGraph } from "../bench/timing.ts";
 import { LibraryCopy } from "./isolated.ts";
 import { Backend } from "../src/backend/backend.ts";
 import { sourceHash } from "../src/backend/build.ts";
+import { findCpuLibrary } from "../src/backend/library.ts";
 import { blockColumns, dtypes, Tensor } from "../src/backend/tensor.ts";
 import { caseName, kernelCases } from "../src/selftest/cases.ts";
 import {
@@ -321,6 +322,29 @@ describe("wkv bench", () => {
       assert(result.command.startsWith("wkv bench kernels"));
     } finally {
       await Deno.remove(file);
+    }
+  });
+
+  it("records the hash that the measured library has", async () => {
+    const folder = await Deno.makeTempDir();
+    const [file, path] = [`${folder}/record.json`, `${folder}/library.so`];
+    const other = "0123456789abcdef".repeat(4);
+    try {
+      const bytes = await Deno.readFile((await findCpuLibrary()).path);
+      const text = new TextDecoder("latin1").decode(bytes);
+      const at = text.indexOf(await sourceHash("cpu"));
+      assertGreater(at, 0);
+      bytes.set(new TextEncoder().encode(other), at);
+      await Deno.writeFile(path, bytes);
+      await ok([
+        ...["bench", "kernels", "--device", "cpu", "--shapes", "tiny"],
+        ...["--op", "norm", "--working-set", "1", "--repeats", "2"],
+        ...["--quick", "--record", file],
+      ], { env: { WKV_LIB_CPU: path } });
+      const result = JSON.parse(await Deno.readTextFile(file));
+      assertEquals(result.kernels, other);
+    } finally {
+      await Deno.remove(folder, { recursive: true });
     }
   });
 

@@ -59,6 +59,8 @@ const NO_DRIVER = "no NVIDIA driver is loaded";
 export class Backend implements Disposable {
   /** The library's file. */
   readonly path: string;
+  /** SHA-256 of the sources that the library was built from, in hexadecimal. */
+  readonly sourceHash: string;
   /** The device in words, such as `CPU, x86_64_v3, 2 threads`. */
   readonly description: string;
   /** The kind of device. */
@@ -77,6 +79,9 @@ export class Backend implements Disposable {
     this.path = path;
     this.#library = library;
     this.#context = context;
+    const hash = new Uint8Array(65);
+    library.symbols.wkv_source_hash(hash, hash.length);
+    this.sourceHash = decoder.decode(hash.subarray(0, 64));
     this.description = this.#text("wkv_device");
     this.device = this.description.startsWith("CUDA") ? "cuda" : "cpu";
   }

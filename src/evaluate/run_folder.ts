@@ -2,7 +2,6 @@
 
 import { createHash } from "node:crypto";
 import { ABI_VERSION } from "../backend/symbols.ts";
-import { sourceHash } from "../backend/build.ts";
 import type { Model } from "../model.ts";
 
 /** A file by its contents. */
@@ -132,7 +131,7 @@ export async function describeRun(
       weightedkv: config.default.version,
       deno: Deno.version.deno,
       abi: ABI_VERSION,
-      kernels: await sourceHash(model.backend.device),
+      kernels: model.backend.sourceHash,
     },
     device: model.backend.description,
     created: new Date().toISOString(),
