@@ -92,7 +92,7 @@ const rows = [...samples].map(([name, { line, values }]) => ({
 }));
 const modelBytes = (await Deno.stat(model)).size;
 const result = {
-  ...await frame(`deno task bench:cpu ${Deno.args.join(" ")}`),
+  ...await frame(`deno task bench:cpu ${Deno.args.join(" ")}`, "cpu"),
   model: DEFAULT_MODEL,
   modelBytes,
   readBandwidth: bandwidth,

@@ -139,7 +139,7 @@ for (const kvHeads of args["kv-heads"].split(",")) {
     await writeResult(path, {
       ...await frame(
         `deno run -A bench/figures.ts --figure ${args.figure}`,
-        args.device === "cpu" ? "cpu" : "cuda",
+        model.backend,
       ),
       model: args.model.split("/").at(-1)!,
       texts: texts.map((text) => text.split("/").at(-1)!),

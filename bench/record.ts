@@ -23,15 +23,22 @@ export interface Frame {
   command: string;
 }
 
-/** The frame of a run that starts now. */
+/**
+ * The frame of a run that starts now, on an open library or, where other
+ * processes measure, on one of its kind, which they open as this does.
+ */
 export async function frame(
   command: string,
-  library: LibraryKind = "cpu",
+  measured: LibraryKind | Backend,
 ): Promise<Frame> {
-  using backend = await Backend.open({ device: library });
+  if (typeof measured === "string") {
+    using backend = await Backend.open({ device: measured });
+    return await frame(command, backend);
+  }
+  const { device: library, sourceHash: kernels } = measured;
   return {
     library,
-    kernels: backend.sourceHash,
+    kernels,
     cpu: await cpu() ?? Deno.build.arch,
     cores: navigator.hardwareConcurrency,
     ...(library === "cuda" ? await gpu() : {}),

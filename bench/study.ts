@@ -193,7 +193,7 @@ for (const name of names) {
   const known = await readRows(path);
   const current = await frame(
     `deno run -A bench/study.ts --columns ${name}`,
-    "cuda",
+    model.backend,
   );
   const rows = known.rows;
   // What the slowest part so far took tells whether another one has time.

@@ -405,7 +405,9 @@ async function checkChain(
   // Of two types the gate ends the shorter graph alone, in another kernel.
   if (inner === dtype) {
     found.must("bytes of a shorter graph", sameBytes(h!, h2!));
-  } else found.note("a shorter graph", relativeError(h!, h2!), row.tolerance);
+  } else {
+    found.note("a shorter graph", relativeError(h!, h2!), row.tolerance);
+  }
   const repeated = await run(4);
   found.must("bytes of a repeated run", sameBytes(results!, repeated[2]!));
 
