@@ -705,9 +705,9 @@ __global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(c
   const float2 turn = my.use_counts(counts, phase);
   if (my.length < assumed && my.length < Way::kStages) {  // values come sooner than a full cache's
     await_items<0>();
-    my.begin_keys();
+    my.end_keys();
 #pragma unroll 1
-    for (int32_t n = 0; n < Way::kStages; n++) my.bring_item();
+    for (int32_t n = my.length; n < Way::kStages; n++) my.bring_item();
   }
   my.begin_scores(own.rank);
   if (!a.plan.fills) {

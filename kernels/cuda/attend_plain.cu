@@ -82,6 +82,8 @@ struct PlainWay : AttendStep<Cut> {
     from = keys + row * dim + first_of(x), apart = second_of(x) - first_of(x);
     first_limit = second_limit = limit;
   }
+  /** There are but `length` items of keys: values take the places behind them. */
+  __device__ void end_keys() { next = length; }
   __device__ void begin_values() {
     const int32_t at = lane * kValue, limit = at < dim ? c.slots : 0;
     next = length, next_slot = slot_at(item_at(0));

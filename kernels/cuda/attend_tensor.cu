@@ -17,7 +17,8 @@
  * instead of 61; scores that leave a multiprocessor to one block rather than go to scratch, 11% longer at 8,192 tokens (H200); blocks of
  * 16 warps, no gain at any size; one block of a sequence and head instead of two, 16 to 33% longer; four where two have room,
  * 28 to 44% longer, eight, 40 to 106%; exponentials of two items at once instead of eight, 272 us instead of 226 at 8,192 tokens; blocks of
- * 16 warps that have a sequence and head alone, 58 us instead of 54; scores added up by some warps sooner than by others, 58 instead of 56.
+ * 16 warps that have a sequence and head alone, 58 us instead of 54; scores added up by some warps sooner than by others, 58 instead of 56;
+ * values summed four items behind the keys, under a highest score that rises, so that one's instructions hide the other's bytes, 62.
  */
 #include "attend.cuh"
 #include "mma.cuh"
@@ -137,6 +138,9 @@ struct TensorWay : AttendStep<Cut> {
     for (int n = 0; n < kStages * kWords; n++) items[n * 32 + lane] = make_uint4(0, 0, 0, 0);
     __syncwarp();
   }
+
+  /** There are but `length` items of keys: values take the places behind them. */
+  __device__ void end_keys() { next = length; }
 
   /** The next item is now on its way: `length` items of keys, then as many of values. */
   __device__ void bring_item() {

@@ -3687,9 +3687,9 @@ __global__ void __launch_bounds__(Way::kThreads, Way::kResident) attend_kernel(c
   const float2 turn = my.use_counts(counts, phase);
   if (my.length < assumed && my.length < Way::kStages) {  // values come sooner than a full cache's
     await_items<0>();
-    my.begin_keys();
+    my.end_keys();
 #pragma unroll 1
-    for (int32_t n = 0; n < Way::kStages; n++) my.bring_item();
+    for (int32_t n = my.length; n < Way::kStages; n++) my.bring_item();
   }
   my.begin_scores(own.rank);
   if (!a.plan.fills) {
@@ -3911,6 +3911,8 @@ struct PlainWay : AttendStep<Cut> {
     from = keys + row * dim + first_of(x), apart = second_of(x) - first_of(x);
     first_limit = second_limit = limit;
   }
+  /** There are but \`length\` items of keys: values take the places behind them. */
+  __device__ void end_keys() { next = length; }
   __device__ void begin_values() {
     const int32_t at = lane * kValue, limit = at < dim ? c.slots : 0;
     next = length, next_slot = slot_at(item_at(0));
@@ -4162,7 +4164,8 @@ void attend_plain(Context& ctx, const Cache& cache, const AttendView& a) {
  * instead of 61; scores that leave a multiprocessor to one block rather than go to scratch, 11% longer at 8,192 tokens (H200); blocks of
  * 16 warps, no gain at any size; one block of a sequence and head instead of two, 16 to 33% longer; four where two have room,
  * 28 to 44% longer, eight, 40 to 106%; exponentials of two items at once instead of eight, 272 us instead of 226 at 8,192 tokens; blocks of
- * 16 warps that have a sequence and head alone, 58 us instead of 54; scores added up by some warps sooner than by others, 58 instead of 56.
+ * 16 warps that have a sequence and head alone, 58 us instead of 54; scores added up by some warps sooner than by others, 58 instead of 56;
+ * values summed four items behind the keys, under a highest score that rises, so that one's instructions hide the other's bytes, 62.
  */
 #include "attend.cuh"
 #include "mma.cuh"
@@ -4282,6 +4285,9 @@ struct TensorWay : AttendStep<Cut> {
     for (int n = 0; n < kStages * kWords; n++) items[n * 32 + lane] = make_uint4(0, 0, 0, 0);
     __syncwarp();
   }
+
+  /** There are but \`length\` items of keys: values take the places behind them. */
+  __device__ void end_keys() { next = length; }
 
   /** The next item is now on its way: \`length\` items of keys, then as many of values. */
   __device__ void bring_item() {
